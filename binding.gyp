@@ -1,0 +1,59 @@
+{
+  'includes': ['native/sources.gypi'],
+  'target_defaults': {
+    'include_dirs': ['native'],
+    'cflags': ['-Wall', '-Wextra', '-Wshadow'],
+    'cflags_cc': ['-std=c++17', '-O3', '-fvisibility=hidden', '-fexceptions', '-ffp-contract=off'],
+    'cflags_cc!': ['-fno-exceptions', '-std=gnu++17', '-std=gnu++20', '-fno-rtti', '-fno-omit-frame-pointer'],
+    'cflags!': ['-Wno-unused-parameter'],
+    'xcode_settings': {
+      'CLANG_CXX_LANGUAGE_STANDARD': 'c++17',
+      'GCC_ENABLE_CPP_EXCEPTIONS': 'YES',
+      'GCC_OPTIMIZATION_LEVEL': '3',
+      'GCC_SYMBOLS_PRIVATE_EXTERN': 'YES',
+      'MACOSX_DEPLOYMENT_TARGET': '12.0',
+      'OTHER_CPLUSPLUSFLAGS': ['-ffp-contract=off']
+    },
+    'msvs_settings': {
+      'VCCLCompilerTool': { 'ExceptionHandling': 1, 'AdditionalOptions': ['/std:c++17', '/O2'] }
+    }
+  },
+  'targets': [
+    {
+      'target_name': 'dn_cpu_avx2',
+      'type': 'static_library',
+      'sources': ['<@(cpu_avx2_sources)'],
+      'conditions': [['target_arch=="x64" and OS!="win"', { 'cflags_cc': ['-mavx2', '-mfma', '-mf16c'] }]]
+    },
+    {
+      'target_name': 'dn_cpu_avx512',
+      'type': 'static_library',
+      'sources': ['<@(cpu_avx512_sources)'],
+      'conditions': [['target_arch=="x64" and OS!="win"', {
+        'cflags_cc': ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma', '-mprefer-vector-width=512']
+      }]]
+    },
+    {
+      'target_name': 'dn_cpu_amx',
+      'type': 'static_library',
+      'sources': ['<@(cpu_amx_sources)'],
+      'conditions': [['target_arch=="x64" and OS!="win"', {
+        'cflags_cc': ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma', '-mavx512bf16', '-mamx-tile',
+                      '-mamx-bf16', '-mprefer-vector-width=512']
+      }]]
+    },
+    {
+      'target_name': 'dn_core',
+      'type': 'static_library',
+      'dependencies': ['dn_cpu_avx2', 'dn_cpu_avx512', 'dn_cpu_amx'],
+      'sources': ['<@(core_sources)', '<@(cpu_sources)']
+    },
+    {
+      'target_name': 'diffusion_native',
+      'dependencies': ['dn_core', "<!(node -p \"require('node-addon-api').targets\"):node_addon_api_except"],
+      'defines': ['NAPI_VERSION=8', 'NODE_API_SWALLOW_UNTHROWABLE_EXCEPTIONS'],
+      'cflags!': ['-Wshadow'],
+      'sources': ['<@(addon_sources)']
+    }
+  ]
+}

@@ -1,0 +1,199 @@
+// Registration of the addon and the calls that belong to no object. The JavaScript side of this file is
+// lib/binding.ts.
+
+#include <napi.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "addon/cache_wrap.h"
+#include "addon/model_wrap.h"
+#include "addon/safetensors_wrap.h"
+#include "addon/state.h"
+#include "core/rng.h"
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+
+namespace dn::addon {
+namespace {
+
+Napi::Value create_model(const Napi::CallbackInfo& info) {
+  return state_of(info.Env())->model_class.New({info[0], info[1]});
+}
+
+Napi::Value open_safetensors(const Napi::CallbackInfo& info) {
+  return state_of(info.Env())->file_class.New({info[0]});
+}
+
+// One tensor to write: values of its own, or a parameter (or moment) of a model, read on the pool thread.
+struct Source {
+  SafetensorsWriter::Declaration declaration;
+  std::vector<float> values;
+  ModelWrap* wrap = nullptr;
+  Model* model = nullptr;
+  size_t parameter = 0;
+  std::string kind;
+};
+
+Source to_source(const Napi::Object& item, std::vector<Napi::ObjectReference>* keep) {
+  const Napi::Env env = item.Env();
+  Source source;
+  source.declaration.name = string_field(item, "name");
+  const std::string dtype = string_field(item, "dtype");
+  expect(env, dtype == "F32" || dtype == "F16" || dtype == "BF16", "dtype is not F32, F16 or BF16");
+  source.declaration.dtype = dtype == "F32" ? Dtype::kF32 : dtype == "F16" ? Dtype::kF16 : Dtype::kBF16;
+  const Napi::Value shape = item.Get("shape");
+  expect(env, shape.IsArray(), "shape is not an array");
+  int64_t count = 1;
+  for (uint32_t d = 0; d < shape.As<Napi::Array>().Length(); ++d) {
+    source.declaration.shape.push_back(shape.As<Napi::Array>().Get(d).As<Napi::Number>().Int64Value());
+    count *= source.declaration.shape.back();
+  }
+  const Napi::Object from = object_field(item, "source");
+  if (from.Has("values")) {
+    source.values = float32_field(from, "values");
+    expect(env, static_cast<int64_t>(source.values.size()) == count, "values do not fill the shape");
+    return source;
+  }
+  const Napi::Object model = object_field(from, "model");
+  source.wrap = unwrap<ModelWrap>(model, kModelTag, "model");
+  source.model = &source.wrap->idle(env);
+  source.parameter =
+      guarded(env, [&] { return source.model->find_parameter(string_field(from, "parameter")); });
+  source.kind = string_field(from, "kind");
+  expect(env, source.model->parameters()[source.parameter].count == count,
+         "the shape is not the parameter's");
+  keep->push_back(Napi::Persistent(model));
+  return source;
+}
+
+void read_source(const Source& source, std::vector<float>* values) {
+  values->resize(static_cast<size_t>(source.model->parameters()[source.parameter].count));
+  if (source.kind == "value") {
+    source.model->get_parameter(source.parameter, values->data());
+  } else {
+    const auto which = source.kind == "moment1" ? Model::Moment::kFirst : Model::Moment::kSecond;
+    source.model->get_moment(source.parameter, which, values->data());
+  }
+}
+
+Napi::Value write_safetensors(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  expect(env, info.Length() == 3 && info[0].IsString() && info[1].IsArray() && info[2].IsObject(),
+         "writeSafetensors takes a path, tensors and metadata");
+  const std::string path = info[0].As<Napi::String>().Utf8Value();
+  auto sources = std::make_shared<std::vector<Source>>();
+  auto metadata = std::make_shared<std::map<std::string, std::string>>();
+  std::vector<Napi::ObjectReference> keep;
+  const Napi::Array list = info[1].As<Napi::Array>();
+  for (uint32_t i = 0; i < list.Length(); ++i) {
+    expect(env, list.Get(i).IsObject(), "a tensor to write is not an object");
+    sources->push_back(to_source(list.Get(i).As<Napi::Object>(), &keep));
+  }
+  const Napi::Object extra = info[2].As<Napi::Object>();
+  const Napi::Array keys = extra.GetPropertyNames();
+  for (uint32_t i = 0; i < keys.Length(); ++i) {
+    const std::string key = keys.Get(i).As<Napi::String>().Utf8Value();
+    (*metadata)[key] = string_field(extra, key.c_str());
+  }
+  for (const Source& source : *sources) {
+    if (source.wrap) source.wrap->hold();
+  }
+  return Task::start(
+      env, std::move(keep),
+      [path, sources, metadata] {
+        std::vector<SafetensorsWriter::Declaration> declarations;
+        for (const Source& source : *sources) declarations.push_back(source.declaration);
+        SafetensorsWriter writer(path, std::move(declarations), *metadata);
+        std::vector<float> buffer;
+        for (const Source& source : *sources) {
+          if (source.model) read_source(source, &buffer);
+          const std::vector<float>& values = source.model ? buffer : source.values;
+          writer.write(values.data(), static_cast<int64_t>(values.size()));
+        }
+        writer.commit();
+      },
+      [sources](Napi::Env) {
+        for (const Source& source : *sources) {
+          if (source.wrap) source.wrap->release_hold();
+        }
+      },
+      [](Napi::Env e) { return e.Undefined(); });
+}
+
+Napi::Value philox_words(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  expect(env, info.Length() == 4 && info[1].IsNumber() && info[2].IsNumber(),
+         "philox takes seed, stream, step and index");
+  const Philox4 words =
+      philox(bigint_value(info[0], "seed"), static_cast<Stream>(info[1].As<Napi::Number>().Uint32Value()),
+             info[2].As<Napi::Number>().Uint32Value(), bigint_value(info[3], "index"));
+  return to_array<Napi::Uint32Array>(env, std::vector<uint32_t>(words.v, words.v + 4));
+}
+
+Napi::Value cpu_info(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Napi::Object result = Napi::Object::New(env);
+  guarded(env, [&] {
+    result.Set("isa", cpu::isa_name(cpu::active_isa()));
+    result.Set("detected", cpu::isa_name(cpu::detected_isa()));
+    result.Set("threads", cpu::available_threads());
+  });
+  return result;
+}
+
+// Without CUDA in the build there is nothing to ask; with it, the backend lists its devices.
+Napi::Value cuda_info(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Napi::Object result = Napi::Object::New(env);
+  result.Set("devices", Napi::Array::New(env, 0));
+#ifdef DN_WITH_CUDA
+  result.Set("compiled", true);
+#else
+  result.Set("compiled", false);
+#endif
+  try {
+    make_cuda_backend(0);
+  } catch (const Error& e) {
+    result.Set("reason", e.what());
+  }
+  return result;
+}
+
+Napi::Value external_memory(const Napi::CallbackInfo& info) {
+  return Napi::Number::New(info.Env(), static_cast<double>(state_of(info.Env())->external_memory));
+}
+
+Napi::Object init(Napi::Env env, Napi::Object exports) {
+  auto* state = new SharedState(std::make_shared<State>());
+  (*state)->model_class = Napi::Persistent(ModelWrap::define(env));
+  (*state)->cache_class = Napi::Persistent(CacheWrap::define(env));
+  (*state)->file_class = Napi::Persistent(SafetensorsWrap::define(env));
+  // The references die with the environment; a state kept alive by a late finalizer must not delete them
+  // again.
+  (*state)->model_class.SuppressDestruct();
+  (*state)->cache_class.SuppressDestruct();
+  (*state)->file_class.SuppressDestruct();
+  env.SetInstanceData<SharedState>(state);
+  exports.Set("createModel", Napi::Function::New<create_model>(env));
+  exports.Set("openSafetensors", Napi::Function::New<open_safetensors>(env));
+  exports.Set("writeSafetensors", Napi::Function::New<write_safetensors>(env));
+  exports.Set("philox", Napi::Function::New<philox_words>(env));
+  exports.Set("cpuInfo", Napi::Function::New<cpu_info>(env));
+  exports.Set("cudaInfo", Napi::Function::New<cuda_info>(env));
+  exports.Set("externalMemory", Napi::Function::New<external_memory>(env));
+  return exports;
+}
+
+}  // namespace
+}  // namespace dn::addon
+
+static Napi::Object register_addon(Napi::Env env, Napi::Object exports) {
+  return dn::addon::init(env, exports);
+}
+
+NODE_API_MODULE(diffusion_native, register_addon)

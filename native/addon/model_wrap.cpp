@@ -1,0 +1,425 @@
+// NativeModel's methods; see model_wrap.h and lib/binding.ts.
+
+#include "addon/model_wrap.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "addon/cache_wrap.h"
+#include "addon/convert.h"
+#include "addon/requests.h"
+#include "addon/safetensors_wrap.h"
+
+namespace dn::addon {
+
+namespace {
+
+std::string string_argument(const Napi::CallbackInfo& info, size_t index, const char* what) {
+  if (!info[index].IsString()) throw type_error(info.Env(), what, "a string");
+  return info[index].As<Napi::String>().Utf8Value();
+}
+
+Napi::Object object_argument(const Napi::CallbackInfo& info, size_t index, const char* what) {
+  if (!info[index].IsObject()) throw type_error(info.Env(), what, "an object");
+  return info[index].As<Napi::Object>();
+}
+
+Model::Moment to_moment(Napi::Env env, const std::string& which) {
+  expect(env, which == "moment1" || which == "moment2", "a moment is moment1 or moment2");
+  return which == "moment1" ? Model::Moment::kFirst : Model::Moment::kSecond;
+}
+
+std::unique_ptr<Backend> make_backend(const std::string& device, int threads) {
+  if (device == "cpu") return make_cpu_backend(threads);
+  if (device.rfind("cuda:", 0) == 0) return make_cuda_backend(std::stoi(device.substr(5)));
+  throw Error(Code::kDevice, "device \"" + device + "\" is unknown; expected cpu or cuda:N");
+}
+
+Napi::ObjectReference keep_alive(const Napi::Value& value) {
+  return Napi::Persistent(value.As<Napi::Object>());
+}
+
+}  // namespace
+
+Napi::Function ModelWrap::define(Napi::Env env) {
+  return DefineClass(env, "NativeModel",
+                     {InstanceAccessor<&ModelWrap::backend>("backend"),
+                      InstanceAccessor<&ModelWrap::parameters>("parameters"),
+                      InstanceMethod<&ModelWrap::memory>("memory"),
+                      InstanceMethod<&ModelWrap::initialise>("initialise"),
+                      InstanceMethod<&ModelWrap::get_parameter>("getParameter"),
+                      InstanceMethod<&ModelWrap::set_parameter>("setParameter"),
+                      InstanceMethod<&ModelWrap::load_parameter>("loadParameter"),
+                      InstanceMethod<&ModelWrap::load_moment>("loadMoment"),
+                      InstanceMethod<&ModelWrap::prepare_inference>("prepareInference"),
+                      InstanceMethod<&ModelWrap::create_cache>("createCache"),
+                      InstanceMethod<&ModelWrap::denoise>("denoise"),
+                      InstanceMethod<&ModelWrap::forward>("forward"),
+                      InstanceMethod<&ModelWrap::begin_training>("beginTraining"),
+                      InstanceMethod<&ModelWrap::end_training>("endTraining"),
+                      InstanceMethod<&ModelWrap::train_batch>("trainBatch"),
+                      InstanceMethod<&ModelWrap::zero_gradients>("zeroGradients"),
+                      InstanceMethod<&ModelWrap::gradient_sum_of_squares>("gradientSumOfSquares"),
+                      InstanceMethod<&ModelWrap::adamw>("adamw"),
+                      InstanceMethod<&ModelWrap::get_gradient>("getGradient"),
+                      InstanceMethod<&ModelWrap::get_moment>("getMoment"),
+                      InstanceMethod<&ModelWrap::dispose>("dispose")});
+}
+
+ModelWrap::ModelWrap(const Napi::CallbackInfo& info)
+    : Napi::ObjectWrap<ModelWrap>(info), state_(state_of(info.Env())) {
+  const Napi::Env env = info.Env();
+  info.This().As<Napi::Object>().TypeTag(&kModelTag);
+  const Napi::Object input = object_argument(info, 0, "config"),
+                     options = object_argument(info, 1, "options");
+  ModelConfig config;
+  config.layers = static_cast<int32_t>(int_field(input, "layers"));
+  config.heads = static_cast<int32_t>(int_field(input, "heads"));
+  config.channels = static_cast<int32_t>(int_field(input, "channels"));
+  config.context = static_cast<int32_t>(int_field(input, "context"));
+  config.vocab = static_cast<int32_t>(int_field(input, "vocab"));
+  const std::string device = string_field(options, "device");
+  const int threads = static_cast<int>(int_field(options, "threads"));
+  model_ = guarded(env, [&] { return std::make_shared<Model>(make_backend(device, threads), config); });
+  account(env);
+}
+
+ModelWrap::~ModelWrap() { release(Env()); }
+
+Model& ModelWrap::model(Napi::Env env) const {
+  if (!model_) throw coded_error(env, "ERR_DN_DISPOSED", "the model was disposed");
+  return *model_;
+}
+
+Model& ModelWrap::idle(Napi::Env env) const {
+  Model& m = model(env);
+  expect(env, !busy_, "the model is busy with another call");
+  return m;
+}
+
+void ModelWrap::account(Napi::Env env) {
+  int64_t now = 0;
+  if (model_) {
+    const Model::Memory memory = model_->memory();
+    now = static_cast<int64_t>(memory.parameters + memory.training + memory.workspace);
+  }
+  state_->adjust(env, now - reported_);
+  reported_ = now;
+}
+
+void ModelWrap::release(Napi::Env env) {
+  if (!model_) return;
+  model_.reset();
+  account(env);
+}
+
+Napi::Promise ModelWrap::start(const Napi::CallbackInfo& info, std::vector<Napi::ObjectReference> keep,
+                               Task::Work work, Task::Result result) {
+  busy_ = true;
+  keep.push_back(keep_alive(info.This()));
+  return Task::start(
+      info.Env(), std::move(keep), std::move(work),
+      [this](Napi::Env env) {
+        busy_ = false;
+        account(env);
+      },
+      std::move(result));
+}
+
+Napi::Value ModelWrap::backend(const Napi::CallbackInfo& info) {
+  return Napi::String::New(info.Env(), model(info.Env()).backend().name());
+}
+
+Napi::Value ModelWrap::parameters(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  const std::vector<Parameter>& table = model(env).parameters();
+  Napi::Array list = Napi::Array::New(env, table.size());
+  for (size_t i = 0; i < table.size(); ++i) {
+    Napi::Object item = Napi::Object::New(env);
+    Napi::Array shape = Napi::Array::New(env, table[i].shape.size());
+    for (size_t d = 0; d < table[i].shape.size(); ++d) {
+      shape.Set(static_cast<uint32_t>(d), Napi::Number::New(env, static_cast<double>(table[i].shape[d])));
+    }
+    item.Set("name", table[i].name);
+    item.Set("shape", shape);
+    item.Set("count", Napi::Number::New(env, static_cast<double>(table[i].count)));
+    list.Set(static_cast<uint32_t>(i), item);
+  }
+  return list;
+}
+
+Napi::Value ModelWrap::memory(const Napi::CallbackInfo& info) {
+  const Model::Memory memory = model(info.Env()).memory();
+  Napi::Object result = Napi::Object::New(info.Env());
+  result.Set("parameters", static_cast<double>(memory.parameters));
+  result.Set("training", static_cast<double>(memory.training));
+  result.Set("workspace", static_cast<double>(memory.workspace));
+  return result;
+}
+
+Napi::Value ModelWrap::initialise(const Napi::CallbackInfo& info) {
+  Model& m = idle(info.Env());
+  const uint64_t seed = bigint_value(info[0], "seed");
+  return start(
+      info, {}, [&m, seed] { m.initialise(seed); }, [](Napi::Env env) { return env.Undefined(); });
+}
+
+Napi::Value ModelWrap::copy_out(const Napi::CallbackInfo& info,
+                                const std::function<void(Model&, size_t, float*)>& read) {
+  const Napi::Env env = info.Env();
+  Model& m = idle(env);
+  return guarded(env, [&]() -> Napi::Value {
+    const size_t index = m.find_parameter(string_argument(info, 0, "name"));
+    Napi::Float32Array values =
+        Napi::Float32Array::New(env, static_cast<size_t>(m.parameters()[index].count));
+    read(m, index, values.Data());
+    return values;
+  });
+}
+
+Napi::Value ModelWrap::get_parameter(const Napi::CallbackInfo& info) {
+  return copy_out(info, [](Model& m, size_t index, float* out) { m.get_parameter(index, out); });
+}
+
+Napi::Value ModelWrap::get_gradient(const Napi::CallbackInfo& info) {
+  return copy_out(info, [](Model& m, size_t index, float* out) { m.get_gradient(index, out); });
+}
+
+Napi::Value ModelWrap::get_moment(const Napi::CallbackInfo& info) {
+  const Model::Moment which = to_moment(info.Env(), string_argument(info, 1, "moment"));
+  return copy_out(info, [which](Model& m, size_t index, float* out) { m.get_moment(index, which, out); });
+}
+
+void ModelWrap::set_parameter(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Model& m = idle(env);
+  guarded(env, [&] {
+    const size_t index = m.find_parameter(string_argument(info, 0, "name"));
+    const auto values = typed_array<Napi::Float32Array>(info[1], napi_float32_array, "values");
+    expect(env, static_cast<int64_t>(values.ElementLength()) == m.parameters()[index].count,
+           "setParameter: wrong count");
+    m.set_parameter(index, values.Data());
+  });
+}
+
+Napi::Value ModelWrap::load_parameter(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Model& m = idle(env);
+  const auto name = string_argument(info, 0, "name"), tensor = string_argument(info, 2, "tensor");
+  auto file = unwrap<SafetensorsWrap>(info[1], kFileTag, "file")->file(env);
+  return start(
+      info, {},
+      [&m, name, tensor, file] {
+        const size_t index = m.find_parameter(name);
+        const TensorEntry& entry = SafetensorsWrap::entry(*file, tensor);
+        const int64_t count = m.parameters()[index].count;
+        if (entry.count() != count) {
+          throw Error(Code::kCheckpoint, file->path() + ": tensor \"" + tensor + "\" has " +
+                                             std::to_string(entry.count()) + " values, parameter " + name +
+                                             " needs " + std::to_string(count));
+        }
+        std::vector<float> values(static_cast<size_t>(count));
+        file->read(entry, values.data());
+        m.set_parameter(index, values.data());
+      },
+      [](Napi::Env e) { return e.Undefined(); });
+}
+
+Napi::Value ModelWrap::load_moment(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Model& m = idle(env);
+  const auto name = string_argument(info, 0, "name"), tensor = string_argument(info, 3, "tensor");
+  const Model::Moment which = to_moment(env, string_argument(info, 1, "moment"));
+  auto file = unwrap<SafetensorsWrap>(info[2], kFileTag, "file")->file(env);
+  return start(
+      info, {},
+      [&m, name, which, tensor, file] {
+        const size_t index = m.find_parameter(name);
+        const TensorEntry& entry = SafetensorsWrap::entry(*file, tensor);
+        if (entry.count() != m.parameters()[index].count) {
+          throw Error(Code::kCheckpoint,
+                      file->path() + ": tensor \"" + tensor + "\" has the wrong number of values");
+        }
+        std::vector<float> values(static_cast<size_t>(entry.count()));
+        file->read(entry, values.data());
+        m.set_moment(index, which, values.data());
+      },
+      [](Napi::Env e) { return e.Undefined(); });
+}
+
+Napi::Value ModelWrap::prepare_inference(const Napi::CallbackInfo& info) {
+  Model& m = idle(info.Env());
+  return start(
+      info, {}, [&m] { m.prepare_inference(); }, [](Napi::Env env) { return env.Undefined(); });
+}
+
+Napi::Value ModelWrap::create_cache(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  model(env);
+  expect(env, info.Length() == 1 && info[0].IsNumber(), "createCache takes a capacity");
+  const auto external = Napi::External<std::shared_ptr<Model>>::New(env, &model_);
+  return state_->cache_class.New({external, info[0]});
+}
+
+Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Model& m = idle(env);
+  auto batch = to_batch(object_argument(info, 0, "batch"), m);
+  auto request = to_denoise(object_argument(info, 1, "denoise"), batch->row_count());
+  auto stats = std::make_shared<std::vector<DenoiseStats>>(request->rows.size());
+  auto watched = std::make_shared<std::vector<float>>(request->rows.size() * request->watch.size());
+  return start(
+      info, {},
+      [&m, batch, request, stats, watched] {
+        m.forward(batch->batch, batch->rows);
+        m.denoise(stats->data(), watched->data(), request->rows.data(),
+                  static_cast<int64_t>(request->rows.size()), request->watch.data(),
+                  static_cast<int64_t>(request->watch.size()));
+      },
+      [stats, watched](Napi::Env e) -> Napi::Value {
+        const size_t D = stats->size();
+        auto best = Napi::Int32Array::New(e, D), drawn = Napi::Int32Array::New(e, D);
+        auto probability = Napi::Float32Array::New(e, D), margin = Napi::Float32Array::New(e, D);
+        auto entropy = Napi::Float32Array::New(e, D), drawn_log_prob = Napi::Float32Array::New(e, D);
+        for (size_t i = 0; i < D; ++i) {
+          const DenoiseStats& s = (*stats)[i];
+          best[i] = s.best;
+          drawn[i] = s.drawn;
+          probability[i] = s.probability;
+          margin[i] = s.margin;
+          entropy[i] = s.entropy;
+          drawn_log_prob[i] = s.drawn_log_prob;
+        }
+        Napi::Object result = Napi::Object::New(e);
+        result.Set("best", best);
+        result.Set("drawn", drawn);
+        result.Set("probability", probability);
+        result.Set("margin", margin);
+        result.Set("entropy", entropy);
+        result.Set("drawnLogProb", drawn_log_prob);
+        result.Set("watched", to_array<Napi::Float32Array>(e, *watched));
+        return result;
+      });
+}
+
+Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Model& m = idle(env);
+  auto batch = to_batch(object_argument(info, 0, "batch"), m);
+  const bool hidden = string_argument(info, 1, "output") == "hidden";
+  const int64_t R = batch->row_count();
+  const int64_t width = hidden ? m.config().channels : m.config().vocab;
+  // The result is written in place by the pool thread: one copy of (R, V) logits, not two. Nobody else holds
+  // it yet.
+  Napi::Float32Array values = Napi::Float32Array::New(env, static_cast<size_t>(R * width));
+  float* out = values.Data();
+  auto kept = std::make_shared<Napi::ObjectReference>(Napi::Persistent(values.As<Napi::Object>()));
+  return start(
+      info, {},
+      [&m, batch, hidden, out, R] {
+        m.forward(batch->batch, batch->rows);
+        if (hidden) {
+          const Tensor h = m.hidden();
+          for (int64_t r = 0; r < R; ++r) {
+            m.backend().download(out + r * h.cols, h.slice(r, 1).data,
+                                 static_cast<size_t>(h.cols) * sizeof(float));
+          }
+        } else {
+          std::vector<int64_t> rows(static_cast<size_t>(R));
+          for (int64_t r = 0; r < R; ++r) rows[static_cast<size_t>(r)] = r;
+          m.logits(out, rows.data(), R);
+        }
+      },
+      [kept](Napi::Env) -> Napi::Value { return kept->Value(); });
+}
+
+Napi::Value ModelWrap::begin_training(const Napi::CallbackInfo& info) {
+  Model& m = idle(info.Env());
+  return start(
+      info, {}, [&m] { m.begin_training(); }, [](Napi::Env env) { return env.Undefined(); });
+}
+
+Napi::Value ModelWrap::end_training(const Napi::CallbackInfo& info) {
+  Model& m = idle(info.Env());
+  return start(
+      info, {}, [&m] { m.end_training(); }, [](Napi::Env env) { return env.Undefined(); });
+}
+
+Napi::Value ModelWrap::train_batch(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  Model& m = idle(env);
+  auto request = to_train(object_argument(info, 0, "batch"), object_argument(info, 1, "noise"),
+                          object_argument(info, 2, "options"));
+  auto noisy = std::make_shared<NoisyBatch>();
+  auto losses = std::make_shared<std::vector<float>>();
+  return start(
+      info, {},
+      [&m, request, noisy, losses] {
+        *noisy = corrupt(request->clean, request->noise);
+        losses->resize(noisy->rows.rows.size());
+        if (losses->empty()) return;  // nothing masked: no loss, no gradient
+        if (request->backward) {
+          m.loss_and_gradients(noisy->batch, noisy->rows, request->options, losses->data());
+        } else {
+          m.loss(noisy->batch, noisy->rows, request->options, losses->data());
+        }
+      },
+      [noisy, losses](Napi::Env e) -> Napi::Value {
+        double weighted = 0, unweighted = 0;
+        for (size_t i = 0; i < losses->size(); ++i) {
+          weighted += static_cast<double>(noisy->rows.weights[i]) * (*losses)[i];
+          unweighted += (*losses)[i];
+        }
+        Napi::Object result = Napi::Object::New(e);
+        result.Set("weighted", weighted);
+        result.Set("unweighted", unweighted);
+        result.Set("masked", static_cast<double>(losses->size()));
+        result.Set("predictable", static_cast<double>(noisy->predictable));
+        result.Set("denominator", noisy->denominator);
+        result.Set("mask", to_array<Napi::Uint8Array>(e, noisy->mask));
+        result.Set("t", to_array<Napi::Float64Array>(e, noisy->t));
+        Napi::Int32Array rows = Napi::Int32Array::New(e, losses->size());
+        for (size_t i = 0; i < losses->size(); ++i) rows[i] = static_cast<int32_t>(noisy->rows.rows[i]);
+        result.Set("rows", rows);
+        result.Set("targets", to_array<Napi::Int32Array>(e, noisy->rows.targets));
+        result.Set("losses", to_array<Napi::Float32Array>(e, *losses));
+        return result;
+      });
+}
+
+Napi::Value ModelWrap::zero_gradients(const Napi::CallbackInfo& info) {
+  Model& m = idle(info.Env());
+  return start(
+      info, {}, [&m] { m.zero_gradients(); }, [](Napi::Env env) { return env.Undefined(); });
+}
+
+Napi::Value ModelWrap::gradient_sum_of_squares(const Napi::CallbackInfo& info) {
+  Model& m = idle(info.Env());
+  auto sum = std::make_shared<double>(0);
+  return start(
+      info, {}, [&m, sum] { *sum = m.gradient_sum_of_squares(); },
+      [sum](Napi::Env env) -> Napi::Value { return Napi::Number::New(env, *sum); });
+}
+
+Napi::Value ModelWrap::adamw(const Napi::CallbackInfo& info) {
+  Model& m = idle(info.Env());
+  const Napi::Object input = object_argument(info, 0, "step");
+  AdamWStep step;
+  step.learning_rate = static_cast<float>(number_field(input, "learningRate"));
+  step.beta1 = static_cast<float>(number_field(input, "beta1"));
+  step.beta2 = static_cast<float>(number_field(input, "beta2"));
+  step.eps = static_cast<float>(number_field(input, "eps"));
+  step.gradient_scale = static_cast<float>(number_field(input, "gradientScale"));
+  step.step = int_field(input, "step");
+  const float decay = static_cast<float>(number_field(input, "weightDecay"));
+  return start(
+      info, {}, [&m, step, decay] { m.adamw(step, decay); }, [](Napi::Env env) { return env.Undefined(); });
+}
+
+void ModelWrap::dispose(const Napi::CallbackInfo& info) {
+  expect(info.Env(), !busy_, "dispose while a call is in flight");
+  release(info.Env());
+}
+
+}  // namespace dn::addon

@@ -1,0 +1,195 @@
+// Matrix products at the shapes of GPT-2 124M and of a small model, as a share of the fp32 peak that the same
+// run measures: forward with packed weights, and both backward products from plain weights, fp32 and bf16,
+// one thread and all. Usage: bench_gemm [filter] [seconds per case = 0.15]; the filter picks lines whose name
+// contains it.
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/isa.h"
+#include "cpu/ops.h"
+#include "cpu/thread_pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using namespace dn;
+using namespace dn::cpu;
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// The best of repeated calls within the time given: other work on the machine only ever adds.
+double best_seconds(double budget, const std::function<void()>& call) {
+  call();
+  double best = 1e9;
+  const auto start = Clock::now();
+  do {
+    const auto begin = Clock::now();
+    call();
+    best = std::min(best, seconds_since(begin));
+  } while (seconds_since(start) < budget);
+  return best;
+}
+
+constexpr int64_t kPeakLoops = 200000;
+constexpr int kChains = 24;  // independent sums: more than latency times ports, few enough for the registers
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f"))) double fma_loop_avx512() {
+  __m512 sum[kChains];
+  for (auto& s : sum) s = _mm512_setzero_ps();
+  __m512 a = _mm512_set1_ps(1e-3f), b = _mm512_set1_ps(0.5f);
+  for (int64_t i = 0; i < kPeakLoops; ++i) {
+#pragma GCC unroll 24
+    for (int c = 0; c < kChains; ++c) sum[c] = _mm512_fmadd_ps(a, b, sum[c]);
+    asm volatile("" : "+v"(a), "+v"(b));
+  }
+  for (int c = 1; c < kChains; ++c) sum[0] = _mm512_add_ps(sum[0], sum[c]);
+  return static_cast<double>(_mm512_cvtss_f32(sum[0]));
+}
+
+constexpr int kChainsAvx2 = 12;
+__attribute__((target("avx2,fma"))) double fma_loop_avx2() {
+  __m256 sum[kChainsAvx2];
+  for (auto& s : sum) s = _mm256_setzero_ps();
+  __m256 a = _mm256_set1_ps(1e-3f), b = _mm256_set1_ps(0.5f);
+  for (int64_t i = 0; i < kPeakLoops; ++i) {
+#pragma GCC unroll 12
+    for (int c = 0; c < kChainsAvx2; ++c) sum[c] = _mm256_fmadd_ps(a, b, sum[c]);
+    asm volatile("" : "+x"(a), "+x"(b));
+  }
+  for (int c = 1; c < kChainsAvx2; ++c) sum[0] = _mm256_add_ps(sum[0], sum[c]);
+  return static_cast<double>(_mm256_cvtss_f32(sum[0]));
+}
+#endif
+
+// fp32 multiply-adds from registers, in GFLOP/s; 0 where the instruction set has no such loop.
+double fma_peak(const Cpu& cpu) {
+#if defined(__x86_64__)
+  if (cpu.isa == Isa::kPortable) return 0;
+  const bool wide = cpu.isa >= Isa::kAvx512;
+  volatile double sink = 0;
+  const double seconds = best_seconds(0.3, [&] {
+    parallel(cpu.threads, cpu.threads,
+             [&](int64_t, int) { sink = wide ? fma_loop_avx512() : fma_loop_avx2(); });
+  });
+  const double flop =
+      2.0 * (wide ? 16 * kChains : 8 * kChainsAvx2) * static_cast<double>(kPeakLoops) * cpu.threads;
+  return flop / seconds * 1e-9;
+#else
+  (void)cpu;
+  return 0;
+#endif
+}
+
+Weight weight(const std::vector<float>& v, int64_t K, int64_t N, WeightOrder order, bool packed) {
+  Weight w;
+  w.data = v.data();
+  w.K = K;
+  w.N = N;
+  w.order = order;
+  w.packed = packed;
+  return w;
+}
+
+std::vector<float> numbers(int64_t n) {
+  std::vector<float> v(static_cast<size_t>(n));
+  uint32_t state = 12345;
+  for (float& x : v) x = static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-24f - 0.5f;
+  return v;
+}
+
+struct Options {
+  const char* filter;
+  double seconds;
+};
+
+void report(const Options& options, const std::string& name, double flop, double bytes, double peak,
+            const std::function<void()>& call) {
+  if (name.find(options.filter) == std::string::npos) return;
+  const double seconds = best_seconds(options.seconds, call);
+  std::printf("%-44s %9.3f ms %8.1f GFLOP/s %6.1f %% of peak %7.1f GB/s of weights\n", name.c_str(),
+              seconds * 1e3, flop / seconds * 1e-9, peak > 0 ? flop / seconds * 1e-7 / peak : 0.0,
+              bytes / seconds * 1e-9);
+  std::fflush(stdout);
+}
+
+void bench_shape(const Options& options, const Cpu& cpu, double peak, int64_t M, int64_t K, int64_t N,
+                 bool training) {
+  std::vector<float> inp = numbers(M * K), w = numbers(K * N), out(static_cast<size_t>(M * N)),
+                     bias = numbers(N);
+  std::vector<float> panels(static_cast<size_t>(packed_elements(K, N)));
+  const WeightOrder order = N > 4096 ? WeightOrder::kOutIn : WeightOrder::kInOut;  // the head is an embedding
+  const Weight plain = weight(w, K, N, order, false), packed = weight(panels, K, N, order, true);
+  pack_weight(cpu, panels.data(), plain);
+  const auto tensor = [](std::vector<float>& v, int64_t rows, int64_t cols) {
+    return Tensor(v.data(), Dtype::kF32, rows, cols);
+  };
+  const double flop = 2.0 * static_cast<double>(M) * static_cast<double>(K) * static_cast<double>(N);
+  const double bytes = 4.0 * static_cast<double>(K) * static_cast<double>(N);
+  const std::string where = " t" + std::to_string(cpu.threads) + " M=" + std::to_string(M) + " " +
+                            std::to_string(K) + "x" + std::to_string(N);
+  const auto forward = [&](const Weight& weight_used, MatmulPrecision precision) {
+    matmul_forward(cpu, tensor(out, M, N), tensor(inp, M, K), weight_used, tensor(bias, 1, N),
+                   Epilogue::kNone, {}, precision);
+  };
+  report(options, "forward packed fp32" + where, flop, bytes, peak,
+         [&] { forward(packed, MatmulPrecision::kFP32); });
+  if (!training) return;
+  report(options, "forward plain fp32" + where, flop, bytes, peak,
+         [&] { forward(plain, MatmulPrecision::kFP32); });
+  std::vector<float> dinp(inp.size()), dw(w.size());
+  const auto backward = [&](bool to_input, MatmulPrecision precision) {
+    matmul_backward(cpu, to_input ? tensor(dinp, M, K) : Tensor(),
+                    to_input                       ? Tensor()
+                    : order == WeightOrder::kInOut ? tensor(dw, K, N)
+                                                   : tensor(dw, N, K),
+                    {}, tensor(out, M, N), tensor(inp, M, K), plain, precision);
+  };
+  report(options, "dinp fp32" + where, flop, bytes, peak, [&] { backward(true, MatmulPrecision::kFP32); });
+  report(options, "dweight fp32" + where, flop, bytes, peak,
+         [&] { backward(false, MatmulPrecision::kFP32); });
+  if (cpu.isa < Isa::kAmx) return;
+  report(options, "forward plain bf16" + where, flop, bytes, peak,
+         [&] { forward(plain, MatmulPrecision::kBF16); });
+  report(options, "dinp bf16" + where, flop, bytes, peak, [&] { backward(true, MatmulPrecision::kBF16); });
+  report(options, "dweight bf16" + where, flop, bytes, peak,
+         [&] { backward(false, MatmulPrecision::kBF16); });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Options options{argc > 1 ? argv[1] : "", argc > 2 ? std::atof(argv[2]) : 0.15};
+  std::vector<int> counts = {1};
+  if (available_threads() > 1) counts.push_back(available_threads());
+  for (const int threads : counts) {
+    const Cpu cpu{threads, active_isa()};
+    const double peak = fma_peak(cpu);
+    std::printf("%s, %d thread%s: %.1f GFLOP/s fp32 from registers\n", isa_name(cpu.isa), threads,
+                threads > 1 ? "s" : "", peak);
+    for (const int64_t M : {int64_t{1}, int64_t{8}, int64_t{16}})
+      bench_shape(options, cpu, peak, M, 768, 50257, false);
+    for (const int64_t M : {int64_t{64}, int64_t{256}, int64_t{1024}}) {
+      const int64_t shapes[][2] = {{768, 2304}, {768, 768},  {768, 3072},
+                                   {3072, 768}, {256, 1024}, {256, 8192}};
+      for (const auto& s : shapes) bench_shape(options, cpu, peak, M, s[0], s[1], true);
+    }
+    report(options, "parallel region t" + std::to_string(threads), 0, 0, 0,
+           [&] { parallel(threads, 64, [](int64_t, int) {}); });
+  }
+  return 0;
+}

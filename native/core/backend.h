@@ -1,0 +1,183 @@
+// What a device must be able to do. The model (model.h) is written once against this interface; native/cpu
+// and cuda implement it. Ops come in forward/backward pairs. Argument order: outputs, inputs, saved tensors,
+// scalars.
+//
+// Letters: N packed tokens (sequences laid end to end, no padding), R selected rows, C channels, NH heads,
+// HS = C / NH head size, V vocabulary, S sequences.
+// Gradients of parameters accumulate (+=); gradients of activations are overwritten unless an op says
+// otherwise. Every output row depends only on its own inputs, with a fixed order of additions: results are
+// the same bits for any thread count and whatever else is in the batch. Index lists (ids, positions, rows)
+// are host memory; tensors are memory of the backend.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "core/attention_mask.h"
+#include "core/tensor.h"
+
+namespace dn {
+
+// Memory of a backend, freed with the object. 64-byte aligned on the CPU, and zero-filled.
+class Buffer {
+ public:
+  virtual ~Buffer() = default;
+  virtual void* data() const = 0;
+  virtual size_t bytes() const = 0;
+};
+
+// One sequence of an attention call. Its queries are the packed rows [q_begin, q_end) of the query tensor, at
+// positions query_positions[q_begin..q_end) inside the sequence; its keys are k_len rows at positions 0 ..
+// k_len - 1, found in the packed qkv (k, v null: rows kv_begin + 0 .. k_len - 1) or in a cache (k, v:
+// row-major (k_len, C)).
+struct AttentionSequence {
+  int64_t q_begin = 0;
+  int64_t q_end = 0;
+  int64_t kv_begin = 0;
+  int64_t k_len = 0;
+  void* k = nullptr;
+  void* v = nullptr;
+  AttentionMask mask;
+};
+
+enum class Epilogue : uint8_t {
+  kNone,      // out = x W + bias
+  kGelu,      // pre = x W + bias; out = gelu(pre), tanh form; `extra` (same shape), when given, receives pre
+  kResidual,  // out = x W + bias + extra
+};
+
+// How exact a product must be. kBF16 allows inputs rounded to bf16 with fp32 accumulation where the machine
+// is faster at it; without such hardware it is the same as kFP32.
+enum class MatmulPrecision : uint8_t { kFP32, kBF16 };
+
+// How one row of the head is to be sampled. All lists are per selected row.
+struct DenoiseRow {
+  int64_t row = 0;         // row of `hidden`
+  int64_t guide_row = -1;  // row of the unconditional twin for classifier-free guidance, -1: none
+  float guidance = 0;      // w: logits become u + (w + 1)(l - u)
+  float temperature = 1;   // 0: the drawn token is the best one
+  float top_p =
+      1;  // nucleus: keep items whose preceding cumulative mass is <= top_p, 1: all (algorithms.md 3)
+  int32_t top_k = 0;    // keep the k best (ties kept), 0: all
+  int32_t banned = -1;  // an id whose probability is exactly zero (the mask id), -1: none
+  uint64_t seed = 0;    // the draw is a function of (seed, step, position) and the distribution alone
+  uint32_t step = 0;
+  uint32_t position = 0;
+};
+
+// Statistics of one row. Probability, margin and entropy are of the distribution at temperature 1 without
+// filters (after guidance and without the banned id); the draw is from the tempered and filtered one.
+struct DenoiseStats {
+  int32_t best = 0;          // arg max, the smallest id among equals
+  int32_t drawn = 0;         // sampled id
+  float probability = 0;     // of `best`
+  float margin = 0;          // probability of `best` minus that of the runner-up
+  float entropy = 0;         // nats
+  float drawn_log_prob = 0;  // log probability of `drawn` at temperature 1 without filters
+};
+
+// AdamW over one span of parameters that share a decay. Decoupled decay: p -= lr * decay * p.
+struct AdamWStep {
+  float learning_rate = 0;
+  float beta1 = 0.9f;
+  float beta2 = 0.999f;
+  float eps = 1e-8f;
+  float weight_decay = 0;
+  float gradient_scale = 1;  // multiplies every gradient first: clipping and accumulation in one factor
+  int64_t step = 1;          // 1-based, for bias correction
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // "cpu/avx512", "cuda:0/sm_90".
+  virtual std::string name() const = 0;
+  // How activations are stored: fp32 on the CPU.
+  virtual Dtype activation_dtype() const = 0;
+  // True when the backend's memory is ordinary host memory, so that a caller's own array can be a tensor.
+  virtual bool host_memory() const { return false; }
+  virtual std::unique_ptr<Buffer> alloc(size_t bytes) = 0;  // throws Error(kOutOfMemory)
+  virtual void upload(void* dst, const void* host, size_t bytes) = 0;
+  virtual void download(void* host, const void* src, size_t bytes) = 0;
+  virtual void zero(void* dst, size_t bytes) = 0;
+  virtual void copy(Tensor dst, Tensor src) = 0;  // same shape, any strides
+  virtual void synchronize() = 0;
+
+  // Elements that a (K, N) weight needs once packed; at least K * N.
+  virtual int64_t packed_elements(int64_t K, int64_t N) const = 0;
+  // Writes `plain` in the backend's packed layout to `packed` (packed_elements floats), and back.
+  virtual void pack_weight(void* packed, const Weight& plain) = 0;
+  virtual void unpack_weight(void* plain, const Weight& packed) = 0;
+
+  // out (N, C) = wte[id] + wpe[position]. wte is the head's weight: K = C, N = V, order kOutIn, plain or
+  // packed.
+  virtual void embedding_forward(Tensor out, const int32_t* ids, const int32_t* positions, const Weight& wte,
+                                 Tensor wpe) = 0;
+  // dwte (V, C), dwpe (P, C) += rows of dout, in token order.
+  virtual void embedding_backward(Tensor dwte, Tensor dwpe, Tensor dout, const int32_t* ids,
+                                  const int32_t* positions) = 0;
+
+  // out = LN(inp) * weight + bias, eps 1e-5. mean, rstd: (N, 1), may be null for inference.
+  virtual void layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor inp, Tensor weight,
+                                 Tensor bias) = 0;
+  // dinp += (it is the residual stream's gradient); dweight, dbias += (1, C).
+  virtual void layernorm_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,
+                                  Tensor weight, Tensor mean, Tensor rstd) = 0;
+
+  // out (M, N) = epilogue(inp (M, K) * w + bias); bias (1, N) may be null.
+  virtual void matmul_forward(Tensor out, Tensor inp, const Weight& w, Tensor bias, Epilogue epilogue,
+                              Tensor extra, MatmulPrecision precision) = 0;
+  // dinp (M, K) = dout * W^T, when dinp is given; dweight (in w's order) += inp^T dout; dbias (1, N) +=
+  // column sums. w must be plain.
+  virtual void matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,
+                               const Weight& w, MatmulPrecision precision) = 0;
+  // out = gelu(inp), and dinp = dout * gelu'(inp); dinp may be dout.
+  virtual void gelu_forward(Tensor out, Tensor inp) = 0;
+  virtual void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) = 0;
+
+  // out (Nq, C): for every query and head, softmax over its visible keys of q . k / sqrt(HS), times v. A
+  // query that sees no key writes zeros. lse (Nq, NH), may be null: log-sum-exp of the scaled scores (0 where
+  // nothing is visible). q (Nq, C); kv (Nkv, 2C) = [k | v], a column slice of the packed qkv; unused for
+  // sequences with a cache.
+  virtual void attention_forward(Tensor out, Tensor lse, Tensor q, Tensor kv,
+                                 const AttentionSequence* sequences, int64_t S,
+                                 const int32_t* query_positions, int64_t NH) = 0;
+  // dqkv (N, 3C) overwritten, from dout, qkv, out (N, C) and lse. No caches: queries and keys are the same
+  // tokens.
+  virtual void attention_backward(Tensor dqkv, Tensor dout, Tensor qkv, Tensor out, Tensor lse,
+                                  const AttentionSequence* sequences, int64_t S,
+                                  const int32_t* query_positions, int64_t NH) = 0;
+
+  // logits (R, V) = hidden[rows] * wte^T, only where a caller asks for them.
+  virtual void head_logits(Tensor logits, Tensor hidden, const int64_t* rows, int64_t R,
+                           const Weight& wte) = 0;
+  // Statistics of R rows without ever holding (R, V) logits in full. watch: ids whose probability
+  // (temperature 1, no filters) is written to watched (R, watch_count), host memory.
+  virtual void head_denoise(DenoiseStats* stats, float* watched, Tensor hidden, const DenoiseRow* rows,
+                            int64_t R, const int32_t* watch, int64_t watch_count, const Weight& wte) = 0;
+  // Fused projection and cross-entropy of R rows: losses[r] = -log softmax(hidden[rows[r]] *
+  // wte^T)[targets[r]] (host, unweighted). When dhidden is given: dhidden[rows[r]] = weights[r] * d losses[r]
+  // (the other rows are zeroed), and dwte (V, C) += . (R, V) logits are never held in full. wte must be plain
+  // for gradients.
+  virtual void head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte, Tensor hidden,
+                                  const int64_t* rows, const int32_t* targets, const float* weights,
+                                  int64_t R, const Weight& wte, MatmulPrecision precision) = 0;
+
+  // One AdamW step over n consecutive parameters, gradients and moments.
+  virtual void adamw(void* params, const void* gradients, void* m, void* v, int64_t n,
+                     const AdamWStep& step) = 0;
+  // Sum of squares of n gradients in double, with an order of additions that does not depend on threads. NaN
+  // and infinities propagate.
+  virtual double sum_of_squares(const void* gradients, int64_t n) = 0;
+};
+
+// threads 0: every core this process may use. The pool is process-wide: concurrent callers take turns.
+std::unique_ptr<Backend> make_cpu_backend(int threads);
+// Throws Error(kDevice) with the reason when there is no CUDA in this build or no usable device.
+std::unique_ptr<Backend> make_cuda_backend(int device);
+
+}  // namespace dn

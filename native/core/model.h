@@ -1,0 +1,174 @@
+// GPT-2 on a Backend: forward, backward and the optimiser step, over packed ragged batches.
+// Network (algorithms.md 1.1): h = wte[x] + wpe[pos]; per block h += attn(LN1(h)), h += mlp(LN2(h)); hidden =
+// LNf(h); logits = hidden * wte^T. The class knows tokens and rows; what a row means (diffusion, the
+// one-position shift, sampling) is its callers' business.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/backend.h"
+
+namespace dn {
+
+struct ModelConfig {
+  int32_t layers = 0;
+  int32_t heads = 0;
+  int32_t channels = 0;  // C, a multiple of heads
+  int32_t context = 0;   // rows of wpe: the longest sequence
+  int32_t vocab = 0;     // V
+};
+
+// One named tensor inside the parameter buffer. Gradients and moments use the same offsets.
+struct Parameter {
+  std::string name;  // GPT-2 names without prefix: "wte.weight", "h.0.attn.c_attn.weight"
+  std::vector<int64_t> shape;
+  int64_t offset = 0;  // elements from the start of the buffer, a multiple of 16
+  int64_t count = 0;   // product of shape
+  bool is_matrix =
+      false;  // rank 2: weight decay applies; all but wpe are operands of products and may be packed
+};
+
+std::vector<Parameter> make_parameter_table(const ModelConfig& config);
+
+// Keys and values of one sequence for every layer: (layers, capacity, C) each. Forwarding tokens at positions
+// p overwrites rows p; attention then reads rows [0, k_len). Autoregressive decoding appends, block-wise
+// decoding overwrites a block in place.
+class KvCache {
+ public:
+  KvCache(Backend& backend, const ModelConfig& config, int32_t capacity);
+  int32_t capacity() const { return capacity_; }
+  void* k(int32_t layer) const;
+  void* v(int32_t layer) const;
+  size_t bytes() const { return buffer_->bytes(); }
+
+ private:
+  int32_t capacity_;
+  int32_t channels_;
+  size_t row_bytes_;
+  std::unique_ptr<Buffer> buffer_;
+};
+
+// A sequence of a batch: packed rows [begin, end). Without a cache its keys are its own tokens (k_len = end -
+// begin, at positions 0..k_len-1 in order); with one they are rows [0, k_len) of the cache after this batch's
+// rows are written.
+struct Sequence {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int32_t k_len = 0;
+  KvCache* cache = nullptr;
+  AttentionMask mask;
+};
+
+struct Batch {
+  std::vector<int32_t> ids;        // (N)
+  std::vector<int32_t> positions;  // (N) index into wpe
+  // (N) the q of visible(q, k); empty: equal to `positions`. They differ for the doubled sequences of block
+  // diffusion, where wpe positions restart at the clean copy and mask positions go on.
+  std::vector<int32_t> mask_positions;
+  std::vector<Sequence> sequences;
+};
+
+// What a training step asks of the head: row `rows[i]` of the packed batch predicts `targets[i]` with weight
+// weights[i]. Rows are distinct.
+struct LossRows {
+  std::vector<int64_t> rows;
+  std::vector<int32_t> targets;
+  std::vector<float> weights;
+};
+
+struct TrainingOptions {
+  bool recompute = false;  // keep only each block's input and redo its forward in the backward pass
+  MatmulPrecision precision = MatmulPrecision::kFP32;
+};
+
+class Model {
+ public:
+  Model(std::unique_ptr<Backend> backend, const ModelConfig& config);
+  ~Model();
+
+  const ModelConfig& config() const { return config_; }
+  Backend& backend() { return *backend_; }
+  const std::vector<Parameter>& parameters() const { return parameters_; }
+  // Index into parameters(); throws Error(kArgument) naming the parameter when there is none.
+  size_t find_parameter(const std::string& name) const;
+
+  // GPT-2 initialisation: N(0, 0.02); attn.c_proj and mlp.c_proj weights N(0, 0.02 / sqrt(2 layers)); biases
+  // 0, layer norm weights 1. Box-Muller on Stream::kInit, so a seed means the same weights everywhere.
+  void initialise(uint64_t seed);
+  void get_parameter(size_t index, float* out);  // plain layout, whatever the storage
+  void set_parameter(size_t index, const float* values);
+  // After the last set_parameter of a load: packs weights for inference. Forward does it by itself when it
+  // was not called.
+  void prepare_inference();
+
+  // Runs the network and keeps the final hidden states (after LNf) of the listed packed rows, in the listed
+  // order (empty: all rows). The last block computes attention, its projection and the MLP only for them.
+  // Validates ids, positions, cache capacity and row numbers: Error(kArgument).
+  void forward(const Batch& batch, const std::vector<int64_t>& rows);
+  Tensor hidden() const { return hidden_; }  // (R, C), valid until the next forward, loss or training call
+  // Of the rows kept by the last forward; DenoiseRow::row and `rows` count within them.
+  void logits(float* out, const int64_t* rows, int64_t R);  // host (R, V)
+  void denoise(DenoiseStats* stats, float* watched, const DenoiseRow* rows, int64_t R, const int32_t* watch,
+               int64_t watch_count);
+
+  // Training. begin_training unpacks weights and allocates gradients and moments; end_training frees them.
+  void begin_training();
+  void end_training();
+  bool training() const { return training_ != nullptr; }
+  // Unweighted losses (R) of LossRows, without gradients.
+  void loss(const Batch& batch, const LossRows& rows, const TrainingOptions& options, float* losses);
+  // The same, and gradients of sum_i weights[i] * losses[i] are added to the gradient buffer.
+  void loss_and_gradients(const Batch& batch, const LossRows& rows, const TrainingOptions& options,
+                          float* losses);
+  void zero_gradients();
+  double gradient_sum_of_squares();
+  // decay applies to matrices only (nanoGPT's rule: rank >= 2).
+  void adamw(const AdamWStep& step, float weight_decay);
+  void get_gradient(size_t index, float* out);
+  enum class Moment { kFirst, kSecond };
+  void get_moment(size_t index, Moment which, float* out);
+  void set_moment(size_t index, Moment which, const float* values);
+
+  // Bytes of parameters, of training state and of the workspace now held.
+  struct Memory {
+    size_t parameters = 0, training = 0, workspace = 0;
+  };
+  Memory memory() const;
+
+ private:
+  struct Training;
+  struct Workspace;
+  struct BlockActivations;
+
+  // Views of a parameter, or of the same place in a gradient buffer. Vectors are (1, n), wpe is (context, C).
+  Tensor tensor(size_t index) const;
+  Tensor gradient(size_t index) const;
+  Weight weight(size_t index) const;
+  Weight plain_weight(size_t index, const void* data) const;
+  // Elements reserved for parameter `index`: its count, or more where packing needs more.
+  int64_t room(size_t index) const;
+  void unpack();
+
+  // Checks a batch against the model and plans its attention calls; `rows` as in forward.
+  void plan_batch(const Batch& batch, const std::vector<int64_t>& rows);
+  void run_forward(const Batch& batch, const std::vector<int64_t>& rows, MatmulPrecision precision);
+  void block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActivations& a, bool listed,
+                     MatmulPrecision precision);
+  void block_backward(int32_t layer, Tensor inp, const BlockActivations& a, MatmulPrecision precision);
+  void check_loss_rows(const Batch& batch, const LossRows& rows);
+  const Training& require_training(const char* caller) const;
+
+  ModelConfig config_;
+  std::unique_ptr<Backend> backend_;
+  std::vector<Parameter> parameters_;
+  std::unique_ptr<Buffer> storage_;
+  std::unique_ptr<Training> training_;
+  std::unique_ptr<Workspace> workspace_;
+  Tensor hidden_;
+  bool packed_ = false;
+};
+
+}  // namespace dn

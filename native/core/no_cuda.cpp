@@ -1,0 +1,18 @@
+// Stands in for cuda/ in builds without it, so that asking for a GPU gives a reason instead of a link error.
+
+#include "core/backend.h"
+#include "core/error.h"
+
+#ifndef DN_WITH_CUDA
+
+namespace dn {
+
+std::unique_ptr<Backend> make_cuda_backend(int device) {
+  throw Error(Code::kDevice,
+              "this build has no CUDA support, so device cuda:" + std::to_string(device) +
+                  " cannot be used; build with npm run build:cuda where the CUDA toolkit is installed");
+}
+
+}  // namespace dn
+
+#endif

@@ -1,0 +1,296 @@
+// The model's parameters: the table of names, shapes and places, GPT-2's initialisation, and access to values
+// whether they are stored plainly or packed for inference. There is one copy of the weights at any time;
+// packing and unpacking work in place, with a temporary of the size of the largest matrix.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "core/error.h"
+#include "core/model.h"
+#include "core/rng.h"
+#include "core/workspace.h"
+
+namespace dn {
+namespace {
+
+// Far above any GPT-2, and low enough that no product of sizes leaves int64.
+constexpr int32_t kMaxLayers = 1024;
+constexpr int32_t kMaxChannels = 1 << 16;
+constexpr int32_t kMaxContext = 1 << 20;
+constexpr int32_t kMaxVocab = 1 << 24;
+
+constexpr int64_t kOffsetStep = 16;  // elements: every parameter starts on a 64-byte line
+
+void check_field(const char* name, int32_t value, int32_t most) {
+  if (value < 1 || value > most) {
+    throw Error(Code::kArgument, std::string("model config: ") + name + " is " + std::to_string(value) +
+                                     ", expected 1 to " + std::to_string(most));
+  }
+}
+
+int64_t round_up(int64_t n) { return (n + kOffsetStep - 1) / kOffsetStep * kOffsetStep; }
+
+// Matrices that products read through Backend's packed layout; wpe is only ever read row by row.
+bool is_packable(size_t index, const Parameter& parameter) { return parameter.is_matrix && index != kWpe; }
+
+// K and N of y = x W for a packable parameter: the head reads wte (V, C) as K = C, N = V.
+int64_t weight_k(size_t index, const Parameter& p) { return index == kWte ? p.shape[1] : p.shape[0]; }
+int64_t weight_n(size_t index, const Parameter& p) { return index == kWte ? p.shape[0] : p.shape[1]; }
+
+// Four standard normal numbers of a counter: Box-Muller on (0, 1] x [0, 1), in double so that a seed gives
+// the same floats whatever the mathematics library.
+void normal4(uint64_t seed, uint32_t parameter, uint64_t index, double out[4]) {
+  constexpr double kTwoPi = 6.283185307179586476925;
+  constexpr double kScale = 1.0 / 4294967296.0;
+  const Philox4 r = philox(seed, Stream::kInit, parameter, index);
+  for (int pair = 0; pair < 2; ++pair) {
+    const double radius = std::sqrt(-2.0 * std::log((r.v[2 * pair] + 1.0) * kScale));
+    const double angle = kTwoPi * (r.v[2 * pair + 1] * kScale);
+    out[2 * pair] = radius * std::cos(angle);
+    out[2 * pair + 1] = radius * std::sin(angle);
+  }
+}
+
+bool ends_with(const std::string& s, const char* end) {
+  const size_t n = std::strlen(end);
+  return s.size() >= n && s.compare(s.size() - n, n, end) == 0;
+}
+
+}  // namespace
+
+void check_config(const ModelConfig& config) {
+  check_field("layers", config.layers, kMaxLayers);
+  check_field("channels", config.channels, kMaxChannels);
+  check_field("heads", config.heads, kMaxChannels);
+  check_field("context", config.context, kMaxContext);
+  check_field("vocab", config.vocab, kMaxVocab);
+  if (config.channels % config.heads != 0) {
+    throw Error(Code::kArgument, "model config: channels is " + std::to_string(config.channels) +
+                                     ", expected a multiple of heads = " + std::to_string(config.heads));
+  }
+}
+
+std::unique_ptr<Buffer> alloc_for(Backend& backend, size_t bytes, const std::string& what) {
+  try {
+    return backend.alloc(bytes);
+  } catch (const Error& e) {
+    if (e.code() != Code::kOutOfMemory) throw;
+    throw Error(Code::kOutOfMemory,
+                "out of memory: " + std::to_string(bytes) + " bytes for " + what + " (" + e.what() + ")");
+  }
+}
+
+const Parameter& parameter_at(const std::vector<Parameter>& table, size_t index) {
+  if (index >= table.size()) {
+    throw Error(Code::kArgument, "parameter " + std::to_string(index) + " is outside the model's " +
+                                     std::to_string(table.size()) + " parameters");
+  }
+  return table[index];
+}
+
+std::vector<Parameter> make_parameter_table(const ModelConfig& config) {
+  check_config(config);
+  std::vector<Parameter> table;
+  int64_t offset = 0;
+  const auto add = [&](const std::string& name, std::vector<int64_t> shape) {
+    Parameter p;
+    p.name = name;
+    p.count = 1;
+    for (const int64_t size : shape) p.count *= size;
+    p.is_matrix = shape.size() == 2;
+    p.shape = std::move(shape);
+    p.offset = offset;
+    offset += round_up(p.count);
+    table.push_back(std::move(p));
+  };
+  const int64_t C = config.channels;
+  add("wte.weight", {config.vocab, C});
+  add("wpe.weight", {config.context, C});
+  for (int32_t layer = 0; layer < config.layers; ++layer) {
+    const std::string h = "h." + std::to_string(layer) + ".";
+    add(h + "ln_1.weight", {C});
+    add(h + "ln_1.bias", {C});
+    add(h + "attn.c_attn.weight", {C, 3 * C});
+    add(h + "attn.c_attn.bias", {3 * C});
+    add(h + "attn.c_proj.weight", {C, C});
+    add(h + "attn.c_proj.bias", {C});
+    add(h + "ln_2.weight", {C});
+    add(h + "ln_2.bias", {C});
+    add(h + "mlp.c_fc.weight", {C, 4 * C});
+    add(h + "mlp.c_fc.bias", {4 * C});
+    add(h + "mlp.c_proj.weight", {4 * C, C});
+    add(h + "mlp.c_proj.bias", {C});
+  }
+  add("ln_f.weight", {C});
+  add("ln_f.bias", {C});
+  return table;
+}
+
+Model::Model(std::unique_ptr<Backend> backend, const ModelConfig& config)
+    : config_(config),
+      backend_(std::move(backend)),
+      parameters_(make_parameter_table(config)),
+      workspace_(std::make_unique<Workspace>()) {
+  // The table's offsets know nothing of the backend; here they get the room that its packed layout needs.
+  int64_t total = 0;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    parameters_[i].offset = total;
+    total += round_up(room(i));
+  }
+  storage_ = alloc_for(*backend_, static_cast<size_t>(total) * sizeof(float), "the parameters");
+  // Zeros are the packed form of zeros. Starting packed, a loader's set_parameter packs straight from its
+  // file, with no plain copy in between.
+  packed_ = true;
+}
+
+Model::~Model() = default;
+
+size_t Model::find_parameter(const std::string& name) const {
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    if (parameters_[i].name == name) return i;
+  }
+  throw Error(Code::kArgument, "the model has no parameter named '" + name + "'; names look like '" +
+                                   parameters_[block_parameter(0, kAttnWeight)].name + "'");
+}
+
+int64_t Model::room(size_t index) const {
+  const Parameter& p = parameters_[index];
+  if (!is_packable(index, p)) return p.count;
+  return std::max(p.count, backend_->packed_elements(weight_k(index, p), weight_n(index, p)));
+}
+
+Tensor Model::tensor(size_t index) const {
+  const Parameter& p = parameters_[index];
+  return Tensor(static_cast<float*>(storage_->data()) + p.offset, Dtype::kF32, p.is_matrix ? p.shape[0] : 1,
+                p.shape.back());
+}
+
+Weight Model::plain_weight(size_t index, const void* data) const {
+  const Parameter& p = parameters_[index];
+  Weight w;
+  w.data = data;
+  w.order = index == kWte ? WeightOrder::kOutIn : WeightOrder::kInOut;
+  w.K = weight_k(index, p);
+  w.N = weight_n(index, p);
+  return w;
+}
+
+Weight Model::weight(size_t index) const {
+  Weight w = plain_weight(index, tensor(index).data);
+  w.packed = packed_;
+  return w;
+}
+
+void Model::initialise(uint64_t seed) {
+  hidden_ = Tensor();
+  // Everything is overwritten, so a packed model simply becomes a plain one.
+  backend_->zero(storage_->data(), storage_->bytes());
+  packed_ = false;
+  constexpr int64_t kChunk = 1 << 14;  // elements generated at a time, a multiple of 4
+  std::vector<float> chunk(kChunk);
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    const Parameter& p = parameters_[i];
+    const bool is_residual = ends_with(p.name, "c_proj.weight");
+    const double std_dev = is_residual ? 0.02 / std::sqrt(2.0 * config_.layers) : 0.02;
+    if (!p.is_matrix && ends_with(p.name, "bias")) continue;
+    float* place = static_cast<float*>(storage_->data()) + p.offset;
+    for (int64_t begin = 0; begin < p.count; begin += kChunk) {
+      const int64_t n = std::min(kChunk, p.count - begin);
+      if (p.is_matrix) {
+        for (int64_t e = 0; e < n; e += 4) {
+          double z[4];
+          normal4(seed, static_cast<uint32_t>(i), static_cast<uint64_t>((begin + e) / 4), z);
+          for (int64_t j = 0; j < 4 && e + j < n; ++j) {
+            chunk[static_cast<size_t>(e + j)] = static_cast<float>(z[j] * std_dev);
+          }
+        }
+      } else {
+        std::fill(chunk.begin(), chunk.end(), 1.0f);
+      }
+      backend_->upload(place + begin, chunk.data(), static_cast<size_t>(n) * sizeof(float));
+    }
+  }
+}
+
+void Model::get_parameter(size_t index, float* out) {
+  const Parameter& p = parameter_at(parameters_, index);
+  const size_t bytes = static_cast<size_t>(p.count) * sizeof(float);
+  if (!packed_ || !is_packable(index, p)) {
+    backend_->download(out, tensor(index).data, bytes);
+  } else if (backend_->host_memory()) {
+    backend_->unpack_weight(out, weight(index));
+  } else {
+    const auto plain = alloc_for(*backend_, bytes, "unpacking " + p.name);
+    backend_->unpack_weight(plain->data(), weight(index));
+    backend_->download(out, plain->data(), bytes);
+  }
+}
+
+void Model::set_parameter(size_t index, const float* values) {
+  const Parameter& p = parameter_at(parameters_, index);
+  const size_t bytes = static_cast<size_t>(p.count) * sizeof(float);
+  if (!packed_ || !is_packable(index, p)) {
+    backend_->upload(tensor(index).data, values, bytes);
+  } else if (backend_->host_memory()) {
+    backend_->pack_weight(tensor(index).data, plain_weight(index, values));
+  } else {
+    const auto plain = alloc_for(*backend_, bytes, "packing " + p.name);
+    backend_->upload(plain->data(), values, bytes);
+    backend_->pack_weight(tensor(index).data, plain_weight(index, plain->data()));
+  }
+}
+
+void Model::prepare_inference() {
+  if (packed_ || training_) return;
+  int64_t most = 0;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    if (is_packable(i, parameters_[i])) most = std::max(most, parameters_[i].count);
+  }
+  const auto plain = alloc_for(*backend_, static_cast<size_t>(most) * sizeof(float), "packing the weights");
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    const Parameter& p = parameters_[i];
+    if (!is_packable(i, p)) continue;
+    void* place = tensor(i).data;
+    backend_->copy(Tensor(plain->data(), Dtype::kF32, 1, p.count), Tensor(place, Dtype::kF32, 1, p.count));
+    backend_->pack_weight(place, plain_weight(i, plain->data()));
+  }
+  packed_ = true;
+  backend_->synchronize();  // `plain` is about to be freed
+}
+
+// Back to plain storage. What packing used beyond a parameter's own elements is zeroed: gradients, moments
+// and the optimiser treat the gaps between parameters as parameters that are always zero.
+void Model::unpack() {
+  if (!packed_) return;
+  int64_t most = 0;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    if (is_packable(i, parameters_[i])) most = std::max(most, room(i));
+  }
+  const auto packed =
+      alloc_for(*backend_, static_cast<size_t>(most) * sizeof(float), "unpacking the weights");
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    const Parameter& p = parameters_[i];
+    if (!is_packable(i, p)) continue;
+    float* place = static_cast<float*>(tensor(i).data);
+    backend_->copy(Tensor(packed->data(), Dtype::kF32, 1, room(i)), Tensor(place, Dtype::kF32, 1, room(i)));
+    Weight w = plain_weight(i, packed->data());
+    w.packed = true;
+    backend_->unpack_weight(place, w);
+    backend_->zero(place + p.count, static_cast<size_t>(room(i) - p.count) * sizeof(float));
+  }
+  packed_ = false;
+  backend_->synchronize();
+}
+
+Model::Memory Model::memory() const {
+  Memory memory;
+  memory.parameters = storage_->bytes();
+  if (training_) {
+    memory.training = training_->gradients->bytes() + training_->m->bytes() + training_->v->bytes();
+  }
+  memory.workspace = workspace_->arena.bytes() + workspace_->logits.bytes();
+  return memory;
+}
+
+}  // namespace dn

@@ -1,0 +1,155 @@
+// What the model's source files share: where a parameter stands in the table, the memory of a step and the
+// plan of a batch. Private to native/core/{params,model,model_training}.cpp.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/model.h"
+
+namespace dn {
+
+// Order of the parameter table: wte, wpe, twelve tensors a block, ln_f.
+constexpr size_t kWte = 0;
+constexpr size_t kWpe = 1;
+enum BlockParameter : size_t {
+  kLn1Weight,
+  kLn1Bias,
+  kAttnWeight,  // c_attn (C, 3C), columns q | k | v
+  kAttnBias,
+  kAttnProjWeight,
+  kAttnProjBias,
+  kLn2Weight,
+  kLn2Bias,
+  kFcWeight,
+  kFcBias,
+  kFcProjWeight,
+  kFcProjBias,
+  kBlockParameters,
+};
+inline size_t block_parameter(int32_t layer, BlockParameter which) {
+  return 2 + static_cast<size_t>(layer) * kBlockParameters + which;
+}
+inline size_t ln_f_weight(const ModelConfig& config) { return block_parameter(config.layers, kLn1Weight); }
+inline size_t ln_f_bias(const ModelConfig& config) { return ln_f_weight(config) + 1; }
+
+// Throws Error(kArgument) when a field is not positive, heads do not divide channels, or a size is out of
+// bounds.
+void check_config(const ModelConfig& config);
+
+// Throws Error(kArgument) when there is no such parameter.
+const Parameter& parameter_at(const std::vector<Parameter>& table, size_t index);
+
+// Backend::alloc whose error says what the bytes were for.
+std::unique_ptr<Buffer> alloc_for(Backend& backend, size_t bytes, const std::string& what);
+
+// Cuts tensors out of one piece of memory, each 64-byte aligned. Without memory it only counts, so a layout
+// is written once and run twice: to learn its size, then to get its tensors.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+  Tensor take(Dtype dtype, int64_t rows, int64_t cols) {
+    const Tensor t(base_ ? base_ + used_ : nullptr, dtype, rows, cols);
+    used_ += (static_cast<size_t>(rows) * static_cast<size_t>(cols) * dtype_bytes(dtype) + 63) / 64 * 64;
+    return t;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// Memory of a step, kept for the next one. Grows only; the old piece is freed before a larger one is taken,
+// because both together may not fit. After a failure it is empty and a smaller step still works.
+class Arena {
+ public:
+  void reserve(Backend& backend, size_t bytes, const char* what) {
+    if (buffer_ && buffer_->bytes() >= bytes) return;
+    // The first shape is met exactly; a second one suggests more to come, so it gets an eighth on top.
+    const bool regrown = buffer_ != nullptr;
+    buffer_.reset();
+    buffer_ = alloc_for(backend, regrown ? bytes + bytes / 8 : bytes, what);
+  }
+  void release() { buffer_.reset(); }
+  void* data() const { return buffer_ ? buffer_->data() : nullptr; }
+  size_t bytes() const { return buffer_ ? buffer_->bytes() : 0; }
+
+ private:
+  std::unique_ptr<Buffer> buffer_;
+};
+
+// An attention call: sequences as the op wants them, the cache of each (null: keys in the packed qkv) and the
+// position of every query row inside its sequence.
+struct QueryPlan {
+  std::vector<AttentionSequence> sequences;
+  std::vector<const KvCache*> caches;
+  std::vector<int32_t> positions;
+
+  void clear();
+  void use_layer(int32_t layer);  // points sequences at their caches' rows of this layer
+};
+
+// Neighbouring packed rows that are copied together.
+struct RowRun {
+  int64_t row = 0;
+  int64_t count = 0;
+};
+
+// Neighbouring packed rows whose keys and values go to neighbouring rows of a cache.
+struct CacheRun {
+  const KvCache* cache = nullptr;
+  int64_t row = 0;
+  int64_t position = 0;
+  int64_t count = 0;
+};
+
+// A checked batch. The vectors keep their memory from step to step.
+struct BatchPlan {
+  int64_t N = 0;
+  int64_t R = 0;        // rows kept: N, or the listed ones
+  bool listed = false;  // some rows only, or in another order
+  QueryPlan all;        // every row asks
+  QueryPlan rows;       // the listed rows ask, in the listed order; used by the last block
+  std::vector<RowRun> gathers;
+  std::vector<CacheRun> cache_writes;
+
+  // Position of packed row n in its sequence, as masks see it.
+  int32_t query_position(const Batch& batch, int64_t n) const {
+    return (batch.mask_positions.empty() ? batch.positions : batch.mask_positions)[static_cast<size_t>(n)];
+  }
+};
+
+// Where a block leaves its intermediate results. Inference lets them share memory and leaves out what only a
+// backward pass reads (null); training keeps all. With listed rows everything from q on has R rows instead of
+// N.
+struct Model::BlockActivations {
+  Tensor ln1, ln1_mean, ln1_rstd;  // (N, C), (N, 1), (N, 1)
+  Tensor qkv;                      // (N, 3C)
+  Tensor q, inp_rows;              // (R, C) gathered, only with listed rows
+  Tensor lse;                      // (N, NH)
+  Tensor att;                      // (N, C)
+  Tensor mid;                      // (N, C) residual stream after attention
+  Tensor ln2, ln2_mean, ln2_rstd;
+  Tensor fc_pre, fc;  // (N, 4C) before and after GELU
+};
+
+struct Model::Workspace {
+  Arena arena;   // activations and their gradients
+  Arena logits;  // a block of logits on backends that do not share the host's memory
+  BatchPlan plan;
+  std::vector<int64_t> kept_rows;        // 0 .. R - 1
+  std::vector<uint8_t> seen;             // (N) marks of check_loss_rows
+  std::vector<BlockActivations> blocks;  // training: one a layer, or one for all with recompute
+  std::vector<Tensor> inputs;            // training: (N, C) input of each block, then the last one's output
+  Tensor dh, dln, datt, dqkv, dfc;       // training: gradients; dqkv and datt share dfc's memory
+};
+
+struct Model::Training {
+  std::unique_ptr<Buffer> gradients, m, v;  // laid out like the parameters
+};
+
+}  // namespace dn

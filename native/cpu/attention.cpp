@@ -1,0 +1,316 @@
+// Attention: plans the tasks of a call, turns masks into visibility words, and runs the kernels of
+// attention_kernels.h. A forward task is a block of queries of one sequence and a few heads; a backward task
+// is one head of one sequence. No task shares an output with another, and how a call is cut into tasks never
+// changes a result: a query's keys are always visited in the same blocks in the same order, and blocks it
+// does not see leave its sums untouched.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "cpu/attention_kernels.h"
+#include "cpu/attention_visibility.h"
+#include "cpu/ops.h"
+#include "cpu/thread_pool.h"
+
+namespace dn::cpu {
+namespace {
+
+constexpr int64_t kMaxQueryBlock =
+    264;  // amortises loading a key block; a multiple of the kernels' 12 and 6 rows
+constexpr int64_t kMinQueryBlock = 33;
+constexpr int64_t kFewQueries = 4;       // up to here a task waits for memory rather than for arithmetic
+constexpr int64_t kMaskedHeadGroup = 4;  // heads that share the words of masks that are costly to evaluate
+
+const AttentionKernels& kernels(const Cpu& cpu) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (cpu.isa >= Isa::kAvx512) return kAttentionAvx512;
+  if (cpu.isa >= Isa::kAvx2) return kAttentionAvx2;
+#endif
+  (void)cpu;
+  return kAttentionPortable;
+}
+
+int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+int64_t round_up(int64_t n, int64_t multiple) { return blocks_of(n, multiple) * multiple; }
+
+// Scratch of one thread, kept between calls: a bump allocator over one aligned block that only grows.
+class Scratch {
+ public:
+  // All pointers of the task before become invalid.
+  void reset(int64_t floats) {
+    const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+    if (bytes > memory_.size()) memory_ = std::vector<char>(bytes + 64);
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~static_cast<uintptr_t>(63);
+    next_ = reinterpret_cast<float*>(start);
+  }
+  // n floats on a 64-byte boundary.
+  float* take(int64_t n) {
+    float* p = next_;
+    next_ += round_up(n, 16);
+    return p;
+  }
+
+ private:
+  std::vector<char> memory_;
+  float* next_ = nullptr;
+};
+
+// What a thread keeps between tasks.
+struct Workspace {
+  Scratch scratch;
+  Visibility visibility;
+  std::vector<ForwardTile> tiles;
+};
+
+Workspace& workspace() {
+  static thread_local Workspace w;
+  return w;
+}
+
+// parallel() for tasks that may run out of memory: they must not throw inside the pool.
+template <typename F>
+void run_tasks(const Cpu& cpu, const char* op, int64_t tasks, F f) {
+  std::atomic<bool> out_of_memory{false};
+  parallel(cpu.threads, tasks, [&](int64_t task, int) {
+    try {
+      f(task);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory)
+    throw Error(Code::kOutOfMemory, std::string(op) + ": no memory for the scratch of a task");
+}
+
+void require(bool condition, const char* op, const std::string& what) {
+  if (!condition) throw Error(Code::kInternal, std::string(op) + ": " + what);
+}
+
+void require_sequence(const char* op, const AttentionSequence& s, int64_t index, int64_t queries,
+                      int64_t keys) {
+  const std::string name = "sequence " + std::to_string(index);
+  require(s.q_begin >= 0 && s.q_begin <= s.q_end && s.q_end <= queries, op,
+          name + " has queries [" + std::to_string(s.q_begin) + ", " + std::to_string(s.q_end) + ") of " +
+              std::to_string(queries) + " rows");
+  require(s.k_len >= 0 && (s.k != nullptr) == (s.v != nullptr), op,
+          name + " has an invalid cache or key count");
+  require(s.k || (s.kv_begin >= 0 && s.kv_begin + s.k_len <= keys), op,
+          name + " has keys [" + std::to_string(s.kv_begin) + ", " + std::to_string(s.kv_begin + s.k_len) +
+              ") of " + std::to_string(keys) + " rows");
+}
+
+struct ForwardTask {
+  int64_t sequence;
+  int64_t q_begin;
+  int64_t rows;
+  int64_t head;
+  int64_t heads;
+  int64_t cost;
+};
+
+// Keys that the query at position q looks at, roughly: the cost of a task is its rows times this.
+int64_t keys_seen(const AttentionSequence& s, int64_t q) {
+  if (s.mask.kind == MaskKind::kCausal) return std::min(s.k_len, q + 1);
+  if (s.mask.kind == MaskKind::kBlockCausal) return std::min(s.k_len, q + s.mask.block);
+  return s.k_len;
+}
+
+// Cuts sequences into tasks, the most expensive first so that threads finish together. Blocks are as large as
+// keeps all threads busy. Heads go one by one, except where a task would be dominated by what heads can
+// share: words of costly masks, or (few queries against a cache) the memory pages of the key rows.
+void plan_forward(const Cpu& cpu, const AttentionSequence* sequences, int64_t S, const int32_t* positions,
+                  int64_t NH, std::vector<ForwardTask>* tasks) {
+  int64_t block = kMaxQueryBlock;
+  for (;; block /= 2) {
+    int64_t count = 0;
+    for (int64_t s = 0; s < S; ++s) count += blocks_of(sequences[s].q_end - sequences[s].q_begin, block) * NH;
+    if (block <= kMinQueryBlock || count >= 4 * cpu.threads) break;
+  }
+  tasks->clear();
+  for (int64_t s = 0; s < S; ++s) {
+    const AttentionSequence& sequence = sequences[s];
+    const bool costly_mask =
+        sequence.mask.kind == MaskKind::kAnnealed || sequence.mask.kind == MaskKind::kMatrix;
+    for (int64_t q = sequence.q_begin; q < sequence.q_end; q += block) {
+      const int64_t rows = std::min(block, sequence.q_end - q);
+      int64_t group = costly_mask ? kMaskedHeadGroup : 1;
+      if (rows <= kFewQueries) group = blocks_of(NH, cpu.threads);
+      const int64_t seen = keys_seen(sequence, positions[q + rows - 1]);
+      for (int64_t head = 0; head < NH; head += group) {
+        const int64_t heads = std::min(group, NH - head);
+        tasks->push_back({s, q, rows, head, heads, rows * heads * seen});
+      }
+    }
+  }
+  std::stable_sort(tasks->begin(), tasks->end(),
+                   [](const ForwardTask& a, const ForwardTask& b) { return a.cost > b.cost; });
+}
+
+void run_forward_task(const AttentionKernels& kernels, const ForwardTask& task,
+                      const AttentionSequence& sequence, const int32_t* positions, Tensor out, Tensor lse,
+                      Tensor q, Tensor kv, int64_t NH) {
+  const int64_t C = q.cols, HS = C / NH, HSp = round_up(HS, kHeadPad), rows = task.rows;
+  Workspace& w = workspace();
+  w.visibility.prepare(kernels, sequence.mask, sequence.k_len, positions + task.q_begin, rows);
+
+  const int64_t per_head = 2 * rows * HSp + round_up(rows, 16) + rows * kSumLanes;
+  w.scratch.reset(task.heads * per_head + 2 * HSp * kKeyBlock + kScoreRows * kKeyBlock);
+  float* const keys = w.scratch.take(HSp * kKeyBlock);
+  float* const values = w.scratch.take(HSp * kKeyBlock);
+  float* const scores = w.scratch.take(kScoreRows * kKeyBlock);
+  w.tiles.resize(static_cast<size_t>(task.heads));
+  for (int64_t h = 0; h < task.heads; ++h) {
+    ForwardTile& t = w.tiles[static_cast<size_t>(h)];
+    t.rows = rows;
+    t.HS = HS;
+    t.HSp = HSp;
+    t.scale = 1.0f / std::sqrt(static_cast<float>(HS));
+    t.q = w.scratch.take(rows * HSp);
+    t.acc = w.scratch.take(rows * HSp);
+    t.max = w.scratch.take(rows);
+    t.sum = w.scratch.take(rows * kSumLanes);
+    t.keys = keys;
+    t.values = values;
+    t.scores = scores;
+    kernels.forward_begin(t, q.f32(task.q_begin) + (task.head + h) * HS, q.stride);
+  }
+
+  const float* k = static_cast<const float*>(sequence.k);
+  const float* v = static_cast<const float*>(sequence.v);
+  int64_t kv_stride = C;
+  if (!k) {
+    k = kv.f32(sequence.kv_begin);
+    v = k + C;
+    kv_stride = kv.stride;
+  }
+  uint64_t words[kMaxQueryBlock];
+  for (int64_t k0 = 0; k0 < w.visibility.key_end(); k0 += kKeyBlock) {
+    const int64_t count = std::min(kKeyBlock, sequence.k_len - k0);
+    const Seen seen = w.visibility.words(0, rows, k0, count, words);
+    if (seen == Seen::kNone) continue;
+    for (int64_t h = 0; h < task.heads; ++h) {
+      const int64_t offset = k0 * kv_stride + (task.head + h) * HS;
+      kernels.forward_block(w.tiles[static_cast<size_t>(h)], k + offset, kv_stride, v + offset, kv_stride,
+                            count, seen == Seen::kAll ? nullptr : words);
+    }
+  }
+  for (int64_t h = 0; h < task.heads; ++h) {
+    kernels.forward_end(w.tiles[static_cast<size_t>(h)], out.f32(task.q_begin) + (task.head + h) * HS,
+                        out.stride, lse ? lse.f32(task.q_begin) + task.head + h : nullptr, lse.stride);
+  }
+}
+
+// All of one head of one sequence. Every gradient has one order of additions: dq over key blocks, dk and dv
+// over queries.
+void run_backward_task(const AttentionKernels& kernels, const AttentionSequence& sequence, int64_t head,
+                       const int32_t* positions, Tensor dqkv, Tensor dout, Tensor qkv, Tensor out, Tensor lse,
+                       int64_t NH) {
+  const int64_t C = out.cols, HS = C / NH, HSp = round_up(HS, kHeadPad),
+                T = sequence.q_end - sequence.q_begin;
+  Workspace& w = workspace();
+  w.visibility.prepare(kernels, sequence.mask, T, positions + sequence.q_begin, T);
+
+  w.scratch.reset(3 * T * HSp + 2 * round_up(T, 16) + 5 * kKeyBlock * HSp + 2 * kKeyBlock * kKeyBlock);
+  BackwardTile t;
+  t.T = T;
+  t.HS = HS;
+  t.HSp = HSp;
+  t.scale = 1.0f / std::sqrt(static_cast<float>(HS));
+  t.q = w.scratch.take(T * HSp);
+  t.dout = w.scratch.take(T * HSp);
+  t.dq = w.scratch.take(T * HSp);
+  t.lse = w.scratch.take(T);
+  t.delta = w.scratch.take(T);
+  t.keys = w.scratch.take(kKeyBlock * HSp);
+  t.keys_t = w.scratch.take(kKeyBlock * HSp);
+  t.values_t = w.scratch.take(kKeyBlock * HSp);
+  t.dk = w.scratch.take(kKeyBlock * HSp);
+  t.dv = w.scratch.take(kKeyBlock * HSp);
+  t.p = w.scratch.take(kKeyBlock * kKeyBlock);
+  t.ds = w.scratch.take(kKeyBlock * kKeyBlock);
+
+  const int64_t row = sequence.q_begin;
+  const float* const q = qkv.f32(row) + head * HS;
+  float* const dq = dqkv.f32(row) + head * HS;
+  kernels.backward_begin(t, q, qkv.stride, dout.f32(row) + head * HS, dout.stride, out.f32(row) + head * HS,
+                         out.stride, lse.f32(row) + head, lse.stride);
+  uint64_t words[kKeyBlock];
+  for (int64_t k0 = 0; k0 < T; k0 += kKeyBlock) {
+    t.count = std::min(kKeyBlock, T - k0);
+    kernels.backward_keys(t, q + C + k0 * qkv.stride, q + 2 * C + k0 * qkv.stride, qkv.stride);
+    for (int64_t q0 = 0; q0 < T; q0 += kKeyBlock) {
+      const int64_t rows = std::min(kKeyBlock, T - q0);
+      const Seen seen = w.visibility.words(q0, rows, k0, t.count, words);
+      if (seen == Seen::kNone) continue;
+      kernels.backward_block(t, q0, rows, seen == Seen::kAll ? nullptr : words);
+    }
+    kernels.backward_keys_end(t, dq + C + k0 * dqkv.stride, dq + 2 * C + k0 * dqkv.stride, dqkv.stride);
+  }
+  kernels.backward_end(t, dq, dqkv.stride);
+}
+
+}  // namespace
+
+void attention_forward(const Cpu& cpu, Tensor out, Tensor lse, Tensor q, Tensor kv,
+                       const AttentionSequence* sequences, int64_t S, const int32_t* query_positions,
+                       int64_t NH) {
+  const char* const op = "attention_forward";
+  const int64_t C = q.cols;
+  require(NH > 0 && C % NH == 0, op,
+          std::to_string(C) + " channels do not divide into " + std::to_string(NH) + " heads");
+  require(out.rows == q.rows && out.cols == C, op, "out " + out.shape() + " does not match q " + q.shape());
+  require(!lse || (lse.rows == q.rows && lse.cols == NH), op,
+          "lse " + lse.shape() + " does not match q " + q.shape());
+  require(!kv || kv.cols == 2 * C, op, "kv " + kv.shape() + " does not match q " + q.shape());
+  for (int64_t s = 0; s < S; ++s) require_sequence(op, sequences[s], s, q.rows, kv ? kv.rows : 0);
+
+  const AttentionKernels& k = kernels(cpu);
+  static thread_local std::vector<ForwardTask> plan;
+  plan_forward(cpu, sequences, S, query_positions, NH, &plan);
+  const ForwardTask* const tasks = plan.data();
+  run_tasks(cpu, op, static_cast<int64_t>(plan.size()), [&, tasks](int64_t i) {
+    run_forward_task(k, tasks[i], sequences[tasks[i].sequence], query_positions, out, lse, q, kv, NH);
+  });
+}
+
+void attention_backward(const Cpu& cpu, Tensor dqkv, Tensor dout, Tensor qkv, Tensor out, Tensor lse,
+                        const AttentionSequence* sequences, int64_t S, const int32_t* query_positions,
+                        int64_t NH) {
+  const char* const op = "attention_backward";
+  const int64_t C = out.cols;
+  require(NH > 0 && C % NH == 0, op,
+          std::to_string(C) + " channels do not divide into " + std::to_string(NH) + " heads");
+  require(qkv.cols == 3 * C && qkv.rows == out.rows, op,
+          "qkv " + qkv.shape() + " does not match out " + out.shape());
+  require(dqkv.cols == 3 * C && dqkv.rows == out.rows, op,
+          "dqkv " + dqkv.shape() + " does not match out " + out.shape());
+  require(dout.cols == C && dout.rows == out.rows, op,
+          "dout " + dout.shape() + " does not match out " + out.shape());
+  require(lse.cols == NH && lse.rows == out.rows, op,
+          "lse " + lse.shape() + " does not match out " + out.shape());
+  std::vector<int64_t> order(static_cast<size_t>(S));
+  for (int64_t s = 0; s < S; ++s) {
+    const AttentionSequence& sequence = sequences[s];
+    require_sequence(op, sequence, s, out.rows, out.rows);
+    require(!sequence.k && sequence.kv_begin == sequence.q_begin &&
+                sequence.k_len == sequence.q_end - sequence.q_begin,
+            op, "the queries and keys of sequence " + std::to_string(s) + " must be the same tokens");
+    order[static_cast<size_t>(s)] = s;
+  }
+  // Longest sequences first.
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return sequences[a].k_len > sequences[b].k_len; });
+  const AttentionKernels& k = kernels(cpu);
+  run_tasks(cpu, op, S * NH, [&](int64_t i) {
+    const AttentionSequence& sequence = sequences[order[static_cast<size_t>(i / NH)]];
+    if (sequence.k_len == 0) return;
+    run_backward_task(k, sequence, i % NH, query_positions, dqkv, dout, qkv, out, lse, NH);
+  });
+}
+
+}  // namespace dn::cpu

@@ -1,0 +1,10 @@
+// attention.inl compiled for AVX2 and FMA.
+#include "cpu/attention.inl"
+
+namespace dn::cpu {
+
+const AttentionKernels kAttentionAvx2 = {forward_begin,     forward_block, forward_end,
+                                         backward_begin,    backward_keys, backward_block,
+                                         backward_keys_end, backward_end,  annealed_word};
+
+}  // namespace dn::cpu

@@ -1,0 +1,90 @@
+// The inner loops of attention, one table per instruction set; attention.cpp plans tasks, decides who sees
+// whom and calls them. The unit of work is one head of one block of queries against one block of kKeyBlock
+// keys; key blocks start at multiples of kKeyBlock, so that a query's sums are grouped the same way in every
+// call.
+//
+// Visibility comes as one 64-bit word per query and key block: bit i is key (block start + i). A null pointer
+// stands for "all keys of the block". Invisible keys are exact no-ops, wherever they lie.
+//
+// This header is also seen by sources compiled for AVX: types only, no functions.
+#pragma once
+
+#include <stdint.h>
+
+namespace dn::cpu {
+
+constexpr int64_t kKeyBlock = 64;
+constexpr int64_t kHeadPad = 16;  // head rows in scratch are padded with zeros to a multiple of this: HSp
+constexpr int64_t kSumLanes = 16;
+constexpr int64_t kScoreRows = 16;  // queries whose scores are held at once in the forward pass
+
+// One head of a block of queries, with scratch of the calling thread (64-byte aligned).
+struct ForwardTile {
+  int64_t rows = 0;  // queries
+  int64_t HS = 0;
+  int64_t HSp = 0;
+  float scale = 0;          // 1 / sqrt(HS)
+  float* q = nullptr;       // (rows, HSp), scaled
+  float* acc = nullptr;     // (rows, HSp): sum of e^(score - max) v
+  float* max = nullptr;     // (rows): running maximum of the visible scores, -inf at first
+  float* sum = nullptr;     // (rows, kSumLanes): partial sums of e^(score - max)
+  float* keys = nullptr;    // (HSp, kKeyBlock): the block's keys, transposed; shared by the heads of a task
+  float* values = nullptr;  // (kKeyBlock, HSp)
+  float* scores = nullptr;  // (kScoreRows, kKeyBlock)
+};
+
+// One head of one sequence in the backward pass: T queries, T keys.
+struct BackwardTile {
+  int64_t T = 0;
+  int64_t HS = 0;
+  int64_t HSp = 0;
+  float scale = 0;
+  float* q = nullptr;      // (T, HSp), scaled
+  float* dout = nullptr;   // (T, HSp)
+  float* dq = nullptr;     // (T, HSp), of the scaled q
+  float* lse = nullptr;    // (T)
+  float* delta = nullptr;  // (T): sum over the head of dout * out
+  // The current block of keys.
+  int64_t count = 0;          // keys in it
+  float* keys = nullptr;      // (kKeyBlock, HSp)
+  float* keys_t = nullptr;    // (HSp, kKeyBlock)
+  float* values_t = nullptr;  // (HSp, kKeyBlock)
+  float* dk = nullptr;        // (kKeyBlock, HSp)
+  float* dv = nullptr;        // (kKeyBlock, HSp)
+  float* p = nullptr;         // (kKeyBlock queries, kKeyBlock): probabilities
+  float* ds = nullptr;        // (kKeyBlock queries, kKeyBlock): gradients of the scores
+};
+
+struct AttentionKernels {
+  // Loads the queries and resets the running sums.
+  void (*forward_begin)(const ForwardTile& t, const float* q, int64_t q_stride);
+  // One block of `count` keys. words (rows), or null.
+  void (*forward_block)(const ForwardTile& t, const float* k, int64_t k_stride, const float* v,
+                        int64_t v_stride, int64_t count, const uint64_t* words);
+  // Writes out and, unless null, lse.
+  void (*forward_end)(const ForwardTile& t, float* out, int64_t out_stride, float* lse, int64_t lse_stride);
+
+  // Loads q, dout, lse, forms delta and clears dq. stride: of q; out_stride: of dout and out.
+  void (*backward_begin)(const BackwardTile& t, const float* q, int64_t stride, const float* dout,
+                         int64_t dout_stride, const float* out, int64_t out_stride, const float* lse,
+                         int64_t lse_stride);
+  // Loads t.count keys and values, clears dk and dv.
+  void (*backward_keys)(const BackwardTile& t, const float* k, const float* v, int64_t stride);
+  // Adds what the queries [first, first + rows), at most kKeyBlock, contribute to dq, dk and dv. words
+  // (rows), or null.
+  void (*backward_block)(const BackwardTile& t, int64_t first, int64_t rows, const uint64_t* words);
+  // Writes dk and dv of the block; dq of the sequence.
+  void (*backward_keys_end)(const BackwardTile& t, float* dk, float* dv, int64_t stride);
+  void (*backward_end)(const BackwardTile& t, float* dq, int64_t stride);
+
+  // The random bits of query q for the keys k0 .. k0 + 63 (k0 a multiple of 64): annealed_bit of
+  // core/attention_mask.h.
+  uint64_t (*annealed_word)(uint64_t seed, uint32_t stream, uint32_t step, uint32_t threshold, uint32_t q,
+                            uint32_t k0);
+};
+
+extern const AttentionKernels kAttentionPortable;
+extern const AttentionKernels kAttentionAvx2;
+extern const AttentionKernels kAttentionAvx512;
+
+}  // namespace dn::cpu

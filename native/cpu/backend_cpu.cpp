@@ -1,0 +1,133 @@
+// CpuBackend: memory straight from the kernel's zero pages; every op forwards to the family that implements
+// it (ops.h).
+
+#include <sys/mman.h>
+
+#include <cstring>
+
+#include "core/backend.h"
+#include "core/error.h"
+#include "cpu/isa.h"
+#include "cpu/ops.h"
+#include "cpu/thread_pool.h"
+
+namespace dn {
+namespace {
+
+// Anonymous pages: zero-filled, page-aligned, and touched only when first written, so that creating a large
+// model costs the calling thread nothing.
+class CpuBuffer : public Buffer {
+ public:
+  explicit CpuBuffer(size_t bytes) : bytes_(bytes) {
+    data_ = mmap(nullptr, bytes > 0 ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data_ == MAP_FAILED) {
+      throw Error(Code::kOutOfMemory, "cannot allocate " + std::to_string(bytes) + " bytes of host memory");
+    }
+  }
+  ~CpuBuffer() override { munmap(data_, bytes_ > 0 ? bytes_ : 1); }
+  CpuBuffer(const CpuBuffer&) = delete;
+  CpuBuffer& operator=(const CpuBuffer&) = delete;
+  void* data() const override { return data_; }
+  size_t bytes() const override { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_;
+};
+
+class CpuBackend : public Backend {
+ public:
+  explicit CpuBackend(int threads) {
+    const int available = cpu::available_threads();
+    cpu_.threads = threads > 0 ? threads : available;
+    cpu_.isa = cpu::active_isa();
+  }
+
+  std::string name() const override { return std::string("cpu/") + cpu::isa_name(cpu_.isa); }
+  Dtype activation_dtype() const override { return Dtype::kF32; }
+  bool host_memory() const override { return true; }
+  std::unique_ptr<Buffer> alloc(size_t bytes) override { return std::make_unique<CpuBuffer>(bytes); }
+  void upload(void* dst, const void* host, size_t bytes) override { std::memcpy(dst, host, bytes); }
+  void download(void* host, const void* src, size_t bytes) override { std::memcpy(host, src, bytes); }
+  void zero(void* dst, size_t bytes) override { std::memset(dst, 0, bytes); }
+  void copy(Tensor dst, Tensor src) override {
+    for (int64_t r = 0; r < src.rows; ++r)
+      std::memcpy(dst.f32(r), src.f32(r), static_cast<size_t>(src.cols) * sizeof(float));
+  }
+  void synchronize() override {}
+
+  int64_t packed_elements(int64_t K, int64_t N) const override { return cpu::packed_elements(K, N); }
+  void pack_weight(void* packed, const Weight& plain) override {
+    cpu::pack_weight(cpu_, static_cast<float*>(packed), plain);
+  }
+  void unpack_weight(void* plain, const Weight& packed) override {
+    cpu::unpack_weight(cpu_, static_cast<float*>(plain), packed);
+  }
+
+  void embedding_forward(Tensor out, const int32_t* ids, const int32_t* positions, const Weight& wte,
+                         Tensor wpe) override {
+    cpu::embedding_forward(cpu_, out, ids, positions, wte, wpe);
+  }
+  void embedding_backward(Tensor dwte, Tensor dwpe, Tensor dout, const int32_t* ids,
+                          const int32_t* positions) override {
+    cpu::embedding_backward(cpu_, dwte, dwpe, dout, ids, positions);
+  }
+  void layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor inp, Tensor weight,
+                         Tensor bias) override {
+    cpu::layernorm_forward(cpu_, out, mean, rstd, inp, weight, bias);
+  }
+  void layernorm_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp, Tensor weight,
+                          Tensor mean, Tensor rstd) override {
+    cpu::layernorm_backward(cpu_, dinp, dweight, dbias, dout, inp, weight, mean, rstd);
+  }
+  void matmul_forward(Tensor out, Tensor inp, const Weight& w, Tensor bias, Epilogue epilogue, Tensor extra,
+                      MatmulPrecision precision) override {
+    cpu::matmul_forward(cpu_, out, inp, w, bias, epilogue, extra, precision);
+  }
+  void matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp, const Weight& w,
+                       MatmulPrecision precision) override {
+    cpu::matmul_backward(cpu_, dinp, dweight, dbias, dout, inp, w, precision);
+  }
+  void gelu_forward(Tensor out, Tensor inp) override { cpu::gelu_forward(cpu_, out, inp); }
+  void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override {
+    cpu::gelu_backward(cpu_, dinp, dout, inp);
+  }
+  void attention_forward(Tensor out, Tensor lse, Tensor q, Tensor kv, const AttentionSequence* sequences,
+                         int64_t S, const int32_t* query_positions, int64_t NH) override {
+    cpu::attention_forward(cpu_, out, lse, q, kv, sequences, S, query_positions, NH);
+  }
+  void attention_backward(Tensor dqkv, Tensor dout, Tensor qkv, Tensor out, Tensor lse,
+                          const AttentionSequence* sequences, int64_t S, const int32_t* query_positions,
+                          int64_t NH) override {
+    cpu::attention_backward(cpu_, dqkv, dout, qkv, out, lse, sequences, S, query_positions, NH);
+  }
+  void head_logits(Tensor logits, Tensor hidden, const int64_t* rows, int64_t R, const Weight& wte) override {
+    cpu::head_logits(cpu_, logits, hidden, rows, R, wte);
+  }
+  void head_denoise(DenoiseStats* stats, float* watched, Tensor hidden, const DenoiseRow* rows, int64_t R,
+                    const int32_t* watch, int64_t watch_count, const Weight& wte) override {
+    cpu::head_denoise(cpu_, stats, watched, hidden, rows, R, watch, watch_count, wte);
+  }
+  void head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte, Tensor hidden, const int64_t* rows,
+                          const int32_t* targets, const float* weights, int64_t R, const Weight& wte,
+                          MatmulPrecision precision) override {
+    cpu::head_cross_entropy(cpu_, losses, dhidden, dwte, hidden, rows, targets, weights, R, wte, precision);
+  }
+  void adamw(void* params, const void* gradients, void* m, void* v, int64_t n,
+             const AdamWStep& step) override {
+    cpu::adamw(cpu_, static_cast<float*>(params), static_cast<const float*>(gradients),
+               static_cast<float*>(m), static_cast<float*>(v), n, step);
+  }
+  double sum_of_squares(const void* gradients, int64_t n) override {
+    return cpu::sum_of_squares(cpu_, static_cast<const float*>(gradients), n);
+  }
+
+ private:
+  cpu::Cpu cpu_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(int threads) { return std::make_unique<CpuBackend>(threads); }
+
+}  // namespace dn

@@ -1,0 +1,85 @@
+// The matrix product engine behind matmul.cpp, for the other CPU ops that multiply (head.cpp).
+//
+// One rule fixes every bit: an output element is a function of its row of A and its column of B only. The
+// reduction runs in ascending order in blocks of kGemmDepth; inside a block one chain of fused multiply-adds
+// starting from zero, and the sums of the blocks are added in order (to what is in C already when
+// accumulating). Neither the place in the batch, the tiling, the threads nor the storage of the weight (plain
+// or packed) takes part. MatmulPrecision::kBF16 keeps the same independence, with its own blocks; without AMX
+// it is fp32.
+//
+// Matrices are fp32, row-major, with a row stride in elements. Nothing here checks shapes: callers do.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/gemm_kernels.h"
+#include "cpu/ops.h"
+
+namespace dn::cpu {
+
+// Vocabulary chunks of head_gemm begin at a multiple of this.
+constexpr int64_t kHeadTile = kGemmPanel;
+
+// out (R, n_end - n_begin) = logits of R gathered rows for the vocabulary columns [n_begin, n_end):
+// out[r * out_stride + n - n_begin] = inp_rows[r] . wte[n]. inp_rows[r] points to wte.K floats. wte: order
+// kOutIn, plain or packed. Multi-threaded; the same bits whatever the chunks.
+void head_gemm(const Cpu& cpu, float* out, int64_t out_stride, const float* const* inp_rows, int64_t R,
+               const Weight& wte, int64_t n_begin, int64_t n_end, MatmulPrecision precision);
+
+// c (M, N) = or += a (M, K) * b (K, N). Head backward: dhidden rows (R, C) += dlogits (R, chunk) * wte rows
+// (chunk, C).
+void gemm_nn(const Cpu& cpu, float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
+             int64_t b_stride, int64_t M, int64_t N, int64_t K, bool accumulate, MatmulPrecision precision);
+
+// c (M, N) = or += a (M, K) * b^T, b stored as (N, K).
+void gemm_nt(const Cpu& cpu, float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
+             int64_t b_stride, int64_t M, int64_t N, int64_t K, bool accumulate, MatmulPrecision precision);
+
+// c (M, N) = or += a^T * b (K, N), a stored as (K, M). Head backward: dwte rows (chunk, C) += dlogits^T *
+// hidden rows (R, C), with a = dlogits (R, chunk) and the R hidden rows gathered by the caller.
+void gemm_tn(const Cpu& cpu, float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
+             int64_t b_stride, int64_t M, int64_t N, int64_t K, bool accumulate, MatmulPrecision precision);
+
+// How the elements of an operand lie in memory.
+enum class GemmLayout : uint8_t {
+  kPlain,       // A (M, K), B (K, N): row-major
+  kTransposed,  // A stored as (K, M), B stored as (N, K)
+  kPanels,      // B only: a packed weight
+};
+
+// One product c (M, N) = or += A B and what happens to its elements: the engine itself.
+struct GemmProduct {
+  float* c = nullptr;
+  int64_t c_stride = 0;
+  const float* a = nullptr;
+  int64_t a_stride = 0;
+  const float* const* a_rows = nullptr;  // instead of a: every row of a plain A by itself
+  GemmLayout a_layout = GemmLayout::kPlain;
+  const float* b = nullptr;
+  int64_t b_stride = 0;
+  GemmLayout b_layout = GemmLayout::kPlain;
+  int64_t M = 0;
+  int64_t N = 0;
+  int64_t K = 0;
+  bool accumulate = false;
+  const float* bias = nullptr;      // (N) or null, added to every row
+  bool gelu = false;                // after the bias
+  float* pre = nullptr;             // (M, N) or null: the value before gelu
+  const float* residual = nullptr;  // (M, N) or null: added last
+  int64_t extra_stride = 0;         // of pre and residual
+};
+
+void gemm(const Cpu& cpu, const GemmProduct& product, MatmulPrecision precision);
+
+// The kernels of an instruction set.
+const GemmKernels& gemm_kernels(Isa isa);
+
+// Scratch memory of the calling thread, 64-byte aligned, valid until its next request; grows and is kept, so
+// that a repeated step allocates nothing. Throws Error(kOutOfMemory).
+float* gemm_scratch(int64_t floats);
+
+// gemm on AMX tiles: A and B rounded to bf16, nearest even, sums in fp32. Only where gemm_kernels's machine
+// has them.
+void gemm_bf16(const Cpu& cpu, const GemmProduct& product);
+
+}  // namespace dn::cpu

@@ -1,0 +1,200 @@
+// The matrix product's kernels for AVX2 with FMA. A tile is up to 6 rows; the 32 columns of a panel are done
+// in two halves of two vectors each: 12 sums, two vectors of B and one broadcast of A fill the 16 registers.
+
+#include "cpu/gemm_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+namespace dn::cpu {
+namespace {
+
+constexpr int kMaxRows = 6;
+
+// The first n of 8 lanes; none when n <= 0, all when n >= 8.
+__m256i lanes(int64_t n) {
+  const int count = n >= 8 ? 8 : n <= 0 ? 0 : static_cast<int>(n);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// Columns [0, 16) of c and b; cols counts from there.
+template <int kRows>
+void half_rows(const GemmTile& t, float* c, const float* b, int64_t cols) {
+  __m256 sum[kRows][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+  const float* a = t.a;
+  for (int64_t k = 0; k < t.depth; ++k) {
+    const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const __m256 value = _mm256_broadcast_ss(a + r * kGemmDepth);
+      sum[r][0] = _mm256_fmadd_ps(value, b0, sum[r][0]);
+      sum[r][1] = _mm256_fmadd_ps(value, b1, sum[r][1]);
+    }
+    ++a;
+    b += kGemmPanel;
+  }
+  if (cols >= 16) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      float* const row = c + r * t.c_stride;
+      if (t.accumulate) {
+        sum[r][0] = _mm256_add_ps(_mm256_loadu_ps(row), sum[r][0]);
+        sum[r][1] = _mm256_add_ps(_mm256_loadu_ps(row + 8), sum[r][1]);
+      }
+      _mm256_storeu_ps(row, sum[r][0]);
+      _mm256_storeu_ps(row + 8, sum[r][1]);
+    }
+    return;
+  }
+  const __m256i m0 = lanes(cols), m1 = lanes(cols - 8);
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    float* const row = c + r * t.c_stride;
+    if (t.accumulate) {
+      sum[r][0] = _mm256_add_ps(_mm256_maskload_ps(row, m0), sum[r][0]);
+      sum[r][1] = _mm256_add_ps(_mm256_maskload_ps(row + 8, m1), sum[r][1]);
+    }
+    _mm256_maskstore_ps(row, m0, sum[r][0]);
+    _mm256_maskstore_ps(row + 8, m1, sum[r][1]);
+  }
+}
+
+template <int kRows>
+void tile_rows(const GemmTile& t) {
+  for (int64_t i = 0; i < t.prefetch_lines; ++i) {
+    _mm_prefetch(reinterpret_cast<const char*>(t.prefetch + i * 16), _MM_HINT_T1);
+  }
+  half_rows<kRows>(t, t.c, t.b, t.cols);
+  if (t.cols > 16) half_rows<kRows>(t, t.c + 16, t.b + 16, t.cols - 16);
+}
+
+void tile(const GemmTile& t) {
+  switch (t.rows) {
+    case 1: return tile_rows<1>(t);
+    case 2: return tile_rows<2>(t);
+    case 3: return tile_rows<3>(t);
+    case 4: return tile_rows<4>(t);
+    case 5: return tile_rows<5>(t);
+    default: return tile_rows<6>(t);
+  }
+}
+
+// exp(x) within 2 ulp for x in [-87, 88], infinity above 89, no less than exp(-87); NaN stays.
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, exp(r) by its Taylor polynomial of degree 7.
+__m256 exp_lanes(__m256 x) {
+  x = _mm256_max_ps(_mm256_set1_ps(-87.0f),
+                    _mm256_min_ps(_mm256_set1_ps(89.0f), x));  // NaN: the second operand
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);  // ln 2 in two parts
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 p = _mm256_set1_ps(1.0f / 5040);
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 720));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+  const __m256i exponent =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
+}
+
+// tanh form: 0.5 u (1 + tanh z) = u / (1 + exp(-2z)), z = sqrt(2/pi) (u + 0.044715 u^3).
+__m256 gelu_lanes(__m256 u) {
+  const __m256 cubic = _mm256_fmadd_ps(_mm256_mul_ps(u, u), _mm256_set1_ps(0.044715f), _mm256_set1_ps(1.0f));
+  const __m256 e = exp_lanes(_mm256_mul_ps(_mm256_mul_ps(u, cubic), _mm256_set1_ps(-1.5957691216f)));
+  return _mm256_div_ps(u, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
+}
+
+void finish(const GemmFinish& f) {
+  for (int64_t n = 0; n < f.cols; n += 8) {
+    const __m256i m = lanes(f.cols - n);
+    const __m256 bias = f.bias ? _mm256_maskload_ps(f.bias + n, m) : _mm256_setzero_ps();
+    for (int64_t r = 0; r < f.rows; ++r) {
+      float* const c = f.c + r * f.c_stride + n;
+      __m256 value = _mm256_maskload_ps(c, m);
+      if (f.bias) value = _mm256_add_ps(value, bias);
+      if (f.pre) _mm256_maskstore_ps(f.pre + r * f.extra_stride + n, m, value);
+      if (f.gelu) value = gelu_lanes(value);
+      if (f.residual)
+        value = _mm256_add_ps(value, _mm256_maskload_ps(f.residual + r * f.extra_stride + n, m));
+      _mm256_maskstore_ps(c, m, value);
+    }
+  }
+}
+
+void copy(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    memcpy(dst + r * dst_stride, src + r * src_stride, static_cast<size_t>(cols) * sizeof(float));
+  }
+}
+
+// An 8 x 8 block from src to dst.
+void transpose_8x8(float* dst, int64_t dst_stride, const float* src, int64_t src_stride) {
+  __m256 x[8], t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) x[i] = _mm256_loadu_ps(src + i * src_stride);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    x[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    x[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    x[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    x[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(dst + i * dst_stride, _mm256_permute2f128_ps(x[i], x[i + 4], 0x20));
+    _mm256_storeu_ps(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(x[i], x[i + 4], 0x31));
+  }
+}
+
+void transpose(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
+               int64_t cols) {
+  for (int64_t r = 0; r < rows; r += 8) {
+    for (int64_t k = 0; k < cols; k += 8) {
+      const float* from = src + r * src_stride + k;
+      float* to = dst + k * dst_stride + r;
+      if (rows - r >= 8 && cols - k >= 8) {
+        transpose_8x8(to, dst_stride, from, src_stride);
+        continue;
+      }
+      for (int64_t i = 0; i < 8 && i < rows - r; ++i) {
+        for (int64_t j = 0; j < 8 && j < cols - k; ++j) to[j * dst_stride + i] = from[i * src_stride + j];
+      }
+    }
+  }
+}
+
+void column_sums(float* sums, const float* src, int64_t src_stride, int64_t rows, int64_t cols) {
+  for (int64_t n = 0; n < cols; n += 8) {
+    const __m256i m = lanes(cols - n);
+    __m256 sum = _mm256_maskload_ps(sums + n, m);
+    for (int64_t r = 0; r < rows; ++r)
+      sum = _mm256_add_ps(sum, _mm256_maskload_ps(src + r * src_stride + n, m));
+    _mm256_maskstore_ps(sums + n, m, sum);
+  }
+}
+
+}  // namespace
+
+const GemmKernels kGemmAvx2 = {kMaxRows, tile, finish, copy, transpose, column_sums};
+
+}  // namespace dn::cpu
+
+#else
+
+namespace dn::cpu {
+const GemmKernels kGemmAvx2 = {};
+}  // namespace dn::cpu
+
+#endif

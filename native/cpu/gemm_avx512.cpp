@@ -1,0 +1,139 @@
+// The matrix product's kernels for AVX-512. A tile is up to 14 rows of two vectors: 28 sums, two vectors of B
+// and one broadcast of A fill the 32 registers, and every load of the loop but one serves two multiply-adds.
+
+#include "cpu/gemm_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "cpu/gemm_avx512.inl"
+
+namespace dn::cpu {
+namespace {
+
+constexpr int kMaxRows = 14;
+
+template <int kRows>
+void tile_rows(const GemmTile& t) {
+  __m512 sum[kRows][2];
+#pragma GCC unroll 14
+  for (int r = 0; r < kRows; ++r) {
+    sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    _mm_prefetch(reinterpret_cast<const char*>(t.c + r * t.c_stride), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(t.c + r * t.c_stride + 16), _MM_HINT_T0);
+  }
+  const float* a = t.a;
+  const float* b = t.b;
+  const auto step = [&] {
+    const __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
+#pragma GCC unroll 14
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 value = _mm512_set1_ps(a[r * kGemmDepth]);
+      sum[r][0] = _mm512_fmadd_ps(value, b0, sum[r][0]);
+      sum[r][1] = _mm512_fmadd_ps(value, b1, sum[r][1]);
+    }
+    ++a;
+    b += kGemmPanel;
+  };
+  const float* const end = b + t.depth * kGemmPanel;
+  const char* wanted = reinterpret_cast<const char*>(t.prefetch);
+  if (t.prefetch_lines > t.depth) {  // one or two lines a step
+    while (b != end) {
+      _mm_prefetch(wanted, _MM_HINT_T1);
+      _mm_prefetch(wanted + 64, _MM_HINT_T1);
+      wanted += 128;
+      step();
+    }
+  } else {
+    const float* const prefetch_end = b + t.prefetch_lines * kGemmPanel;
+    while (b != prefetch_end) {
+      _mm_prefetch(wanted, _MM_HINT_T1);
+      wanted += 64;
+      step();
+    }
+    while (b != end) step();
+  }
+  const __mmask16 m0 = lanes(t.cols), m1 = lanes(t.cols - 16);
+#pragma GCC unroll 14
+  for (int r = 0; r < kRows; ++r) {
+    float* const c = t.c + r * t.c_stride;
+    if (t.accumulate) {
+      sum[r][0] = _mm512_add_ps(_mm512_maskz_loadu_ps(m0, c), sum[r][0]);
+      sum[r][1] = _mm512_add_ps(_mm512_maskz_loadu_ps(m1, c + 16), sum[r][1]);
+    }
+    _mm512_mask_storeu_ps(c, m0, sum[r][0]);
+    _mm512_mask_storeu_ps(c + 16, m1, sum[r][1]);
+  }
+}
+
+void tile(const GemmTile& t) {
+  switch (t.rows) {
+    case 1: return tile_rows<1>(t);
+    case 2: return tile_rows<2>(t);
+    case 3: return tile_rows<3>(t);
+    case 4: return tile_rows<4>(t);
+    case 5: return tile_rows<5>(t);
+    case 6: return tile_rows<6>(t);
+    case 7: return tile_rows<7>(t);
+    case 8: return tile_rows<8>(t);
+    case 9: return tile_rows<9>(t);
+    case 10: return tile_rows<10>(t);
+    case 11: return tile_rows<11>(t);
+    case 12: return tile_rows<12>(t);
+    case 13: return tile_rows<13>(t);
+    default: return tile_rows<14>(t);
+  }
+}
+
+void copy(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t n = 0; n < cols; n += 16) {
+      const __mmask16 m = lanes(cols - n);
+      _mm512_mask_storeu_ps(dst + r * dst_stride + n, m, _mm512_maskz_loadu_ps(m, src + r * src_stride + n));
+    }
+  }
+}
+
+void transpose(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
+               int64_t cols) {
+  __m512i block[16];
+  for (int64_t r = 0; r < rows; r += 16) {
+    const int64_t height = rows - r < 16 ? rows - r : 16;
+    const __mmask16 wide = lanes(rows - r);
+    for (int64_t k = 0; k < cols; k += 16) {
+      const int64_t width = cols - k < 16 ? cols - k : 16;
+      const __mmask16 m = lanes(cols - k);
+      for (int i = 0; i < 16; ++i) {
+        block[i] =
+            i < height ? _mm512_maskz_loadu_epi32(m, src + (r + i) * src_stride + k) : _mm512_setzero_si512();
+      }
+      transpose_16x16(block);
+      for (int64_t i = 0; i < width; ++i)
+        _mm512_mask_storeu_epi32(dst + (k + i) * dst_stride + r, wide, block[i]);
+    }
+  }
+}
+
+void column_sums(float* sums, const float* src, int64_t src_stride, int64_t rows, int64_t cols) {
+  for (int64_t n = 0; n < cols; n += 16) {
+    const __mmask16 m = lanes(cols - n);
+    __m512 sum = _mm512_maskz_loadu_ps(m, sums + n);
+    for (int64_t r = 0; r < rows; ++r)
+      sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(m, src + r * src_stride + n));
+    _mm512_mask_storeu_ps(sums + n, m, sum);
+  }
+}
+
+}  // namespace
+
+const GemmKernels kGemmAvx512 = {kMaxRows, tile, finish_tile, copy, transpose, column_sums};
+
+}  // namespace dn::cpu
+
+#else
+
+namespace dn::cpu {
+const GemmKernels kGemmAvx512 = {};
+}  // namespace dn::cpu
+
+#endif

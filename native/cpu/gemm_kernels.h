@@ -1,0 +1,104 @@
+// The table of inner kernels that every instruction set fills for the matrix product. C headers only: sources
+// compiled for AVX2, AVX-512 or AMX include this and nothing from the C++ library.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace dn::cpu {
+
+// Columns of a weight panel. A packed weight is ceil(N / kGemmPanel) panels, each (K, kGemmPanel) row-major,
+// columns past N zero: one layout for every instruction set.
+constexpr int64_t kGemmPanel = 32;
+// Length of a block of the reduction, and row stride of packed rows of A. A panel block is then 32 KB, in L1.
+constexpr int64_t kGemmDepth = 256;
+
+// One tile of C: rows x cols, cols <= kGemmPanel.
+struct GemmTile {
+  float* c;
+  int64_t c_stride;
+  int64_t rows;  // 1 .. GemmKernels::max_rows
+  int64_t cols;
+  const float* a;         // rows of kGemmDepth floats
+  const float* b;         // (depth, kGemmPanel)
+  int64_t depth;          // 1 .. kGemmDepth
+  bool accumulate;        // C += instead of C =
+  const float* prefetch;  // wanted in L2 soon: this many cache lines from here on
+  int64_t prefetch_lines;
+};
+
+// What happens to a finished tile: c += bias; then, when gelu, pre = c (if given) and c = gelu(c); c +=
+// residual.
+struct GemmFinish {
+  float* c;
+  int64_t c_stride;
+  int64_t rows;
+  int64_t cols;
+  const float* bias;  // cols, or null
+  bool gelu;
+  float* pre;             // (rows, cols) with stride extra_stride, or null
+  const float* residual;  // the same
+  int64_t extra_stride;
+};
+
+struct GemmKernels {
+  int64_t max_rows;  // of a tile
+  void (*tile)(const GemmTile& tile);
+  void (*finish)(const GemmFinish& finish);
+  // dst (rows, cols) = src (rows, cols)
+  void (*copy)(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
+               int64_t cols);
+  // dst (cols, rows) = src^T, src (rows, cols)
+  void (*transpose)(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
+                    int64_t cols);
+  // sums[0 .. cols) += rows of src in ascending order
+  void (*column_sums)(float* sums, const float* src, int64_t src_stride, int64_t rows, int64_t cols);
+};
+
+extern const GemmKernels kGemmPortable;
+// On machines other than x86-64 these have no kernels (tile is null).
+extern const GemmKernels kGemmAvx2;
+extern const GemmKernels kGemmAvx512;
+
+// --- bf16 on AMX ---
+// An AMX tile is 16 rows of 64 bytes. Operands are packed in steps of 32 of the reduction: A as [step] tiles
+// of 16 rows x 32 numbers, B as [step][half] tiles of 16 pairs of the reduction x 16 columns (the two of a
+// pair adjacent). Rows, columns and numbers past the end are zero.
+constexpr int64_t kAmxStep = 32;
+constexpr int64_t kAmxRows = 16;
+constexpr int64_t kAmxTile = 512;  // numbers in a tile
+// Length of a block of the reduction: a panel block is 32 KB again.
+constexpr int64_t kAmxDepth = 512;
+
+// c (rows <= 32, cols <= kGemmPanel) = or += A B over `steps` steps.
+struct AmxTile {
+  float* c;
+  int64_t c_stride;
+  int64_t rows;
+  int64_t cols;
+  const uint16_t* a0;  // rows 0 .. 15
+  const uint16_t* a1;  // rows 16 .. 31, or null when rows <= 16
+  const uint16_t* b;
+  int64_t steps;
+  bool accumulate;
+};
+
+struct AmxKernels {
+  // A thread calls begin before and end after any number of tiles.
+  void (*begin)();
+  void (*end)();
+  void (*tile)(const AmxTile& tile);
+  void (*finish)(const GemmFinish& finish);
+  // One column of tiles, a tile every dst_step numbers, from up to 16 rows that run along the reduction.
+  // transpose: as B wants them (the rows become columns), else as A does.
+  void (*pack_rows)(uint16_t* dst, int64_t dst_step, const float* const* rows, int64_t count, int64_t depth,
+                    bool transpose);
+  // The same from `depth` rows that run across it, `count` numbers of each. transpose: as A wants them, else
+  // as B does.
+  void (*pack_columns)(uint16_t* dst, int64_t dst_step, const float* src, int64_t src_stride, int64_t count,
+                       int64_t depth, bool transpose);
+};
+
+extern const AmxKernels kGemmAmx;
+
+}  // namespace dn::cpu

@@ -1,0 +1,75 @@
+// The matrix product's kernels in plain C++: the readable reference, and what runs where no vector set is
+// known. The loops over columns have fixed length so that any compiler turns them into the vectors it has.
+
+#include <math.h>
+#include <string.h>
+
+#include "cpu/gemm_kernels.h"
+
+namespace dn::cpu {
+namespace {
+
+constexpr int64_t kMaxRows = 4;
+
+float multiply_add(float a, float b, float c) {
+#if defined(FP_FAST_FMAF)
+  return fmaf(a, b, c);
+#else
+  return a * b + c;  // a call into the C library per product otherwise
+#endif
+}
+
+void tile(const GemmTile& t) {
+  for (int64_t r = 0; r < t.rows; ++r) {
+    float sum[kGemmPanel] = {};
+    const float* a = t.a + r * kGemmDepth;
+    for (int64_t k = 0; k < t.depth; ++k) {
+      const float* b = t.b + k * kGemmPanel;
+      for (int64_t n = 0; n < kGemmPanel; ++n) sum[n] = multiply_add(a[k], b[n], sum[n]);
+    }
+    float* c = t.c + r * t.c_stride;
+    for (int64_t n = 0; n < t.cols; ++n) c[n] = t.accumulate ? c[n] + sum[n] : sum[n];
+  }
+}
+
+// tanh form: 0.5 u (1 + tanh z) = u / (1 + exp(-2z)), z = sqrt(2/pi) (u + 0.044715 u^3).
+float gelu(float u) { return u / (1.0f + expf(-1.5957691216f * (u + 0.044715f * u * u * u))); }
+
+void finish(const GemmFinish& f) {
+  for (int64_t r = 0; r < f.rows; ++r) {
+    float* c = f.c + r * f.c_stride;
+    for (int64_t n = 0; n < f.cols; ++n) {
+      float value = c[n];
+      if (f.bias) value += f.bias[n];
+      if (f.pre) f.pre[r * f.extra_stride + n] = value;
+      if (f.gelu) value = gelu(value);
+      if (f.residual) value += f.residual[r * f.extra_stride + n];
+      c[n] = value;
+    }
+  }
+}
+
+void copy(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    memcpy(dst + r * dst_stride, src + r * src_stride, static_cast<size_t>(cols) * sizeof(float));
+  }
+}
+
+void transpose(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
+               int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < cols; ++k) dst[k * dst_stride + r] = src[r * src_stride + k];
+  }
+}
+
+void column_sums(float* sums, const float* src, int64_t src_stride, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t n = 0; n < cols; ++n) sums[n] += src[r * src_stride + n];
+  }
+}
+
+}  // namespace
+
+const GemmKernels kGemmPortable = {kMaxRows, tile, finish, copy, transpose, column_sums};
+
+}  // namespace dn::cpu

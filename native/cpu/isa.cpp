@@ -1,0 +1,93 @@
+// Instruction set detection: what the CPU has and the operating system saves, and for AMX what Linux grants.
+
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "core/error.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+namespace dn::cpu {
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+// AMX tiles and bf16, with AVX512_BF16 for the conversions, and leave to use the tile state. Linux grants it
+// to the process on request; threads created later inherit it.
+bool has_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & (1u << 5)) == 0) return false;  // AVX512_BF16
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+Isa detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kPortable;
+  if (!has_avx512()) return Isa::kAvx2;
+  return has_amx() ? Isa::kAmx : Isa::kAvx512;
+#else
+  return Isa::kPortable;
+#endif
+}
+
+Isa choose() {
+  const char* const forced = std::getenv("DN_ISA");
+  if (forced == nullptr || *forced == '\0') return detected_isa();
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+    if (std::strcmp(forced, isa_name(isa)) != 0) continue;
+    if (isa > detected_isa()) {
+      throw Error(Code::kArgument, std::string("DN_ISA asks for ") + forced +
+                                       ", but this machine offers up to " + isa_name(detected_isa()));
+    }
+    return isa;
+  }
+  throw Error(Code::kArgument,
+              std::string("DN_ISA is '") + forced + "', expected portable, avx2, avx512 or amx");
+}
+
+}  // namespace
+
+Isa detected_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+Isa active_isa() {
+  static const Isa isa = choose();  // a throw leaves it unset, so the next call reports again
+  return isa;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kPortable: return "portable";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAmx: return "amx";
+  }
+  return "unknown";
+}
+
+}  // namespace dn::cpu

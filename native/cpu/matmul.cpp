@@ -1,0 +1,183 @@
+// The matmul ops: checks of shapes, the translation of weights and epilogues into products of the engine
+// (gemm.h), and the packed form of weights (gemm_kernels.h: panels of kGemmPanel columns).
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/error.h"
+#include "cpu/gemm.h"
+#include "cpu/ops.h"
+#include "cpu/thread_pool.h"
+
+namespace dn::cpu {
+namespace {
+
+constexpr int64_t kSumColumns = 64;  // columns of dbias a task takes
+constexpr int64_t kSumRows = 256;    // rows summed before they join the total
+
+[[noreturn]] void refuse(const char* op, const std::string& what) {
+  throw Error(Code::kArgument, std::string(op) + ": " + what);
+}
+
+void check_tensor(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t cols) {
+  if (t.dtype != Dtype::kF32) refuse(op, std::string(name) + " must be fp32 on the CPU");
+  if (t.rows != rows || t.cols != cols) {
+    refuse(op, std::string(name) + " is " + t.shape() + ", expected (" + std::to_string(rows) + ", " +
+                   std::to_string(cols) + ")");
+  }
+}
+
+void check_weight(const char* op, const Weight& w, bool may_be_packed) {
+  if (w.dtype != Dtype::kF32) refuse(op, "the weight " + w.shape() + " must be fp32 on the CPU");
+  if (w.packed && !may_be_packed) refuse(op, "the weight " + w.shape() + " is packed, expected a plain one");
+  if (w.K < 0 || w.N < 0 || (w.data == nullptr && w.K * w.N > 0))
+    refuse(op, "the weight " + w.shape() + " has no data");
+}
+
+// B = w, as the engine reads it.
+void set_weight(GemmProduct& p, const Weight& w) {
+  p.b = static_cast<const float*>(w.data);
+  p.b_layout = w.packed                         ? GemmLayout::kPanels
+               : w.order == WeightOrder::kInOut ? GemmLayout::kPlain
+                                                : GemmLayout::kTransposed;
+  p.b_stride = w.order == WeightOrder::kInOut ? w.N : w.K;
+  p.N = w.N;
+  p.K = w.K;
+}
+
+// Both directions between plain order and panels, a panel a task.
+template <typename CopyPanel>
+void each_panel(const Cpu& cpu, const Weight& w, CopyPanel&& copy_panel) {
+  parallel(cpu.threads, (w.N + kGemmPanel - 1) / kGemmPanel, [&](int64_t panel, int) {
+    const int64_t n = panel * kGemmPanel;
+    copy_panel(panel * w.K * kGemmPanel, n, std::min(kGemmPanel, w.N - n));
+  });
+}
+
+}  // namespace
+
+int64_t packed_elements(int64_t K, int64_t N) { return (N + kGemmPanel - 1) / kGemmPanel * kGemmPanel * K; }
+
+void pack_weight(const Cpu& cpu, float* packed, const Weight& plain) {
+  check_weight("pack_weight", plain, false);
+  const GemmKernels& kernels = gemm_kernels(cpu.isa);
+  const float* const src = static_cast<const float*>(plain.data);
+  each_panel(cpu, plain, [&](int64_t offset, int64_t n, int64_t cols) {
+    float* const dst = packed + offset;
+    if (cols < kGemmPanel) std::memset(dst, 0, static_cast<size_t>(plain.K * kGemmPanel) * sizeof(float));
+    if (plain.order == WeightOrder::kInOut) {
+      kernels.copy(dst, kGemmPanel, src + n, plain.N, plain.K, cols);
+    } else {
+      kernels.transpose(dst, kGemmPanel, src + n * plain.K, plain.K, cols, plain.K);
+    }
+  });
+}
+
+void unpack_weight(const Cpu& cpu, float* plain, const Weight& packed) {
+  check_weight("unpack_weight", packed, true);
+  if (!packed.packed)
+    refuse("unpack_weight", "the weight " + packed.shape() + " is plain, expected a packed one");
+  const GemmKernels& kernels = gemm_kernels(cpu.isa);
+  const float* const src = static_cast<const float*>(packed.data);
+  each_panel(cpu, packed, [&](int64_t offset, int64_t n, int64_t cols) {
+    if (packed.order == WeightOrder::kInOut) {
+      kernels.copy(plain + n, packed.N, src + offset, kGemmPanel, packed.K, cols);
+    } else {
+      kernels.transpose(plain + n * packed.K, packed.K, src + offset, kGemmPanel, packed.K, cols);
+    }
+  });
+}
+
+void weight_row(const Weight& w, int64_t n, float* out) {
+  const float* const data = static_cast<const float*>(w.data);
+  if (!w.packed) {
+    std::memcpy(out, data + n * w.K, static_cast<size_t>(w.K) * sizeof(float));
+    return;
+  }
+  const float* const column = data + n / kGemmPanel * kGemmPanel * w.K + n % kGemmPanel;
+  for (int64_t k = 0; k < w.K; ++k) out[k] = column[k * kGemmPanel];
+}
+
+void matmul_forward(const Cpu& cpu, Tensor out, Tensor inp, const Weight& w, Tensor bias, Epilogue epilogue,
+                    Tensor extra, MatmulPrecision precision) {
+  const char* const op = "matmul_forward";
+  check_weight(op, w, true);
+  check_tensor(op, "inp", inp, inp.rows, w.K);
+  check_tensor(op, "out", out, inp.rows, w.N);
+  if (bias) check_tensor(op, "bias", bias, 1, w.N);
+  if (extra && epilogue != Epilogue::kNone) check_tensor(op, "extra", extra, inp.rows, w.N);
+  if (epilogue == Epilogue::kResidual && !extra) refuse(op, "the residual is missing");
+
+  GemmProduct p;
+  p.c = out.f32();
+  p.c_stride = out.stride;
+  p.a = inp.f32();
+  p.a_stride = inp.stride;
+  p.M = inp.rows;
+  set_weight(p, w);
+  if (bias) p.bias = bias.f32();
+  p.gelu = epilogue == Epilogue::kGelu;
+  if (epilogue == Epilogue::kGelu && extra) p.pre = extra.f32();
+  if (epilogue == Epilogue::kResidual) p.residual = extra.f32();
+  p.extra_stride = extra.stride;
+  gemm(cpu, p, precision);
+}
+
+void matmul_backward(const Cpu& cpu, Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,
+                     const Weight& w, MatmulPrecision precision) {
+  const char* const op = "matmul_backward";
+  const int64_t M = dout.rows;
+  check_weight(op, w, false);
+  check_tensor(op, "dout", dout, M, w.N);
+  if (dinp) check_tensor(op, "dinp", dinp, M, w.K);
+  if (dinp) {
+    GemmProduct p;  // dinp (M, K) = dout (M, N) W^T
+    p.c = dinp.f32();
+    p.c_stride = dinp.stride;
+    p.a = dout.f32();
+    p.a_stride = dout.stride;
+    set_weight(p, w);
+    p.b_layout = w.order == WeightOrder::kInOut ? GemmLayout::kTransposed : GemmLayout::kPlain;
+    p.M = M;
+    p.N = w.K;
+    p.K = w.N;
+    gemm(cpu, p, precision);
+  }
+  if (dweight) {
+    check_tensor(op, "inp", inp, M, w.K);
+    const bool in_out = w.order == WeightOrder::kInOut;
+    check_tensor(op, "dweight", dweight, in_out ? w.K : w.N, in_out ? w.N : w.K);
+    const Tensor& rows = in_out ? inp : dout;  // its columns are the rows of dweight
+    const Tensor& cols = in_out ? dout : inp;
+    gemm_tn(cpu, dweight.f32(), dweight.stride, rows.f32(), rows.stride, cols.f32(), cols.stride, rows.cols,
+            cols.cols, M, true, precision);
+  }
+  if (dbias) {
+    check_tensor(op, "dbias", dbias, 1, w.N);
+    const GemmKernels& kernels = gemm_kernels(cpu.isa);
+    parallel(cpu.threads, (w.N + kSumColumns - 1) / kSumColumns, [&](int64_t task, int) {
+      const int64_t n = task * kSumColumns, cols = std::min(kSumColumns, w.N - n);
+      float* const total = dbias.f32() + n;
+      for (int64_t m = 0; m < M; m += kSumRows) {
+        float sums[kSumColumns] = {};
+        kernels.column_sums(sums, dout.f32(m) + n, dout.stride, std::min(kSumRows, M - m), cols);
+        for (int64_t i = 0; i < cols; ++i) total[i] += sums[i];
+      }
+    });
+  }
+}
+
+void head_gemm(const Cpu& cpu, float* out, int64_t out_stride, const float* const* inp_rows, int64_t R,
+               const Weight& wte, int64_t n_begin, int64_t n_end, MatmulPrecision precision) {
+  GemmProduct p;
+  p.c = out;
+  p.c_stride = out_stride;
+  p.a_rows = inp_rows;
+  p.M = R;
+  set_weight(p, wte);
+  p.b += n_begin * wte.K;  // panels and rows alike; n_begin is a multiple of kHeadTile
+  p.N = n_end - n_begin;
+  gemm(cpu, p, precision);
+}
+
+}  // namespace dn::cpu

@@ -1,0 +1,261 @@
+// The pool: workers start when first needed, spin for a moment after a region and then sleep, so that idle
+// threads cost the host nothing. A region is never late because of a sleeper: a worker that wakes after the
+// last task was claimed finds the region closed and is not waited for.
+
+#include "cpu/thread_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "cpu/isa.h"
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#include <pthread.h>
+#include <signal.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace dn::cpu {
+namespace {
+
+// How long a worker looks for the next region before it sleeps, and the caller for its workers.
+constexpr std::chrono::microseconds kSpin{30};
+constexpr int kMaxThreads = 1024;
+
+// Region state word: number in the upper half, closed flag, workers inside.
+constexpr uint64_t kClosed = uint64_t{1} << 31;
+constexpr uint64_t kInside = kClosed - 1;
+constexpr uint64_t kNextRegion = uint64_t{1} << 32;
+
+void cpu_pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Calls done() until it is true or kSpin has passed; says which.
+template <typename F>
+bool spin_until(F&& done) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  for (;;) {
+    for (int i = 0; i < 16; ++i) {
+      if (done()) return true;
+      cpu_pause();
+    }
+    if (std::chrono::steady_clock::now() >= end) return done();
+  }
+}
+
+#if defined(__linux__)
+// The cgroup's CPU quota in whole cores rounded up, or 0 when there is none.
+int cgroup_cores() {
+  double quota = 0, period = 0;
+  char text[64];
+  if (FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "re")) {  // version 2: "max 100000" or "150000 100000"
+    const bool limited = std::fscanf(f, "%63s %lf", text, &period) == 2 && std::strcmp(text, "max") != 0;
+    if (limited) quota = std::atof(text);
+    std::fclose(f);
+  } else {
+    const auto number = [](const char* path) {
+      double value = 0;
+      if (FILE* file = std::fopen(path, "re")) {
+        if (std::fscanf(file, "%lf", &value) != 1) value = 0;
+        std::fclose(file);
+      }
+      return value;
+    };
+    quota = number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
+    period = number("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  }
+  if (!(quota > 0) || !(period > 0)) return 0;
+  return std::max(1, static_cast<int>(std::min((quota + period - 1) / period, double{kMaxThreads})));
+}
+#endif
+
+// Keeps this library mapped for good: sleeping workers would return into unmapped code if the host closed it.
+void pin_library() {
+#if (defined(__linux__) || defined(__APPLE__)) && defined(RTLD_NODELETE)
+  Dl_info info;
+  if (dladdr(reinterpret_cast<const void*>(&pin_library), &info) != 0 && info.dli_fname != nullptr) {
+    dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
+  }
+#endif
+}
+
+}  // namespace
+
+int available_threads() {
+  static const int count = [] {
+    int cores = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) cores = CPU_COUNT(&set);
+    const int quota = cgroup_cores();
+    if (quota > 0) cores = std::min(cores, quota);
+#endif
+    return std::max(1, std::min(cores, kMaxThreads));
+  }();
+  return count;
+}
+
+struct ThreadPool::Impl {
+  struct Worker {
+    std::mutex mutex;
+    std::condition_variable wake;
+    bool sleeping = false;  // guarded by mutex
+  };
+
+  std::mutex turn;  // held by the caller whose region runs
+
+  // The region; written by the caller while closed, read by workers that have entered.
+  TaskFn fn = nullptr;
+  void* context = nullptr;
+  int64_t tasks = 0;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> limit{0};  // workers with a smaller number take part
+  std::atomic<bool> spin{true};
+  alignas(64) std::atomic<uint64_t> state{kClosed};
+
+  std::mutex done_mutex;
+  std::condition_variable done;
+  std::vector<Worker*> workers;  // workers[i] is worker i + 1; never shrinks, never freed
+
+  void work(int worker) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      fn(context, task, worker);
+  }
+
+  // Enters region `number` (upper half of the state) unless it has closed.
+  bool enter(uint64_t number) {
+    uint64_t seen = state.load(std::memory_order_acquire);
+    while ((seen & ~kInside) == number) {
+      if (state.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) return true;
+    }
+    return false;
+  }
+
+  void leave() {
+    const uint64_t before = state.fetch_sub(1, std::memory_order_acq_rel);
+    if ((before & kClosed) != 0 && (before & kInside) == 1) {
+      std::lock_guard<std::mutex> lock(done_mutex);
+      done.notify_one();
+    }
+  }
+
+  // The body of worker `id`; returns never.
+  [[noreturn]] void serve(int id, Worker& self) {
+    uint64_t last = 0;  // number of the last region seen
+    const auto called = [&] {
+      const uint64_t seen = state.load(std::memory_order_acquire);
+      return (seen & kClosed) == 0 && (seen & ~kInside) != last && id < limit.load(std::memory_order_relaxed);
+    };
+    for (;;) {
+      if (!(spin.load(std::memory_order_relaxed) && spin_until(called))) {
+        std::unique_lock<std::mutex> lock(self.mutex);
+        self.sleeping = true;
+        self.wake.wait(lock, called);
+        self.sleeping = false;
+      }
+      last = state.load(std::memory_order_acquire) & ~(kInside | kClosed);
+      if (!enter(last)) continue;
+      if (id < limit.load(std::memory_order_relaxed)) work(id);
+      leave();
+    }
+  }
+
+  // Starts workers 1 .. count if they are missing. Fewer than asked for when the system refuses threads.
+  int start(int count) {
+    if (workers.empty()) {
+      pin_library();
+      detected_isa();  // asks for the AMX state, which threads inherit
+    }
+#if defined(__unix__) || defined(__APPLE__)
+    sigset_t all, old;  // signals are the host's business
+    sigfillset(&all);
+    const bool masked =
+        static_cast<int>(workers.size()) < count && pthread_sigmask(SIG_SETMASK, &all, &old) == 0;
+#endif
+    while (static_cast<int>(workers.size()) < count) {
+      Worker* worker = nullptr;
+      try {
+        workers.reserve(workers.size() + 1);
+        worker = new Worker;
+        const int id = static_cast<int>(workers.size()) + 1;
+        std::thread([this, id, worker] { serve(id, *worker); }).detach();
+        workers.push_back(worker);
+      } catch (const std::exception&) {
+        delete worker;
+        break;
+      }
+    }
+#if defined(__unix__) || defined(__APPLE__)
+    if (masked) pthread_sigmask(SIG_SETMASK, &old, nullptr);
+#endif
+    return std::min(count, static_cast<int>(workers.size()));
+  }
+};
+
+ThreadPool::ThreadPool() : impl_(new Impl) {}
+ThreadPool::~ThreadPool() = default;
+
+ThreadPool& ThreadPool::shared() {
+  static ThreadPool* const pool = new ThreadPool;  // never freed: workers may outlive static destruction
+  return *pool;
+}
+
+void ThreadPool::run(int64_t tasks, int threads, TaskFn fn, void* context) {
+  if (tasks <= 0) return;
+  const int wanted = static_cast<int>(std::min<int64_t>({tasks, threads, kMaxThreads}));
+  if (wanted <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) fn(context, task, 0);
+    return;
+  }
+  Impl& pool = *impl_;
+  std::lock_guard<std::mutex> turn(pool.turn);
+  const int helpers = pool.start(wanted - 1);
+  pool.fn = fn;
+  pool.context = context;
+  pool.tasks = tasks;
+  pool.next.store(0, std::memory_order_relaxed);
+  pool.limit.store(helpers + 1, std::memory_order_relaxed);
+  pool.spin.store(wanted <= available_threads(), std::memory_order_relaxed);
+  const uint64_t number = (pool.state.load(std::memory_order_relaxed) & ~(kInside | kClosed)) + kNextRegion;
+  pool.state.store(number, std::memory_order_release);
+  for (int i = 0; i < helpers; ++i) {
+    Impl::Worker& worker = *pool.workers[static_cast<size_t>(i)];
+    bool sleeping;
+    {
+      std::lock_guard<std::mutex> lock(worker.mutex);
+      sleeping = worker.sleeping;
+    }
+    if (sleeping) worker.wake.notify_one();
+  }
+
+  pool.work(0);
+
+  const uint64_t before = pool.state.fetch_or(kClosed, std::memory_order_acq_rel);
+  if ((before & kInside) == 0) return;
+  const auto empty = [&] { return (pool.state.load(std::memory_order_acquire) & kInside) == 0; };
+  if (pool.spin.load(std::memory_order_relaxed) && spin_until(empty)) return;
+  std::unique_lock<std::mutex> lock(pool.done_mutex);
+  pool.done.wait(lock, empty);
+}
+
+}  // namespace dn::cpu

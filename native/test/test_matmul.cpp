@@ -1,0 +1,500 @@
+// The matrix products against fp64, against each other and against themselves: every instruction set this
+// machine has, every layout, precision and thread count.
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "cpu/gemm.h"
+#include "cpu/ops.h"
+#include "test/check.h"
+
+namespace {
+
+using namespace dn;
+using namespace dn::cpu;
+
+constexpr double kEps = 1.0 / (1 << 23);
+
+// Uniform numbers in [-1, 1), the same on every run.
+class Numbers {
+ public:
+  explicit Numbers(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 1) {}
+  uint64_t next() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return state_;
+  }
+  int64_t between(int64_t low, int64_t high) {
+    return low + static_cast<int64_t>((next() >> 20) % static_cast<uint64_t>(high - low + 1));
+  }
+  std::vector<float> vector(int64_t n) {
+    std::vector<float> v(static_cast<size_t>(n));
+    for (float& x : v) x = static_cast<float>(static_cast<double>(next() >> 11) / (uint64_t{1} << 52) - 1.0);
+    return v;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+std::vector<Isa> isas() {
+  std::vector<Isa> all;
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+    if (isa <= detected_isa()) all.push_back(isa);
+  }
+  return all;
+}
+
+Tensor matrix(std::vector<float>& v, int64_t rows, int64_t cols) {
+  return Tensor(v.data(), Dtype::kF32, rows, cols);
+}
+
+Weight weight(const std::vector<float>& v, WeightOrder order, int64_t K, int64_t N, bool packed = false) {
+  Weight w;
+  w.data = v.data();
+  w.order = order;
+  w.packed = packed;
+  w.K = K;
+  w.N = N;
+  return w;
+}
+
+std::vector<float> transposed(const std::vector<float>& v, int64_t rows, int64_t cols) {
+  std::vector<float> t(v.size());
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; ++c)
+      t[static_cast<size_t>(c * rows + r)] = v[static_cast<size_t>(r * cols + c)];
+  }
+  return t;
+}
+
+float to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// c (M, N) = a (M, K) b (K, N), in fp64 and as a plain fp32 loop.
+struct Reference {
+  std::vector<double> exact;
+  std::vector<float> naive;
+};
+
+Reference reference(const std::vector<float>& a, const std::vector<float>& b, int64_t M, int64_t N,
+                    int64_t K) {
+  Reference ref{std::vector<double>(static_cast<size_t>(M * N)),
+                std::vector<float>(static_cast<size_t>(M * N))};
+  for (int64_t m = 0; m < M; ++m) {
+    double* exact = ref.exact.data() + m * N;
+    float* naive = ref.naive.data() + m * N;
+    for (int64_t k = 0; k < K; ++k) {
+      const float x = a[static_cast<size_t>(m * K + k)];
+      const float* row = b.data() + k * N;
+      for (int64_t n = 0; n < N; ++n) {
+        exact[n] += static_cast<double>(x) * row[n];
+        naive[n] += x * row[n];
+      }
+    }
+  }
+  return ref;
+}
+
+double worst(const std::vector<double>& exact, const float* got) {
+  return test::max_difference(exact.data(), got, static_cast<int64_t>(exact.size())).max;
+}
+
+double scale(const std::vector<double>& exact) {
+  double s = 0;
+  for (const double x : exact) s = std::max(s, std::fabs(x));
+  return s;
+}
+
+// The error may be twice that of the plain loop, and a rounding of the largest element.
+void check_product(const Reference& ref, const std::vector<float>& got, const std::string& what) {
+  const double allowed = 2 * worst(ref.exact, ref.naive.data()) + kEps * scale(ref.exact);
+  CHECK_CLOSE(ref.exact.data(), got.data(), static_cast<int64_t>(got.size()), allowed, what);
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+std::string label(Isa isa, int64_t M, int64_t N, int64_t K) {
+  return std::string(isa_name(isa)) + " M=" + std::to_string(M) + " N=" + std::to_string(N) +
+         " K=" + std::to_string(K);
+}
+
+// Forward without epilogue through every weight layout: within the error, and the same bits in all of them.
+void check_forward(Isa isa, int64_t M, int64_t N, int64_t K, uint64_t seed) {
+  Numbers numbers(seed);
+  std::vector<float> a = numbers.vector(M * K), b = numbers.vector(K * N);
+  const std::vector<float> bt = transposed(b, K, N);
+  const Reference ref = reference(a, b, M, N, K);
+  const Cpu cpu{2, isa};
+  const std::string what = label(isa, M, N, K);
+  std::vector<float> first;
+  for (const WeightOrder order : {WeightOrder::kInOut, WeightOrder::kOutIn}) {
+    const Weight plain = weight(order == WeightOrder::kInOut ? b : bt, order, K, N);
+    std::vector<float> panels(static_cast<size_t>(packed_elements(K, N)), 7.0f);
+    pack_weight(cpu, panels.data(), plain);
+    for (const Weight& w : {plain, weight(panels, order, K, N, true)}) {
+      std::vector<float> out(static_cast<size_t>(M * N), 3.0f);
+      matmul_forward(cpu, matrix(out, M, N), matrix(a, M, K), w, {}, Epilogue::kNone, {},
+                     MatmulPrecision::kFP32);
+      if (first.empty()) {
+        first = out;
+        check_product(ref, out, what);
+      }
+      CHECK_MSG(same_bits(first, out), what + ": the bits depend on how the weight is stored");
+    }
+  }
+}
+
+void check_backward(Isa isa, WeightOrder order, int64_t M, int64_t N, int64_t K, uint64_t seed) {
+  Numbers numbers(seed);
+  std::vector<float> inp = numbers.vector(M * K), dout = numbers.vector(M * N);
+  const std::vector<float> w_kn = numbers.vector(K * N), w_nk = transposed(w_kn, K, N);
+  const bool in_out = order == WeightOrder::kInOut;
+  std::vector<float> dinp(static_cast<size_t>(M * K), 9.0f), dw = numbers.vector(K * N),
+                                                             db = numbers.vector(N);
+  const std::vector<float> dw_before = dw, db_before = db;
+  matmul_backward({2, isa}, matrix(dinp, M, K), matrix(dw, in_out ? K : N, in_out ? N : K), matrix(db, 1, N),
+                  matrix(dout, M, N), matrix(inp, M, K), weight(in_out ? w_kn : w_nk, order, K, N),
+                  MatmulPrecision::kFP32);
+
+  const std::string what = "backward " + label(isa, M, N, K);
+  check_product(reference(dout, w_nk, M, K, N), dinp, what + " dinp");
+  Reference ref = in_out ? reference(transposed(inp, M, K), dout, K, N, M)
+                         : reference(transposed(dout, M, N), inp, N, K, M);
+  for (size_t i = 0; i < dw.size(); ++i) {
+    ref.exact[i] += dw_before[i];
+    ref.naive[i] += dw_before[i];
+  }
+  check_product(ref, dw, what + " dweight");
+  ref = reference(std::vector<float>(static_cast<size_t>(M), 1.0f), dout, 1, N, M);
+  for (size_t i = 0; i < db.size(); ++i) {
+    ref.exact[i] += db_before[i];
+    ref.naive[i] += db_before[i];
+  }
+  check_product(ref, db, what + " dbias");
+}
+
+DN_TEST(matmul_small_shapes) {
+  Numbers numbers(1);
+  for (const Isa isa : isas()) {
+    for (int i = 0; i < 150; ++i) {
+      check_forward(isa, numbers.between(1, 70), numbers.between(1, 70), numbers.between(1, 70),
+                    numbers.next());
+    }
+    for (int64_t M = 1; M <= 30; ++M)
+      check_forward(isa, M, 33, 300, numbers.next());  // every tile height, two blocks
+    for (int64_t N = 1; N <= 65; ++N) check_forward(isa, 3, N, 5, numbers.next());  // every tail
+  }
+}
+
+DN_TEST(matmul_model_shapes) {
+  const int64_t shapes[][3] = {{64, 2304, 768}, {37, 768, 768},  {65, 768, 3072},
+                               {16, 3072, 768}, {33, 1027, 256}, {600, 96, 520}};
+  for (const Isa isa : isas()) {
+    for (const auto& s : shapes) check_forward(isa, s[0], s[1], s[2], 5);
+  }
+}
+
+DN_TEST(matmul_backward_shapes) {
+  Numbers numbers(2);
+  for (const Isa isa : isas()) {
+    for (const WeightOrder order : {WeightOrder::kInOut, WeightOrder::kOutIn}) {
+      for (int i = 0; i < 60; ++i) {
+        check_backward(isa, order, numbers.between(1, 70), numbers.between(1, 70), numbers.between(1, 70),
+                       numbers.next());
+      }
+      check_backward(isa, order, 300, 130, 96, 3);
+      check_backward(isa, order, 530, 65, 768, 4);
+    }
+  }
+}
+
+DN_TEST(matmul_reductions_of_nothing) {
+  for (const Isa isa : isas()) {
+    std::vector<float> none(1), bias = {1, 2, 3}, out(6, 5.0f);
+    matmul_forward({1, isa}, matrix(out, 2, 3), matrix(none, 2, 0), weight(none, WeightOrder::kInOut, 0, 3),
+                   matrix(bias, 1, 3), Epilogue::kNone, {}, MatmulPrecision::kFP32);
+    CHECK(out == std::vector<float>({1, 2, 3, 1, 2, 3}));
+    matmul_forward({1, isa}, matrix(out, 0, 3), matrix(none, 0, 0), weight(none, WeightOrder::kInOut, 0, 3),
+                   matrix(bias, 1, 3), Epilogue::kNone, {}, MatmulPrecision::kFP32);
+  }
+}
+
+// Bias, GELU with and without the pre-activation, residual; strided in- and outputs; what lies beside stays
+// untouched.
+DN_TEST(matmul_epilogues) {
+  for (const Isa isa : isas()) {
+    for (const int64_t N : {5, 32, 77}) {
+      const int64_t M = 29, K = 270, pad = 3;
+      Numbers numbers(static_cast<uint64_t>(N));
+      std::vector<float> a = numbers.vector(M * (K + pad)), b = numbers.vector(K * N),
+                         bias = numbers.vector(N);
+      std::vector<float> dense(static_cast<size_t>(M * K));
+      for (int64_t m = 0; m < M; ++m)
+        std::memcpy(&dense[static_cast<size_t>(m * K)], &a[static_cast<size_t>(m * (K + pad))],
+                    static_cast<size_t>(K) * 4);
+      const Reference ref = reference(dense, b, M, N, K);
+      const double allowed = 4 * worst(ref.exact, ref.naive.data()) + 4 * kEps * scale(ref.exact);
+      for (const Epilogue epilogue : {Epilogue::kNone, Epilogue::kGelu, Epilogue::kResidual}) {
+        for (const bool with_extra : {false, true}) {
+          if (epilogue == Epilogue::kResidual && !with_extra) continue;
+          std::vector<float> out(static_cast<size_t>(M * (N + pad)), 11.0f),
+              extra = numbers.vector(M * (N + pad));
+          const std::vector<float> residual = extra;
+          matmul_forward({2, isa}, Tensor(out.data(), Dtype::kF32, M, N, N + pad),
+                         Tensor(a.data(), Dtype::kF32, M, K, K + pad), weight(b, WeightOrder::kInOut, K, N),
+                         matrix(bias, 1, N), epilogue,
+                         with_extra ? Tensor(extra.data(), Dtype::kF32, M, N, N + pad) : Tensor(),
+                         MatmulPrecision::kFP32);
+          for (int64_t m = 0; m < M; ++m) {
+            for (int64_t n = 0; n < N + pad; ++n) {
+              const size_t i = static_cast<size_t>(m * (N + pad) + n);
+              if (n >= N) {
+                CHECK(out[i] == 11.0f && extra[i] == residual[i]);
+                continue;
+              }
+              const double pre = ref.exact[static_cast<size_t>(m * N + n)] + bias[static_cast<size_t>(n)];
+              double expected = pre;
+              if (epilogue == Epilogue::kGelu) {
+                expected =
+                    0.5 * pre * (1 + std::tanh(0.7978845608028654 * (pre + 0.044715 * pre * pre * pre)));
+                if (with_extra) CHECK(std::fabs(extra[i] - pre) <= allowed);
+              } else if (epilogue == Epilogue::kResidual) {
+                expected += residual[i];
+              }
+              CHECK_MSG(std::fabs(out[i] - expected) <= allowed * 1.2,
+                        label(isa, M, N, K) + ": epilogue is off by " + std::to_string(out[i] - expected));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// The GELU by itself, through a product with 1: within a few ulp over the whole range, NaN and infinities in
+// place.
+DN_TEST(matmul_gelu_accuracy) {
+  std::vector<float> one = {1.0f}, in;
+  for (double x = -9.5; x <= 9.5; x += 0.003) in.push_back(static_cast<float>(x));
+  for (const float x : {0.0f, -0.0f, 1e-30f, 50.0f, 3e38f, -50.0f, -3e38f, INFINITY, NAN}) in.push_back(x);
+  const int64_t N = static_cast<int64_t>(in.size());
+  for (const Isa isa : isas()) {
+    std::vector<float> out(in.size());
+    matmul_forward({1, isa}, matrix(out, 1, N), matrix(one, 1, 1), weight(in, WeightOrder::kInOut, 1, N), {},
+                   Epilogue::kGelu, {}, MatmulPrecision::kFP32);
+    for (size_t i = 0; i < in.size(); ++i) {
+      const double u = in[i], z = 0.7978845608028654 * (u + 0.044715 * u * u * u);
+      const double expected = std::isinf(u) ? u : u / (1 + std::exp(-2 * z));
+      if (std::isnan(u)) {
+        CHECK(std::isnan(out[i]));
+      } else if (std::isinf(expected)) {
+        CHECK(static_cast<double>(out[i]) == expected);
+      } else {  // exp(-2z) multiplies the rounding of z by |2z|
+        const double allowed =
+            std::fabs(expected) * kEps * (4 + 3 * std::min(90.0, std::fabs(2 * z))) + 1e-35;
+        CHECK_MSG(std::fabs(out[i] - expected) <= allowed,
+                  std::string(isa_name(isa)) + " gelu(" + std::to_string(u) +
+                      ") = " + std::to_string(out[i]) + ", expected " + std::to_string(expected));
+      }
+    }
+  }
+}
+
+// A row alone, anywhere in a batch, and with any thread count: the same bits, forward and backward, in both
+// precisions.
+DN_TEST(matmul_rows_and_threads_do_not_matter) {
+  const int64_t M = 83, N = 205, K = 600;
+  Numbers numbers(6);
+  std::vector<float> a = numbers.vector(M * K), b = numbers.vector(K * N), bias = numbers.vector(N),
+                     g = numbers.vector(M * N);
+  const Weight w = weight(b, WeightOrder::kInOut, K, N);
+  for (const Isa isa : isas()) {
+    for (const MatmulPrecision precision : {MatmulPrecision::kFP32, MatmulPrecision::kBF16}) {
+      std::vector<float> whole, whole_dw, whole_da, whole_db;
+      for (const int threads : {1, 2, 8}) {
+        const Cpu cpu{threads, isa};
+        std::vector<float> out(static_cast<size_t>(M * N)), da(a.size()), dw(b.size()), db(bias.size());
+        matmul_forward(cpu, matrix(out, M, N), matrix(a, M, K), w, matrix(bias, 1, N), Epilogue::kGelu, {},
+                       precision);
+        matmul_backward(cpu, matrix(da, M, K), matrix(dw, K, N), matrix(db, 1, N), matrix(g, M, N),
+                        matrix(a, M, K), w, precision);
+        if (threads == 1) whole = out, whole_da = da, whole_dw = dw, whole_db = db;
+        CHECK_MSG(same_bits(whole, out) && same_bits(whole_da, da) && same_bits(whole_dw, dw) &&
+                      same_bits(whole_db, db),
+                  std::string(isa_name(isa)) + ": the bits depend on the thread count");
+      }
+      for (const int64_t count : {int64_t{1}, int64_t{2}, int64_t{17}}) {
+        for (int64_t m = 0; m + count <= M; m += 9) {
+          std::vector<float> out(static_cast<size_t>(count * N)), da(static_cast<size_t>(count * K));
+          const Tensor rows = matrix(a, M, K).slice(m, count);
+          matmul_forward({2, isa}, matrix(out, count, N), rows, w, matrix(bias, 1, N), Epilogue::kGelu, {},
+                         precision);
+          matmul_backward({2, isa}, matrix(da, count, K), {}, {}, matrix(g, M, N).slice(m, count), rows, w,
+                          precision);
+          CHECK_MSG(std::memcmp(out.data(), &whole[static_cast<size_t>(m * N)], out.size() * 4) == 0 &&
+                        std::memcmp(da.data(), &whole_da[static_cast<size_t>(m * K)], da.size() * 4) == 0,
+                    std::string(isa_name(isa)) + ": a row depends on its neighbours");
+        }
+      }
+    }
+  }
+}
+
+// bf16: against the exact product of the rounded inputs, no worse than twice a plain loop over them; and
+// without AMX the bits of fp32.
+DN_TEST(matmul_bf16) {
+  Numbers numbers(8);
+  for (const Isa isa : isas()) {
+    for (int i = 0; i < 60; ++i) {
+      const bool large = i < 6;
+      const int64_t M = large ? 40 + 11 * i : numbers.between(1, 70),
+                    N = large ? 300 + i : numbers.between(1, 70);
+      const int64_t K = large ? 500 + 200 * i : numbers.between(1, 70);
+      std::vector<float> a = numbers.vector(M * K), b = numbers.vector(K * N), g = numbers.vector(M * N);
+      const std::vector<float> bt = transposed(b, K, N);
+      std::vector<float> ra = a, rb = b, rg = g;
+      for (auto* v : {&ra, &rb, &rg}) {
+        if (isa == Isa::kAmx) std::transform(v->begin(), v->end(), v->begin(), to_bf16);
+      }
+      const Cpu cpu{2, isa};
+      const std::string what = "bf16 " + label(isa, M, N, K);
+      for (const WeightOrder order : {WeightOrder::kInOut, WeightOrder::kOutIn}) {
+        const bool in_out = order == WeightOrder::kInOut;
+        const Weight plain = weight(in_out ? b : bt, order, K, N);
+        std::vector<float> panels(static_cast<size_t>(packed_elements(K, N)));
+        pack_weight(cpu, panels.data(), plain);
+        std::vector<float> first;
+        for (const Weight& w : {plain, weight(panels, order, K, N, true)}) {
+          std::vector<float> out(static_cast<size_t>(M * N), 3.0f);
+          matmul_forward(cpu, matrix(out, M, N), matrix(a, M, K), w, {}, Epilogue::kNone, {},
+                         MatmulPrecision::kBF16);
+          if (first.empty()) check_product(reference(ra, rb, M, N, K), first = out, what);
+          CHECK_MSG(same_bits(first, out), what + ": the bits depend on how the weight is stored");
+        }
+        std::vector<float> da(static_cast<size_t>(M * K), 4.0f), dw(static_cast<size_t>(K * N));
+        matmul_backward(cpu, matrix(da, M, K), matrix(dw, in_out ? K : N, in_out ? N : K), {},
+                        matrix(g, M, N), matrix(a, M, K), plain, MatmulPrecision::kBF16);
+        check_product(reference(rg, transposed(rb, K, N), M, K, N), da, what + " dinp");
+        check_product(in_out ? reference(transposed(ra, M, K), rg, K, N, M)
+                             : reference(transposed(rg, M, N), ra, N, K, M),
+                      dw, what + " dweight");
+      }
+    }
+  }
+}
+
+// Packing and its inverse, and single rows of an embedding.
+DN_TEST(matmul_pack_roundtrip) {
+  Numbers numbers(9);
+  for (const Isa isa : isas()) {
+    for (int i = 0; i < 40; ++i) {
+      const int64_t K = numbers.between(1, 70), N = numbers.between(1, 140);
+      CHECK(packed_elements(K, N) >= K * N);
+      for (const WeightOrder order : {WeightOrder::kInOut, WeightOrder::kOutIn}) {
+        const std::vector<float> plain = numbers.vector(K * N);
+        std::vector<float> panels(static_cast<size_t>(packed_elements(K, N)), NAN), back(plain.size());
+        pack_weight({2, isa}, panels.data(), weight(plain, order, K, N));
+        const Weight packed = weight(panels, order, K, N, true);
+        unpack_weight({2, isa}, back.data(), packed);
+        CHECK(same_bits(plain, back));
+        for (const float x : panels) CHECK(!std::isnan(x));
+        if (order != WeightOrder::kOutIn) continue;
+        for (int64_t n = 0; n < N; n += 7) {
+          std::vector<float> row(static_cast<size_t>(K)), packed_row(row);
+          weight_row(weight(plain, order, K, N), n, row.data());
+          weight_row(packed, n, packed_row.data());
+          CHECK(std::memcmp(row.data(), &plain[static_cast<size_t>(n * K)], row.size() * 4) == 0);
+          CHECK(same_bits(row, packed_row));
+        }
+      }
+    }
+  }
+}
+
+// The head: gathered rows, vocabulary in chunks, plain and packed: the bits of one whole product.
+DN_TEST(matmul_head_chunks) {
+  const int64_t rows = 50, R = 21, V = 333, C = 272;
+  Numbers numbers(10);
+  std::vector<float> hidden = numbers.vector(rows * C), wte = numbers.vector(V * C);
+  for (const Isa isa : isas()) {
+    for (const MatmulPrecision precision : {MatmulPrecision::kFP32, MatmulPrecision::kBF16}) {
+      const Cpu cpu{2, isa};
+      std::vector<float> panels(static_cast<size_t>(packed_elements(C, V)));
+      pack_weight(cpu, panels.data(), weight(wte, WeightOrder::kOutIn, C, V));
+      std::vector<float> gathered(static_cast<size_t>(R * C)), whole(static_cast<size_t>(R * V));
+      std::vector<const float*> pointers;
+      for (int64_t r = 0; r < R; ++r) {
+        pointers.push_back(&hidden[static_cast<size_t>((r * 17 % rows) * C)]);
+        std::memcpy(&gathered[static_cast<size_t>(r * C)], pointers.back(), static_cast<size_t>(C) * 4);
+      }
+      gemm_nt(cpu, whole.data(), V, gathered.data(), C, wte.data(), C, R, V, C, false, precision);
+      for (const bool packed : {false, true}) {
+        for (const int64_t chunk : {kHeadTile, 3 * kHeadTile, 11 * kHeadTile}) {
+          std::vector<float> out(whole.size());
+          for (int64_t n = 0; n < V; n += chunk) {
+            head_gemm(cpu, out.data() + n, V, pointers.data(), R,
+                      weight(packed ? panels : wte, WeightOrder::kOutIn, C, V, packed), n,
+                      std::min(V, n + chunk), precision);
+          }
+          CHECK_MSG(same_bits(whole, out), std::string(isa_name(isa)) + ": the head depends on its chunks");
+        }
+      }
+    }
+  }
+}
+
+// Accumulation over chunks of the reduction, as the head's backward does it.
+DN_TEST(matmul_accumulation) {
+  const int64_t M = 45, N = 70, K = 530;
+  Numbers numbers(11);
+  std::vector<float> a = numbers.vector(M * K), b = numbers.vector(K * N);
+  const std::vector<float> at = transposed(a, M, K), bt = transposed(b, K, N);
+  const Reference ref = reference(a, b, M, N, K);
+  for (const Isa isa : isas()) {
+    const Cpu cpu{2, isa};
+    std::vector<float> nn(static_cast<size_t>(M * N)), nt(nn), tn(nn);
+    for (int64_t k = 0; k < K; k += 200) {
+      const int64_t depth = std::min<int64_t>(200, K - k);
+      gemm_nn(cpu, nn.data(), N, a.data() + k, K, b.data() + k * N, N, M, N, depth, k > 0,
+              MatmulPrecision::kFP32);
+      gemm_nt(cpu, nt.data(), N, a.data() + k, K, bt.data() + k, K, M, N, depth, k > 0,
+              MatmulPrecision::kFP32);
+      gemm_tn(cpu, tn.data(), N, at.data() + k * M, M, b.data() + k * N, N, M, N, depth, k > 0,
+              MatmulPrecision::kFP32);
+    }
+    check_product(ref, nn, label(isa, M, N, K) + " in chunks");
+    CHECK(same_bits(nn, nt) && same_bits(nn, tn));
+  }
+}
+
+DN_TEST(matmul_bad_shapes) {
+  std::vector<float> v(64);
+  const Weight w = weight(v, WeightOrder::kInOut, 4, 8);
+  const Cpu cpu;
+  CHECK_THROWS(matmul_forward(cpu, matrix(v, 2, 8), matrix(v, 2, 5), w, {}, Epilogue::kNone, {},
+                              MatmulPrecision::kFP32),
+               Code::kArgument, "inp is (2, 5), expected (2, 4)");
+  CHECK_THROWS(matmul_forward(cpu, matrix(v, 3, 8), matrix(v, 2, 4), w, {}, Epilogue::kNone, {},
+                              MatmulPrecision::kFP32),
+               Code::kArgument, "out is (3, 8), expected (2, 8)");
+  CHECK_THROWS(matmul_forward(cpu, matrix(v, 2, 8), matrix(v, 2, 4), w, {}, Epilogue::kResidual, {},
+                              MatmulPrecision::kFP32),
+               Code::kArgument, "residual is missing");
+  CHECK_THROWS(matmul_backward(cpu, matrix(v, 2, 4), {}, {}, matrix(v, 2, 8), {},
+                               weight(v, WeightOrder::kInOut, 4, 8, true), MatmulPrecision::kFP32),
+               Code::kArgument, "packed");
+}
+
+}  // namespace

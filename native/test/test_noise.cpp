@@ -1,0 +1,369 @@
+// The forward process: rows and targets on hand-written examples, draws that do not depend on micro-batching,
+// and the exact oracles of masked diffusion (enumerated likelihood bound, E[(1/t) |M| / N] = 1, uniformity of
+// exact counts). Objectives with blocks and the spindle schedule are in test_noise_schedules.cpp.
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <string>
+
+#include "core/error.h"
+#include "core/noise.h"
+#include "core/rng.h"
+#include "test/noise_batches.h"
+
+namespace {
+
+using namespace dn;
+using dn::test::CleanTokens;
+using dn::test::Moments;
+using dn::test::noise_options;
+using Bits = std::vector<uint8_t>;
+using Rows = std::vector<int64_t>;
+using Ids = std::vector<int32_t>;
+using Weights = std::vector<float>;
+
+// An arbitrary "cross-entropy" of token i when the set S (bits) is masked.
+double fake_loss(uint32_t S, int i) {
+  return 1.0 + 3.0 * uniform(99, Stream::kData, S, static_cast<uint64_t>(i));
+}
+
+}  // namespace
+
+DN_TEST(noise_shifted_rows_by_hand) {
+  CleanTokens clean({{10, 11, 12, 13}, {20, 21, 22}});
+  clean.mask = {1, 0, 1, 1, 0, 1, 1};
+  clean.t = {0.5, 0.25};
+  NoiseOptions options = noise_options();
+  const NoisyBatch noisy = corrupt(clean.view(), options);
+  CHECK((noisy.batch.ids == Ids{50, 11, 50, 50, 20, 50, 50}));
+  CHECK((noisy.batch.positions == Ids{0, 1, 2, 3, 0, 1, 2}) && noisy.batch.mask_positions.empty());
+  CHECK((noisy.rows.rows ==
+         Rows{1, 2, 4, 5}));  // token 0 of the first sequence is masked, but predicted by no row
+  CHECK((noisy.rows.targets == Ids{12, 13, 21, 22}));
+  CHECK((noisy.rows.weights == Weights{2, 2, 4, 4}));
+  CHECK(noisy.mask == clean.mask && noisy.t == clean.t);
+  CHECK(noisy.predictable == 5 && noisy.denominator == 5);
+  CHECK(noisy.batch.sequences.size() == 2 && noisy.batch.sequences[1].begin == 4 &&
+        noisy.batch.sequences[1].end == 7);
+  CHECK(noisy.batch.sequences[1].k_len == 3 && noisy.batch.sequences[1].mask.kind == MaskKind::kFull);
+
+  options.shift = false;
+  options.weighted = false;
+  options.mask.kind = MaskKind::kAnnealed;
+  const NoisyBatch aligned = corrupt(clean.view(), options);
+  CHECK((aligned.rows.rows == Rows{0, 2, 3, 5, 6}));
+  CHECK((aligned.rows.targets == Ids{10, 12, 13, 21, 22}));
+  CHECK((aligned.rows.weights == Weights{1, 1, 1, 1, 1}));
+  CHECK(aligned.predictable == 7 && aligned.denominator == 7);
+  CHECK(aligned.batch.sequences[0].mask.kind == MaskKind::kAnnealed);
+}
+
+DN_TEST(noise_denominators_and_answer_weights) {
+  // A prompt of two and an answer of three; a sequence that is all prompt; one without a prompt.
+  CleanTokens clean({{1, 2, 3, 4, 5}, {6, 7}, {8, 9, 10}});
+  clean.maskable = {0, 0, 1, 1, 1, 0, 0, 1, 1, 1};
+  clean.mask = {0, 0, 1, 0, 1, 0, 0, 1, 1, 0};
+  clean.t = {0.5, 0.5, 0.1};
+  NoiseOptions options = noise_options();
+  NoisyBatch noisy = corrupt(clean.view(), options);
+  CHECK((noisy.rows.rows == Rows{1, 3, 7}) && (noisy.rows.targets == Ids{3, 5, 9}));
+  CHECK(noisy.predictable == 5 && noisy.denominator == 5);
+  CHECK((noisy.rows.weights == Weights{2, 2, 10}));
+  options.normalise = Normalise::kMasked;
+  noisy = corrupt(clean.view(), options);
+  CHECK(noisy.denominator == 3 && (noisy.rows.weights == Weights{2, 2, 10}));
+  options.normalise = Normalise::kAnswer;
+  noisy = corrupt(clean.view(), options);
+  CHECK(noisy.denominator == 2);  // the sequence without an answer does not count
+  CHECK((noisy.rows.weights == Weights{static_cast<float>(2 / 3.0), static_cast<float>(2 / 3.0), 5}));
+
+  std::fill(clean.mask.begin(), clean.mask.end(), 0);
+  for (const auto& [normalise, denominator] : std::map<Normalise, double>{
+           {Normalise::kTokens, 5}, {Normalise::kMasked, 0}, {Normalise::kAnswer, 2}}) {
+    options.normalise = normalise;
+    noisy = corrupt(clean.view(), options);
+    CHECK(noisy.rows.rows.empty() && noisy.rows.targets.empty() && noisy.rows.weights.empty());
+    CHECK(noisy.denominator == denominator);
+    CHECK(noisy.batch.ids == clean.ids);
+  }
+}
+
+DN_TEST(noise_given_parts_are_not_drawn) {
+  CleanTokens clean({{1, 2, 3, 4, 5, 6}});
+  clean.mask = {1, 1, 0, 1, 0, 1};
+  NoiseOptions options = noise_options();
+  NoisyBatch noisy = corrupt(clean.view(), options);  // mask alone: 3 of 5 predictable tokens
+  CHECK(noisy.mask == clean.mask && noisy.t[0] == 3.0 / 5);
+  CHECK((noisy.rows.weights == Weights(3, static_cast<float>(5.0 / 3))));
+  clean.mask.clear();
+  for (const TimeSampler sampler :
+       {TimeSampler::kUniform, TimeSampler::kStratified, TimeSampler::kExactCount}) {
+    options.time_sampler = sampler;
+    clean.t = {1.0};
+    noisy = corrupt(clean.view(), options);
+    CHECK(noisy.t[0] == 1.0 && noisy.mask == Bits(6, 1));
+    clean.t = {0.3};
+    for (uint32_t step = 0; step < 20; ++step) {
+      options.step = step;
+      noisy = corrupt(clean.view(), options);
+      CHECK(noisy.t[0] == 0.3);
+      for (uint64_t i = 0; i < 6; ++i) {
+        CHECK(noisy.mask[i] == (uniform(options.seed, Stream::kMask, step, i) < 0.3 ? 1 : 0));
+      }
+    }
+  }
+}
+
+DN_TEST(noise_autoregressive_rows) {
+  CleanTokens clean({{10, 11, 12, 13}, {20}, {30, 31}});
+  clean.maskable = {1, 0, 1, 1, 1, 1, 1};
+  NoiseOptions options = noise_options();
+  options.objective = Objective::kAutoregressive;
+  options.mask_id = -1;
+  NoisyBatch noisy = corrupt(clean.view(), options);
+  CHECK(noisy.batch.ids == clean.ids && noisy.mask == Bits(7, 0) && noisy.t.empty());
+  CHECK((noisy.rows.rows == Rows{1, 2, 5}) && (noisy.rows.targets == Ids{12, 13, 31}));
+  CHECK((noisy.rows.weights == Weights{1, 1, 1}) && noisy.denominator == 3);
+  for (const Sequence& sequence : noisy.batch.sequences) CHECK(sequence.mask.kind == MaskKind::kCausal);
+  options.normalise = Normalise::kAnswer;
+  noisy = corrupt(clean.view(), options);
+  CHECK((noisy.rows.weights == Weights{0.5f, 0.5f, 1}) && noisy.denominator == 2);
+  options.shift = false;
+  CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument, "shift must be on");
+  options.shift = true;
+  clean.t = {0.5, 0.5, 0.5};
+  CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument, "mask and t must not be given");
+}
+
+DN_TEST(noise_prompt_is_never_masked) {
+  CleanTokens clean(std::vector<Ids>(40, Ids{1, 2, 3, 4, 5, 6, 7, 8}));
+  for (size_t n = 0; n < clean.ids.size(); ++n) clean.maskable.push_back(n % 8 >= n / 8 % 9);
+  NoiseOptions options = noise_options();
+  for (const TimeSampler sampler :
+       {TimeSampler::kUniform, TimeSampler::kStratified, TimeSampler::kExactCount}) {
+    options.time_sampler = sampler;
+    int64_t masked = 0;
+    for (options.step = 0; options.step < 50; ++options.step) {
+      const NoisyBatch noisy = corrupt(clean.view(), options);
+      for (size_t n = 0; n < clean.ids.size(); ++n) {
+        CHECK(noisy.mask[n] <= clean.maskable[n]);
+        CHECK(noisy.batch.ids[n] == (noisy.mask[n] != 0 ? options.mask_id : clean.ids[n]));
+        masked += noisy.mask[n];
+      }
+    }
+    CHECK(masked > 1000);
+  }
+}
+
+DN_TEST(noise_does_not_depend_on_micro_batches) {
+  std::vector<Ids> sequences;
+  for (int s = 0; s < 9; ++s) sequences.push_back(Ids(static_cast<size_t>(3 + 2 * s), s));
+  const CleanTokens clean(sequences);
+  NoiseOptions options = noise_options();
+  options.step = 7;
+  options.block = 4;
+  for (const Objective objective : {Objective::kDiffusion, Objective::kBlockDiffusion}) {
+    for (const TimeSampler sampler :
+         {TimeSampler::kUniform, TimeSampler::kStratified, TimeSampler::kExactCount}) {
+      options.objective = objective;
+      options.time_sampler = sampler;
+      const NoisyBatch whole = corrupt(clean.view(), options);
+      Bits mask;
+      std::vector<double> t;
+      Weights weights;
+      double denominator = 0;
+      for (const auto& [first, last] : {std::pair<int, int>{0, 1}, {1, 6}, {6, 9}}) {
+        const CleanTokens part(std::vector<Ids>(sequences.begin() + first, sequences.begin() + last));
+        CleanBatch view = part.view();
+        view.first_sequence = first;
+        view.step_sequences = 9;
+        const NoisyBatch noisy = corrupt(view, options);
+        mask.insert(mask.end(), noisy.mask.begin(), noisy.mask.end());
+        t.insert(t.end(), noisy.t.begin(), noisy.t.end());
+        weights.insert(weights.end(), noisy.rows.weights.begin(), noisy.rows.weights.end());
+        denominator += noisy.denominator;
+      }
+      CHECK(mask == whole.mask && t == whole.t && weights == whole.rows.weights &&
+            denominator == whole.denominator);
+      NoiseOptions other = options;
+      other.step = 8;
+      CHECK(corrupt(clean.view(), other).mask != whole.mask);
+      other = options;
+      other.seed += 1;
+      CHECK(corrupt(clean.view(), other).mask != whole.mask);
+    }
+  }
+}
+
+DN_TEST(noise_times_have_their_distribution) {
+  const CleanTokens clean(std::vector<Ids>(64, Ids{1, 2}));
+  NoiseOptions options = noise_options();
+  options.t_min = 0.3;
+  options.t_max = 0.8;
+  Moments t;
+  double least = 1, most = 0;
+  for (options.step = 0; options.step < 500; ++options.step) {
+    for (const double value : corrupt(clean.view(), options).t) {
+      t.add(value);
+      least = std::min(least, value);
+      most = std::max(most, value);
+    }
+  }
+  CHECK(least >= 0.3 && least < 0.301 && most <= 0.8 && most > 0.799);
+  CHECK_MSG(t.within(0.55, 3), "mean time " + std::to_string(t.mean()));
+  CHECK(std::fabs(t.variance() - 0.25 / 12) < 5e-4);
+
+  options.time_sampler = TimeSampler::kStratified;
+  double first_sum = 0;
+  for (options.step = 0; options.step < 100; ++options.step) {
+    std::vector<int> cells(64, 0);
+    const NoisyBatch noisy = corrupt(clean.view(), options);
+    for (const double value : noisy.t) ++cells[static_cast<size_t>(std::min(63.0, (value - 0.3) / 0.5 * 64))];
+    CHECK_MSG(cells == std::vector<int>(64, 1), "not one time per stratum");
+    first_sum += noisy.t[0];
+  }
+  CHECK(std::fabs(first_sum / 100 - 0.55) < 0.05);  // each single time is still uniform
+}
+
+// Uniform predictions cost ln V per token, so a step's loss is ln V exactly in expectation: E[(1/t) |M| / N]
+// = 1.
+DN_TEST(noise_weights_have_mean_one) {
+  const CleanTokens clean(std::vector<Ids>(64, Ids{1, 2, 3, 4, 5, 6, 7, 8, 9}));
+  NoiseOptions options = noise_options();
+  for (const bool shift : {true, false}) {
+    for (const TimeSampler sampler :
+         {TimeSampler::kUniform, TimeSampler::kStratified, TimeSampler::kExactCount}) {
+      options.shift = shift;
+      options.time_sampler = sampler;
+      for (const Normalise normalise : {Normalise::kTokens, Normalise::kAnswer}) {
+        options.normalise = normalise;
+        Moments ratio;
+        for (options.step = 0; options.step < 400; ++options.step) {
+          const NoisyBatch noisy = corrupt(clean.view(), options);
+          double sum = 0;
+          for (const float weight : noisy.rows.weights) sum += weight;
+          ratio.add(sum / noisy.denominator);
+        }
+        // With exact counts every step gives exactly 1.
+        CHECK_MSG(
+            sampler == TimeSampler::kExactCount ? std::fabs(ratio.mean() - 1) < 1e-5 : ratio.within(1, 3),
+            "mean weight " + std::to_string(ratio.mean()));
+      }
+    }
+  }
+}
+
+// The bound enumerated over all masks, sum_S w(|S|) sum_{i in S} loss_i(S) with w(k) = (k-1)! (L-k)! / L!,
+// against Monte Carlo with every sampler: the Bernoulli and the exact-count form estimate the same number.
+DN_TEST(noise_estimates_the_enumerated_bound) {
+  constexpr int L = 5;
+  double exact = 0;
+  for (uint32_t S = 1; S < (1u << L); ++S) {
+    int k = 0;
+    for (int i = 0; i < L; ++i) k += (S >> i) & 1;
+    const double w = std::tgamma(k) * std::tgamma(L - k + 1) / std::tgamma(L + 1);
+    for (int i = 0; i < L; ++i) exact += ((S >> i) & 1) != 0 ? w * fake_loss(S, i) : 0;
+  }
+  const CleanTokens clean(std::vector<Ids>(256, Ids{0, 1, 2, 3, 4}));
+  NoiseOptions options = noise_options();
+  options.shift = false;
+  options.t_min = 1e-6;
+  for (const TimeSampler sampler :
+       {TimeSampler::kUniform, TimeSampler::kStratified, TimeSampler::kExactCount}) {
+    options.time_sampler = sampler;
+    Moments estimate;
+    for (options.step = 0; options.step < 200; ++options.step) {
+      const NoisyBatch noisy = corrupt(clean.view(), options);
+      double sum = 0;
+      for (size_t r = 0; r < noisy.rows.rows.size(); ++r) {
+        const int64_t s = noisy.rows.rows[r] / L;
+        uint32_t S = 0;
+        for (int i = 0; i < L; ++i) S |= static_cast<uint32_t>(noisy.mask[s * L + i]) << i;
+        sum += noisy.rows.weights[r] * fake_loss(S, noisy.rows.targets[r]);
+      }
+      estimate.add(sum / 256);
+    }
+    CHECK_MSG(estimate.within(exact, 3),
+              "estimate " + std::to_string(estimate.mean()) + ", enumerated " + std::to_string(exact));
+  }
+}
+
+DN_TEST(noise_exact_counts_are_uniform) {
+  // Four predictable tokens among six: token 0 has no row under the shift, token 2 belongs to a prompt.
+  CleanTokens clean(std::vector<Ids>(1000, Ids{1, 2, 3, 4, 5, 6}));
+  for (int s = 0; s < 1000; ++s) clean.maskable.insert(clean.maskable.end(), {1, 1, 0, 1, 1, 1});
+  NoiseOptions options = noise_options();
+  options.time_sampler = TimeSampler::kExactCount;
+  std::map<uint32_t, int> subsets;
+  for (options.step = 0; options.step < 30; ++options.step) {
+    const NoisyBatch noisy = corrupt(clean.view(), options);
+    size_t row = 0;
+    for (int64_t s = 0; s < 1000; ++s) {
+      uint32_t S = 0;
+      int m = 0;
+      for (int i = 0; i < 6; ++i) {
+        S |= static_cast<uint32_t>(noisy.mask[s * 6 + i]) << i;
+        m += noisy.mask[s * 6 + i];
+      }
+      ++subsets[S];
+      CHECK((S & 0b000101) == 0 && m >= 1 && noisy.t[s] == m / 4.0);
+      for (int j = 0; j < m; ++j) CHECK(noisy.rows.weights[row++] == static_cast<float>(4.0 / m));
+    }
+    CHECK(row == noisy.rows.rows.size());
+  }
+  // 1/4 for each size, spread evenly over the subsets of that size. 14 degrees of freedom: 36.1 is the 0.1 %
+  // point.
+  const double choose[5] = {1, 4, 6, 4, 1};
+  double chi_square = 0;
+  CHECK(subsets.size() == 15);
+  for (const auto& [S, count] : subsets) {
+    int m = 0;
+    for (int i = 0; i < 6; ++i) m += (S >> i) & 1;
+    const double expected = 30000 / (4 * choose[m]);
+    chi_square += (count - expected) * (count - expected) / expected;
+  }
+  CHECK_MSG(chi_square < 36.1, "chi-square " + std::to_string(chi_square));
+}
+
+DN_TEST(noise_refuses_bad_input) {
+  const CleanTokens good({{1, 2, 3}, {4, 5}});
+  const auto with = [](auto change) {
+    NoiseOptions options = noise_options();
+    change(options);
+    return options;
+  };
+  const auto refuses = [&](const NoiseOptions& options, const char* part) {
+    CHECK_THROWS(corrupt(good.view(), options), Code::kArgument, part);
+  };
+  refuses(with([](NoiseOptions& o) { o.mask_id = -1; }), "mask_id is -1");
+  refuses(with([](NoiseOptions& o) { o.t_min = 0; }), "expected 0 < t_min <= t_max <= 1");
+  refuses(with([](NoiseOptions& o) { o.t_min = 0.6, o.t_max = 0.5; }), "t_min = 0.600000, t_max = 0.500000");
+  refuses(with([](NoiseOptions& o) { o.t_max = 1.01; }), "t_max = 1.01");
+  refuses(with([](NoiseOptions& o) { o.t_min = NAN; }), "t_min = nan");
+  refuses(with([](NoiseOptions& o) { o.objective = Objective::kBlockDiffusion; }), "block is 0");
+
+  const NoiseOptions options = noise_options();
+  CHECK_THROWS(corrupt(CleanBatch(), options), Code::kArgument, "no sequences");
+  CHECK_THROWS(corrupt(CleanTokens({{1}, {}}).view(), options), Code::kArgument, "sequence 1 is empty");
+  CHECK_THROWS(corrupt(CleanTokens({{1, 2}, {3, -4}}).view(), options), Code::kArgument,
+               "token 1 of sequence 1 has the id -4");
+  CleanTokens clean = good;
+  clean.offsets[0] = 1;
+  CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument, "offsets begin with 1");
+  for (const double t : {0.0, -0.5, 1.5, static_cast<double>(NAN)}) {
+    clean = good;
+    clean.t = {0.5, t};
+    CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument, "t of sequence 1 is");
+  }
+  clean = good;
+  clean.maskable = {1, 1, 1, 0, 1};
+  clean.mask = {0, 0, 0, 1, 0};
+  CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument,
+               "token 0 of sequence 1 is masked by the given mask");
+  CleanBatch view = good.view();
+  view.first_sequence = -1;
+  CHECK_THROWS(corrupt(view, options), Code::kArgument, "first_sequence is -1");
+  view.first_sequence = 3;
+  view.step_sequences = 4;
+  CHECK_THROWS(corrupt(view, options), Code::kArgument, "do not lie in a step of 4");
+}

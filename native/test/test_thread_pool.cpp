@@ -1,0 +1,106 @@
+// The thread pool and the choice of instruction set.
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+#include "test/check.h"
+
+namespace {
+
+using namespace dn::cpu;
+
+DN_TEST(thread_pool_runs_every_task_once) {
+  for (int threads = 1; threads <= 8; ++threads) {
+    for (const int64_t tasks : {0, 1, 2, 7, 1000}) {
+      std::vector<std::atomic<int>> runs(static_cast<size_t>(tasks));
+      std::atomic<int> bad_worker{0};
+      parallel(threads, tasks, [&](int64_t task, int worker) {
+        ++runs[static_cast<size_t>(task)];
+        if (worker < 0 || worker >= threads) ++bad_worker;
+      });
+      for (const auto& count : runs) CHECK(count == 1);
+      CHECK(bad_worker == 0);
+    }
+  }
+}
+
+// No two threads may share a worker number: per-worker buffers rely on it. Plain counters, so TSan sees a
+// breach too.
+DN_TEST(thread_pool_worker_numbers_are_exclusive) {
+  std::atomic<bool> inside[8] = {};
+  std::atomic<int> clashes{0};
+  for (int region = 0; region < 200; ++region) {
+    parallel(8, 32, [&](int64_t, int worker) {
+      if (inside[worker].exchange(true)) ++clashes;
+      std::this_thread::yield();
+      inside[worker] = false;
+    });
+  }
+  CHECK(clashes == 0);
+}
+
+// What a region wrote is visible after it, and what was written before is visible inside: 10^4 small regions.
+DN_TEST(thread_pool_many_small_regions) {
+  for (const int threads : {2, 3, 8}) {
+    const int64_t tasks = 5;
+    std::vector<int64_t> values(tasks, 0);
+    const int regions = 10000;
+    for (int region = 0; region < regions; ++region) {
+      parallel(threads, tasks, [&](int64_t task, int) { values[static_cast<size_t>(task)] += task + 1; });
+      if (region % 2500 == 0)
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));  // workers fall asleep
+    }
+    for (int64_t task = 0; task < tasks; ++task)
+      CHECK(values[static_cast<size_t>(task)] == (task + 1) * regions);
+  }
+}
+
+DN_TEST(thread_pool_concurrent_callers) {
+  std::vector<std::thread> callers;
+  std::atomic<int> wrong{0};
+  for (int caller = 0; caller < 2; ++caller) {
+    callers.emplace_back([&wrong, caller] {
+      for (int region = 0; region < 3000; ++region) {
+        std::vector<int64_t> out(9, 0);
+        parallel(caller + 2, 9,
+                 [&](int64_t task, int) { out[static_cast<size_t>(task)] = task * region + caller; });
+        for (int64_t task = 0; task < 9; ++task)
+          wrong += out[static_cast<size_t>(task)] != task * region + caller;
+      }
+    });
+  }
+  for (auto& caller : callers) caller.join();
+  CHECK(wrong == 0);
+}
+
+// Two tasks that wait for each other finish only when two threads really run them.
+DN_TEST(thread_pool_tasks_run_at_the_same_time) {
+  std::atomic<int> arrived{0};
+  std::atomic<int> met{0};
+  parallel(2, 2, [&](int64_t, int) {
+    ++arrived;
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    while (arrived < 2 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+    met += arrived == 2;
+  });
+  CHECK(met == 2);
+}
+
+DN_TEST(isa_is_one_the_machine_has) {
+  CHECK(available_threads() >= 1);
+  CHECK(active_isa() <= detected_isa());
+  const char* const forced = std::getenv("DN_ISA");
+  if (forced == nullptr || *forced == '\0') {
+    CHECK(active_isa() == detected_isa());
+  } else {
+    CHECK(std::string(isa_name(active_isa())) == forced);
+  }
+}
+
+}  // namespace

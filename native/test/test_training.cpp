@@ -1,0 +1,471 @@
+// Training: losses and every gradient against finite differences of the naive model in double, AdamW against
+// a naive one, and what must not change a bit (recompute, threads, micro-batch mates, a saved and restored
+// state).
+
+#include <cstring>
+#include <limits>
+
+#include "core/error.h"
+#include "core/model.h"
+#include "test/check.h"
+#include "test/naive_gpt2.h"
+
+using namespace dn;
+using namespace dn::test;
+
+namespace {
+
+using Floats = std::vector<float>;
+using State = std::vector<Floats>;  // one array a parameter
+
+Floats sized(const Model& model, size_t index) {
+  return Floats(static_cast<size_t>(model.parameters()[index].count));
+}
+
+State gradients(Model& model) {
+  State state;
+  for (size_t i = 0; i < model.parameters().size(); ++i) {
+    state.push_back(sized(model, i));
+    model.get_gradient(i, state.back().data());
+  }
+  return state;
+}
+
+State weights(Model& model) {
+  State state;
+  for (size_t i = 0; i < model.parameters().size(); ++i) {
+    state.push_back(sized(model, i));
+    model.get_parameter(i, state.back().data());
+  }
+  return state;
+}
+
+State moments(Model& model, Model::Moment which) {
+  State state;
+  for (size_t i = 0; i < model.parameters().size(); ++i) {
+    state.push_back(sized(model, i));
+    model.get_moment(i, which, state.back().data());
+  }
+  return state;
+}
+
+bool same_bits(const Floats& a, const Floats& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+void check_same_bits(const Model& model, const State& a, const State& b, const char* what) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    CHECK_MSG(same_bits(a[i], b[i]), std::string(what) + ": " + model.parameters()[i].name + " differs");
+  }
+}
+
+// Two ragged sequences; every second row is asked for, with weights as of different diffusion times.
+struct Task {
+  Batch batch;
+  LossRows rows;
+};
+
+Task make_task(const ModelConfig& config, const AttentionMask& mask, uint64_t seed, int32_t first = 12,
+               int32_t second = 5) {
+  Task task;
+  Numbers numbers(seed);
+  append_sequence(task.batch, numbers, first, config.vocab, mask);
+  if (second > 0) append_sequence(task.batch, numbers, second, config.vocab, mask);
+  double_positions(task.batch);
+  for (int64_t n = 0; n < static_cast<int64_t>(task.batch.ids.size()); n += 2) {
+    task.rows.rows.push_back(n);
+    task.rows.targets.push_back(numbers.below(config.vocab));
+    task.rows.weights.push_back(n < first ? 1.75f : 0.5f);
+  }
+  return task;
+}
+
+Floats run(Model& model, const Task& task, const TrainingOptions& options = {}) {
+  Floats losses(task.rows.rows.size());
+  model.loss_and_gradients(task.batch, task.rows, options, losses.data());
+  return losses;
+}
+
+double central_difference(NaiveGpt2& naive, const Task& task, size_t index, const Doubles& direction) {
+  constexpr double kStep = 1e-5;
+  const Doubles kept = naive.p[index];
+  for (size_t e = 0; e < kept.size(); ++e) naive.p[index][e] = kept[e] + kStep * direction[e];
+  const double above = naive.weighted_loss(task.batch, task.rows);
+  for (size_t e = 0; e < kept.size(); ++e) naive.p[index][e] = kept[e] - kStep * direction[e];
+  const double below = naive.weighted_loss(task.batch, task.rows);
+  naive.p[index] = kept;
+  return (above - below) / (2 * kStep);
+}
+
+double root_sum_of_squares(const Floats& values) {
+  double sum = 0;
+  for (const float x : values) sum += static_cast<double>(x) * x;
+  return std::sqrt(sum);
+}
+
+}  // namespace
+
+DN_TEST(training_losses_match_naive) {
+  for (const int32_t channels : {16, 20}) {
+    const NaiveGpt2 naive = random_weights(tiny_config(channels, channels == 16 ? 11 : 37), 1);
+    const auto model = make_model(naive);
+    for (const NamedMask& named : all_masks()) {
+      const Task task = make_task(naive.config, named.mask, 31);
+      const Doubles expected = naive.losses(task.batch, task.rows);
+      const int64_t R = static_cast<int64_t>(expected.size());
+      Floats packed(expected.size()), plain(expected.size());
+      model->loss(task.batch, task.rows, {}, packed.data());
+      CHECK_CLOSE(packed.data(), expected.data(), R, 2e-4, named.name);
+      model->begin_training();
+      model->loss(task.batch, task.rows, {}, plain.data());
+      CHECK_MSG(same_bits(packed, plain), named.name);
+      CHECK_MSG(same_bits(packed, run(*model, task)), named.name);
+      model->end_training();
+    }
+  }
+}
+
+// Every element of every parameter, on a short batch.
+DN_TEST(training_every_gradient_matches_finite_differences) {
+  NaiveGpt2 naive = random_weights(tiny_config(), 2);
+  const auto model = make_model(naive);
+  const Task task = make_task(naive.config, all_masks()[0].mask, 32, 4, 2);
+  model->begin_training();
+  run(*model, task);
+  const State got = gradients(*model);
+  for (size_t i = 0; i < got.size(); ++i) {
+    Doubles expected(got[i].size()), direction(got[i].size(), 0.0);
+    double largest = 0;
+    for (size_t e = 0; e < expected.size(); ++e) {
+      direction[e] = 1;
+      expected[e] = central_difference(naive, task, i, direction);
+      direction[e] = 0;
+      largest = std::max(largest, std::fabs(expected[e]));
+    }
+    CHECK_CLOSE(got[i].data(), expected.data(), static_cast<int64_t>(expected.size()), 1e-4 * largest + 1e-6,
+                model->parameters()[i].name);
+  }
+}
+
+// All masks at their full length: two random directions through every parameter, so that each element counts.
+DN_TEST(training_gradients_of_all_masks_match_finite_differences) {
+  for (const int32_t channels : {16, 20}) {
+    NaiveGpt2 naive = random_weights(tiny_config(channels, channels == 16 ? 11 : 37), 3);
+    const auto model = make_model(naive);
+    model->begin_training();
+    for (const NamedMask& named : all_masks()) {
+      const Task task = make_task(naive.config, named.mask, 33);
+      model->zero_gradients();
+      run(*model, task);
+      const State got = gradients(*model);
+      Numbers numbers(34);
+      for (size_t i = 0; i < got.size(); ++i) {
+        for (int repeat = 0; repeat < 2; ++repeat) {
+          Doubles direction(got[i].size());
+          double along = 0;
+          for (size_t e = 0; e < direction.size(); ++e) {
+            direction[e] = numbers.normal();
+            along += direction[e] * static_cast<double>(got[i][e]);
+          }
+          const double expected = central_difference(naive, task, i, direction);
+          CHECK_MSG(std::fabs(along - expected) <= 1e-4 * root_sum_of_squares(got[i]) + 1e-5,
+                    std::string(named.name) + ", " + model->parameters()[i].name + ": " +
+                        std::to_string(along) + " against " + std::to_string(expected));
+        }
+      }
+    }
+  }
+}
+
+DN_TEST(training_gradients_add_up) {
+  const NaiveGpt2 naive = random_weights(tiny_config(20, 37), 4);
+  const auto model = make_model(naive);
+  model->begin_training();
+  const Task a = make_task(naive.config, all_masks()[0].mask, 35),
+             b = make_task(naive.config, all_masks()[1].mask, 36);
+  run(*model, a);
+  const State first = gradients(*model);
+  model->zero_gradients();
+  for (const Floats& g : gradients(*model)) CHECK(root_sum_of_squares(g) == 0);
+  CHECK(model->gradient_sum_of_squares() == 0);
+  run(*model, b);
+  const State second = gradients(*model);
+  model->zero_gradients();
+  run(*model, a);
+  run(*model, b);
+  const State both = gradients(*model);
+  double sum = 0;
+  for (size_t i = 0; i < both.size(); ++i) {
+    Floats expected = first[i];
+    for (size_t e = 0; e < expected.size(); ++e) expected[e] += second[i][e];
+    CHECK_CLOSE(both[i].data(), expected.data(), static_cast<int64_t>(expected.size()),
+                1e-5 * (root_sum_of_squares(first[i]) + root_sum_of_squares(second[i])) + 1e-6,
+                model->parameters()[i].name);
+    for (const float g : both[i]) sum += static_cast<double>(g) * g;
+  }
+  CHECK(std::fabs(model->gradient_sum_of_squares() / sum - 1) < 1e-10);
+}
+
+DN_TEST(training_ten_adamw_steps_match_naive) {
+  const NaiveGpt2 naive = random_weights(tiny_config(20, 37), 5);
+  const auto model = make_model(naive);
+  model->begin_training();
+  std::vector<Doubles> p = naive.p, m, v;
+  for (const Doubles& x : p) {
+    m.emplace_back(x.size(), 0.0);
+    v.emplace_back(x.size(), 0.0);
+  }
+  const double lr = 0.01, beta1 = 0.9, beta2 = 0.95, eps = 1e-3, decay = 0.1, scale = 0.25;
+  double first_loss = 0, last_loss = 0;
+  for (int64_t step = 1; step <= 10; ++step) {
+    const Task task = make_task(naive.config, all_masks()[0].mask, 37);
+    model->zero_gradients();
+    last_loss = 0;
+    for (const float loss : run(*model, task)) last_loss += loss;
+    if (step == 1) first_loss = last_loss;
+    const State g = gradients(*model);
+    AdamWStep s;
+    s.learning_rate = static_cast<float>(lr);
+    s.beta1 = static_cast<float>(beta1);
+    s.beta2 = static_cast<float>(beta2);
+    s.eps = static_cast<float>(eps);
+    s.gradient_scale = static_cast<float>(scale);
+    s.step = step;
+    model->adamw(s, static_cast<float>(decay));
+    for (size_t i = 0; i < p.size(); ++i) {
+      const bool decays = model->parameters()[i].shape.size() == 2;  // wte and wpe too
+      for (size_t e = 0; e < p[i].size(); ++e) {
+        const double x = static_cast<double>(g[i][e]) * scale;
+        m[i][e] = beta1 * m[i][e] + (1 - beta1) * x;
+        v[i][e] = beta2 * v[i][e] + (1 - beta2) * x * x;
+        const double m_hat = m[i][e] / (1 - std::pow(beta1, static_cast<double>(step)));
+        const double v_hat = v[i][e] / (1 - std::pow(beta2, static_cast<double>(step)));
+        p[i][e] -= lr * (m_hat / (std::sqrt(v_hat) + eps) + (decays ? decay * p[i][e] : 0));
+      }
+    }
+  }
+  CHECK_MSG(last_loss < first_loss,
+            "loss went from " + std::to_string(first_loss) + " to " + std::to_string(last_loss));
+  const State got = weights(*model);
+  const State got_m = moments(*model, Model::Moment::kFirst), got_v = moments(*model, Model::Moment::kSecond);
+  for (size_t i = 0; i < p.size(); ++i) {
+    const int64_t n = static_cast<int64_t>(p[i].size());
+    CHECK_CLOSE(got[i].data(), p[i].data(), n, 5e-6, model->parameters()[i].name);
+    CHECK_CLOSE(got_m[i].data(), m[i].data(), n, 1e-5, model->parameters()[i].name + " (first moment)");
+    CHECK_CLOSE(got_v[i].data(), v[i].data(), n, 1e-4, model->parameters()[i].name + " (second moment)");
+  }
+}
+
+DN_TEST(training_recompute_equals_saved) {
+  ModelConfig config = tiny_config(20, 37);
+  config.layers = 4;
+  const NaiveGpt2 naive = random_weights(config, 6);
+  const auto saved = make_model(naive), recomputed = make_model(naive);
+  saved->begin_training();
+  recomputed->begin_training();
+  TrainingOptions options;
+  options.recompute = true;
+  for (const NamedMask& named : all_masks()) {
+    const Task task = make_task(naive.config, named.mask, 38);
+    CHECK_MSG(same_bits(run(*saved, task), run(*recomputed, task, options)), named.name);
+    check_same_bits(*saved, gradients(*saved), gradients(*recomputed), named.name);
+  }
+  CHECK(recomputed->memory().workspace < saved->memory().workspace / 2);
+}
+
+DN_TEST(training_threads_change_nothing) {
+  const NaiveGpt2 naive = random_weights(tiny_config(20, 37), 7);
+  const Task task = make_task(naive.config, all_masks()[2].mask, 39);
+  State expected, expected_weights;
+  for (const int threads : {1, 2, 8}) {
+    const auto model = make_model(naive, threads);
+    model->begin_training();
+    run(*model, task);
+    const State got = gradients(*model);
+    AdamWStep step;
+    step.learning_rate = 0.01f;
+    model->adamw(step, 0.1f);
+    if (threads == 1) {
+      expected = got;
+      expected_weights = weights(*model);
+    }
+    check_same_bits(*model, got, expected, "gradient");
+    check_same_bits(*model, weights(*model), expected_weights, "weight");
+  }
+}
+
+// Losses of a sequence do not know their neighbours.
+DN_TEST(training_losses_do_not_depend_on_the_batch) {
+  const NaiveGpt2 naive = random_weights(tiny_config(20, 37), 8);
+  const auto model = make_model(naive);
+  model->begin_training();
+  const Task both = make_task(naive.config, all_masks()[0].mask, 40, 8, 5);
+  Task one = make_task(naive.config, all_masks()[0].mask, 40, 8, 0);
+  one.rows = both.rows;
+  one.rows.rows.resize(4);
+  one.rows.targets.resize(4);
+  one.rows.weights.resize(4);
+  Floats together = run(*model, both);
+  together.resize(4);
+  CHECK(same_bits(together, run(*model, one)));
+}
+
+DN_TEST(training_continues_from_a_saved_state) {
+  const NaiveGpt2 naive = random_weights(tiny_config(20, 37), 9);
+  const auto original = make_model(naive);
+  original->begin_training();
+  const auto train = [](Model& model, int64_t from, int64_t to) {
+    for (int64_t step = from; step < to; ++step) {
+      model.zero_gradients();
+      run(model, make_task(model.config(), all_masks()[0].mask, static_cast<uint64_t>(50 + step)));
+      AdamWStep s;
+      s.learning_rate = 0.02f;
+      s.step = step;
+      model.adamw(s, 0.1f);
+    }
+  };
+  train(*original, 1, 4);
+  const State saved = weights(*original), m = moments(*original, Model::Moment::kFirst),
+              v = moments(*original, Model::Moment::kSecond);
+  train(*original, 4, 7);
+
+  Model resumed(make_cpu_backend(1), naive.config);
+  resumed.begin_training();
+  for (size_t i = 0; i < saved.size(); ++i) {
+    resumed.set_parameter(i, saved[i].data());
+    resumed.set_moment(i, Model::Moment::kFirst, m[i].data());
+    resumed.set_moment(i, Model::Moment::kSecond, v[i].data());
+  }
+  train(resumed, 4, 7);
+  check_same_bits(resumed, weights(*original), weights(resumed), "weight");
+  check_same_bits(resumed, moments(*original, Model::Moment::kFirst), moments(resumed, Model::Moment::kFirst),
+                  "m");
+  check_same_bits(resumed, moments(*original, Model::Moment::kSecond),
+                  moments(resumed, Model::Moment::kSecond), "v");
+}
+
+// Packing for inference and back loses nothing, also not after training has changed the weights.
+DN_TEST(training_alternates_with_inference) {
+  const NaiveGpt2 naive = random_weights(tiny_config(20, 37), 10);
+  const auto model = make_model(naive);
+  const Task task = make_task(naive.config, all_masks()[1].mask, 41);
+  model->forward(task.batch, {});
+  model->begin_training();
+  run(*model, task);
+  AdamWStep step;
+  step.learning_rate = 0.05f;
+  model->adamw(step, 0);
+  const State trained = weights(*model);
+  model->end_training();
+  CHECK(!model->training());
+  model->forward(task.batch, {});
+  check_same_bits(*model, weights(*model), trained, "weight");
+  model->begin_training();  // moments and gradients start at zero again
+  for (const State& state :
+       {moments(*model, Model::Moment::kFirst), moments(*model, Model::Moment::kSecond), gradients(*model)}) {
+    for (const Floats& values : state) CHECK(root_sum_of_squares(values) == 0);
+  }
+  check_same_bits(*model, weights(*model), trained, "weight");
+}
+
+DN_TEST(training_without_rows_changes_nothing) {
+  const NaiveGpt2 naive = random_weights(tiny_config(), 11);
+  const auto model = make_model(naive);
+  Task task = make_task(naive.config, all_masks()[0].mask, 42);
+  task.rows = LossRows();
+  model->loss(task.batch, task.rows, {}, nullptr);
+  model->begin_training();
+  run(*model, task);
+  CHECK(model->gradient_sum_of_squares() == 0);
+}
+
+// Reduced precision may round, but must stay near: bf16 keeps 8 bits.
+DN_TEST(training_bf16_stays_near) {
+  const NaiveGpt2 naive = random_weights(tiny_config(20, 37), 12);
+  const auto exact = make_model(naive), rounded = make_model(naive);
+  exact->begin_training();
+  rounded->begin_training();
+  TrainingOptions options;
+  options.precision = MatmulPrecision::kBF16;
+  const Task task = make_task(naive.config, all_masks()[0].mask, 43);
+  const Floats a = run(*exact, task), b = run(*rounded, task, options);
+  CHECK_CLOSE(b.data(), a.data(), static_cast<int64_t>(a.size()), 0.3, "loss");
+  const State da = gradients(*exact), db = gradients(*rounded);
+  for (size_t i = 0; i < da.size(); ++i) {
+    Floats difference = da[i];
+    for (size_t e = 0; e < difference.size(); ++e) difference[e] -= db[i][e];
+    if (exact->parameters()[i].name.find("c_attn.bias") != std::string::npos)
+      continue;  // a third of it is rounding noise
+    CHECK_MSG(root_sum_of_squares(difference) <= 0.1 * root_sum_of_squares(da[i]),
+              exact->parameters()[i].name + ": " +
+                  std::to_string(root_sum_of_squares(difference) / root_sum_of_squares(da[i])));
+  }
+}
+
+// What to do about it is the training loop's business; hiding it would not be.
+DN_TEST(training_passes_nan_on) {
+  const NaiveGpt2 naive = random_weights(tiny_config(), 13);
+  const auto model = make_model(naive);
+  model->begin_training();
+  Floats bias(16, std::numeric_limits<float>::quiet_NaN());
+  model->set_parameter(model->find_parameter("ln_f.bias"), bias.data());
+  const Floats losses = run(*model, make_task(naive.config, all_masks()[0].mask, 44));
+  for (const float loss : losses) CHECK(std::isnan(loss));
+  CHECK(std::isnan(model->gradient_sum_of_squares()));
+}
+
+DN_TEST(training_steps_of_a_known_shape_keep_their_memory) {
+  const NaiveGpt2 naive = random_weights(tiny_config(), 14);
+  const auto model = make_model(naive);
+  model->begin_training();
+  const Task small = make_task(naive.config, all_masks()[0].mask, 45, 5, 0),
+             large = make_task(naive.config, all_masks()[0].mask, 46);
+  run(*model, small);
+  run(*model, large);
+  const size_t held = model->memory().workspace;
+  run(*model, small);
+  run(*model, large);
+  CHECK(model->memory().workspace == held);
+  model->end_training();
+  CHECK(model->memory().workspace == 0);
+}
+
+DN_TEST(training_rejects_bad_calls) {
+  const NaiveGpt2 naive = random_weights(tiny_config(), 15);
+  const auto model = make_model(naive);
+  const Task good = make_task(naive.config, all_masks()[0].mask, 47);
+  Floats out(16 * 64);
+  AdamWStep step;
+  CHECK_THROWS(run(*model, good), Code::kArgument, "loss_and_gradients: the model is not training");
+  CHECK_THROWS(model->zero_gradients(), Code::kArgument, "call begin_training first");
+  CHECK_THROWS(model->gradient_sum_of_squares(), Code::kArgument, "call begin_training first");
+  CHECK_THROWS(model->adamw(step, 0), Code::kArgument, "call begin_training first");
+  CHECK_THROWS(model->get_gradient(0, out.data()), Code::kArgument, "get_gradient");
+  CHECK_THROWS(model->get_moment(0, Model::Moment::kFirst, out.data()), Code::kArgument, "get_moment");
+  CHECK_THROWS(model->set_moment(0, Model::Moment::kFirst, out.data()), Code::kArgument, "set_moment");
+  model->begin_training();
+  step.step = 0;
+  CHECK_THROWS(model->adamw(step, 0), Code::kArgument, "step is 0");
+  const auto changed = [&](void (*change)(Task&)) {
+    Task task = good;
+    change(task);
+    Floats losses(64);
+    CHECK_THROWS(model->loss(task.batch, task.rows, {}, losses.data()), Code::kArgument, "");
+    model->loss_and_gradients(task.batch, task.rows, {}, losses.data());
+  };
+  CHECK_THROWS(changed([](Task& t) { t.rows.rows[1] = 17; }), Code::kArgument,
+               "row 17 is outside the batch of 17");
+  CHECK_THROWS(changed([](Task& t) { t.rows.rows[1] = -1; }), Code::kArgument, "row -1");
+  CHECK_THROWS(changed([](Task& t) { t.rows.rows[1] = 0; }), Code::kArgument, "row 0 is listed twice");
+  CHECK_THROWS(changed([](Task& t) { t.rows.targets[0] = 11; }), Code::kArgument, "target 11 of row 0");
+  CHECK_THROWS(changed([](Task& t) { t.rows.targets[0] = -1; }), Code::kArgument, "target -1 of row 0");
+  CHECK_THROWS(changed([](Task& t) { t.rows.weights.pop_back(); }), Code::kArgument,
+               "9 targets and 8 weights");
+  CHECK_THROWS(changed([](Task& t) { t.batch.ids[0] = 11; }), Code::kArgument, "id 11");
+  CHECK(model->gradient_sum_of_squares() == 0);
+  KvCache cache(model->backend(), naive.config, 12);
+  Task cached = good;
+  cached.batch.sequences[0].cache = &cache;
+  CHECK_THROWS(run(*model, cached), Code::kArgument, "key-value cache");
+  CHECK_THROWS(model->loss(cached.batch, cached.rows, {}, out.data()), Code::kArgument, "key-value cache");
+}
