@@ -77,19 +77,24 @@ void copy_cells(float* dst, int64_t dst_stride, const float* src, int64_t src_st
 
 void tile(const AmxTile& t) {
   const bool two = t.a1 != nullptr;
-  if (t.cols == kGemmPanel && t.rows == (two ? 32 : 16)) {
+  if (!t.finish && t.cols == kGemmPanel && t.rows == (two ? 32 : 16)) {
     two ? multiply<true>(t, t.c, t.c_stride, t.accumulate)
         : multiply<false>(t, t.c, t.c_stride, t.accumulate);
     return;
   }
-  alignas(64) float cells[32 * kGemmPanel];  // the edges of C: whole tiles beside it
+  // Edges of C, and what is finished before it is stored: whole tiles beside it.
+  alignas(64) float cells[32 * kGemmPanel];
   if (t.accumulate) {
-    memset(cells, 0, sizeof cells);
+    if (t.rows < 32 || t.cols < kGemmPanel) memset(cells, 0, sizeof cells);
     copy_cells(cells, kGemmPanel, t.c, t.c_stride, t.rows, t.cols);
   }
   two ? multiply<true>(t, cells, kGemmPanel, t.accumulate)
       : multiply<false>(t, cells, kGemmPanel, t.accumulate);
-  copy_cells(t.c, t.c_stride, cells, kGemmPanel, t.rows, t.cols);
+  if (t.finish) {
+    finish_from(cells, kGemmPanel, *t.finish);
+  } else {
+    copy_cells(t.c, t.c_stride, cells, kGemmPanel, t.rows, t.cols);
+  }
 }
 
 // Thirty-two numbers as bf16, low half first.
@@ -137,7 +142,7 @@ void pack_columns(uint16_t* dst, int64_t dst_step, const float* src, int64_t src
 
 }  // namespace
 
-const AmxKernels kGemmAmx = {begin, end, tile, finish_tile, pack_rows, pack_columns};
+const AmxKernels kGemmAmx = {begin, end, tile, pack_rows, pack_columns};
 
 }  // namespace dn::cpu
 

@@ -76,20 +76,35 @@ __m512 gelu_lanes(__m512 u) {
   return _mm512_div_ps(u, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
-void finish_tile(const GemmFinish& f) {
-  for (int64_t n = 0; n < f.cols; n += 16) {
-    const __mmask16 m = lanes(f.cols - n);
-    const __m512 bias = f.bias ? _mm512_maskz_loadu_ps(m, f.bias + n) : _mm512_setzero_ps();
-    for (int64_t r = 0; r < f.rows; ++r) {
-      float* const c = f.c + r * f.c_stride + n;
-      __m512 value = _mm512_maskz_loadu_ps(m, c);
-      if (f.bias) value = _mm512_add_ps(value, bias);
-      if (f.pre) _mm512_mask_storeu_ps(f.pre + r * f.extra_stride + n, m, value);
+// The tile that `src` holds, finished and written to f.c.
+__attribute__((always_inline)) inline void finish_from(const float* src, int64_t src_stride, const GemmFinish& f) {
+  const __mmask16 masks[2] = {lanes(f.cols), lanes(f.cols - 16)};
+  const int vectors = f.cols > 16 ? 2 : 1;
+  __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int v = 0; f.bias && v < vectors; ++v) bias[v] = _mm512_maskz_loadu_ps(masks[v], f.bias + v * 16);
+  for (int64_t r = 0; r < f.rows; ++r) {
+    for (int v = 0; v < vectors; ++v) {
+      const __mmask16 m = masks[v];
+      const int64_t extra = r * f.extra_stride + v * 16;
+      __m512 value = _mm512_maskz_loadu_ps(m, src + r * src_stride + v * 16);
+      if (f.bias) value = _mm512_add_ps(value, bias[v]);
+      if (f.pre) _mm512_mask_storeu_ps(f.pre + extra, m, value);
       if (f.gelu) value = gelu_lanes(value);
-      if (f.residual)
-        value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(m, f.residual + r * f.extra_stride + n));
-      _mm512_mask_storeu_ps(c, m, value);
+      if (f.residual) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(m, f.residual + extra));
+      _mm512_mask_storeu_ps(f.c + r * f.c_stride + v * 16, m, value);
     }
+  }
+}
+
+void finish_tile(const GemmFinish& f) {
+  GemmFinish part = f;  // any number of columns
+  for (int64_t n = 0; n < f.cols; n += 32) {
+    part.c = f.c + n;
+    part.cols = f.cols - n < 32 ? f.cols - n : 32;
+    part.bias = f.bias ? f.bias + n : nullptr;
+    part.pre = f.pre ? f.pre + n : nullptr;
+    part.residual = f.residual ? f.residual + n : nullptr;
+    finish_from(part.c, part.c_stride, part);
   }
 }
 

@@ -1,6 +1,7 @@
-// The bf16 matrix product on AMX: the plan of gemm.cpp with operands rounded to bf16 as they are packed. An
-// element is one chain over the reduction, blocks continuing where the last one stored; rows past the end are
-// zero rows of a tile, so a row's numbers never depend on its neighbours.
+// The bf16 matrix product on AMX: operands are rounded to bf16 as they are packed into tiles. A segment of the
+// reduction at a time, B is packed once for all rows and A in chunks of rows that stay in L2 while they meet every
+// column. An element is one chain over the reduction, a segment continuing where the last one stored; rows past the
+// end are zero rows of a tile, so a row's numbers never depend on its neighbours.
 
 #include <algorithm>
 
@@ -10,139 +11,123 @@
 namespace dn::cpu {
 namespace {
 
-constexpr int64_t kRowBlock = 256;                    // rows against one panel block: 256 KB of packed A
-constexpr int64_t kPackedNumbers = int64_t{8} << 20;  // packed A kept at a time: 16 MB, or kRowBlock rows
-constexpr int64_t kGroup = 8;                         // B is packed 8 panels ...
-constexpr int64_t kSegment = 3;                       // ... by 3 blocks at a time: 768 KB
-constexpr int64_t kPanelBlock = kAmxDepth * kGemmPanel;
-constexpr int64_t kStripBlock = kAmxDepth * kAmxRows;
-constexpr int64_t kPackAlone = 32768;
+constexpr int64_t kWholeDepth = 4096;               // reductions up to here are one segment
+constexpr int64_t kSegment = 1024;                  // of longer ones
+constexpr int64_t kPackedB = int64_t{8} << 20;      // numbers of B packed at a time: 16 MB
+constexpr int64_t kPackedA = int64_t{512} << 10;    // numbers of A packed at a time for each thread: 1 MB
+constexpr int64_t kGroupNumbers = int64_t{256} << 10;  // of B that a task meets rows with: 512 KB, in L2
+constexpr int64_t kPackAlone = 32768;  // fewer numbers are packed by the caller: a parallel region would cost more
+constexpr int64_t kTasksPerThread = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows [m_begin, m_begin + rows) of a product and their packed A: [block of kAmxDepth][strip of 16
-// rows][step] tiles.
-struct Chunk {
+// Rows [m, m + rows) times columns [n, n + cols) over [k, k + depth) of the reduction. Packed A: [strip of 16 rows]
+// [step] tiles; packed B: [panel][step][half] tiles.
+struct Block {
   const GemmProduct& p;
-  int64_t m_begin;
-  int64_t rows;
-  uint16_t* packed_a;
+  int64_t k, depth;
+  int64_t n, cols;
+  int64_t m, rows;
+  uint16_t* a;
+  uint16_t* b;
 
-  uint16_t* strip(int64_t block, int64_t index) const {
-    return packed_a + (block * ceil_div(rows, kAmxRows) + index) * kStripBlock;
-  }
+  int64_t steps() const { return ceil_div(depth, kAmxStep); }
+  int64_t strips() const { return ceil_div(rows, kAmxRows); }
+  int64_t panels() const { return ceil_div(cols, kGemmPanel); }
+  uint16_t* strip(int64_t index) const { return a + index * steps() * kAmxTile; }
+  uint16_t* panel(int64_t index) const { return b + index * steps() * 2 * kAmxTile; }
 };
 
-void pack_strip(const Chunk& chunk, int64_t block, int64_t index) {
-  const GemmProduct& p = chunk.p;
-  const int64_t k = block * kAmxDepth, depth = std::min(kAmxDepth, p.K - k);
-  const int64_t m = chunk.m_begin + index * kAmxRows,
-                count = std::min(kAmxRows, chunk.rows - index * kAmxRows);
-  uint16_t* const dst = chunk.strip(block, index);
+// The unit of packing: what lies together in memory. One strip, panel half or, where rows of the operand run across
+// the reduction, one step of all strips or halves.
+int64_t pack_a_tasks(const Block& x) {
+  return x.p.a_layout == GemmLayout::kTransposed ? x.steps() : x.strips();
+}
+
+void pack_a(const Block& x, int64_t task) {
+  const GemmProduct& p = x.p;
   if (p.a_layout == GemmLayout::kTransposed) {
-    kGemmAmx.pack_columns(dst, kAmxTile, p.a + k * p.a_stride + m, p.a_stride, count, depth, true);
+    const int64_t d = task * kAmxStep, depth = std::min(kAmxStep, x.depth - d);
+    const float* const src = p.a + (x.k + d) * p.a_stride + x.m;
+    for (int64_t s = 0; s < x.strips(); ++s) {
+      const int64_t count = std::min(kAmxRows, x.rows - s * kAmxRows);
+      kGemmAmx.pack_columns(x.strip(s) + task * kAmxTile, kAmxTile, src + s * kAmxRows, p.a_stride, count, depth, true);
+    }
     return;
   }
+  const int64_t m = x.m + task * kAmxRows, count = std::min(kAmxRows, x.m + x.rows - m);
   const float* rows[kAmxRows] = {};
-  for (int64_t r = 0; r < count; ++r) rows[r] = (p.a_rows ? p.a_rows[m + r] : p.a + (m + r) * p.a_stride) + k;
-  kGemmAmx.pack_rows(dst, kAmxTile, rows, count, depth, false);
+  for (int64_t r = 0; r < count; ++r) rows[r] = (p.a_rows ? p.a_rows[m + r] : p.a + (m + r) * p.a_stride) + x.k;
+  kGemmAmx.pack_rows(x.strip(task), kAmxTile, rows, count, x.depth, false);
 }
 
-// Packs the block of panels [panel_begin, panel_end), kPanelBlock numbers apart. Step by step where the rows
-// of B run across panels, so that whole runs of memory are read.
-void pack_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
-                 uint16_t* buffer) {
-  const bool transposed = p.b_layout == GemmLayout::kTransposed;
-  const int64_t strip = transposed ? depth : kAmxStep;
-  for (int64_t d = 0; d < depth; d += strip) {
-    const int64_t strip_depth = std::min(strip, depth - d);
-    for (int64_t half = 2 * panel_begin; half < 2 * panel_end; ++half) {
-      const int64_t panel = half / 2, n = half * 16, count = std::clamp<int64_t>(p.N - n, 0, 16);
-      uint16_t* const dst =
-          buffer + (panel - panel_begin) * kPanelBlock + (d / kAmxStep * 2 + half % 2) * kAmxTile;
-      if (transposed) {
-        const float* rows[16] = {};
-        for (int64_t i = 0; i < count; ++i) rows[i] = p.b + (n + i) * p.b_stride + k;
-        kGemmAmx.pack_rows(dst, 2 * kAmxTile, rows, count, depth, true);
-      } else if (p.b_layout == GemmLayout::kPanels) {
-        const float* const src = p.b + (panel * p.K + k + d) * kGemmPanel + half % 2 * 16;
-        kGemmAmx.pack_columns(dst, 2 * kAmxTile, src, kGemmPanel, 16, strip_depth, false);
-      } else {
-        kGemmAmx.pack_columns(dst, 2 * kAmxTile, p.b + (k + d) * p.b_stride + n, p.b_stride, count,
-                              strip_depth, false);
-      }
+int64_t pack_b_tasks(const Block& x) {
+  return x.p.b_layout == GemmLayout::kPlain ? x.steps() : 2 * x.panels();
+}
+
+void pack_b(const Block& x, int64_t task) {
+  const GemmProduct& p = x.p;
+  const auto columns_of = [&](int64_t half) { return std::clamp<int64_t>(x.cols - half * 16, 0, 16); };
+  if (p.b_layout == GemmLayout::kPlain) {
+    const int64_t d = task * kAmxStep, depth = std::min(kAmxStep, x.depth - d);
+    const float* const src = p.b + (x.k + d) * p.b_stride + x.n;
+    for (int64_t half = 0; half < 2 * x.panels(); ++half) {
+      uint16_t* const dst = x.panel(half / 2) + (2 * task + half % 2) * kAmxTile;
+      kGemmAmx.pack_columns(dst, 2 * kAmxTile, src + half * 16, p.b_stride, columns_of(half), depth, false);
     }
+    return;
   }
+  uint16_t* const dst = x.panel(task / 2) + task % 2 * kAmxTile;
+  if (p.b_layout == GemmLayout::kPanels) {
+    const float* const src = p.b + ((x.n / kGemmPanel + task / 2) * p.K + x.k) * kGemmPanel + task % 2 * 16;
+    kGemmAmx.pack_columns(dst, 2 * kAmxTile, src, kGemmPanel, 16, x.depth, false);
+    return;
+  }
+  const int64_t count = columns_of(task);
+  const float* rows[16] = {};
+  for (int64_t i = 0; i < count; ++i) rows[i] = p.b + (x.n + task * 16 + i) * p.b_stride + x.k;
+  kGemmAmx.pack_rows(dst, 2 * kAmxTile, rows, count, x.depth, true);
 }
 
-// One block of the reduction for strips [strip_begin, strip_end) of the chunk and panels [panel_begin,
-// panel_end).
-void multiply_block(const Chunk& chunk, int64_t block, int64_t strip_begin, int64_t strip_end,
-                    int64_t panel_begin, int64_t panel_end, const uint16_t* buffer) {
-  const GemmProduct& p = chunk.p;
-  const int64_t k = block * kAmxDepth, depth = std::min(kAmxDepth, p.K - k);
-  const bool finish = depth == p.K - k && (p.bias || p.gelu || p.residual);
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel, buffer += kPanelBlock) {
-    const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
-    for (int64_t s = strip_begin; s < strip_end; s += 2) {
-      const int64_t m = chunk.m_begin + s * kAmxRows;
-      const int64_t rows =
-          std::min(std::min<int64_t>(2, strip_end - s) * kAmxRows, chunk.rows - s * kAmxRows);
+// Strips [strip_begin, strip_end), two at a time, against panels [panel_begin, panel_end): along the rows of C.
+void multiply(const Block& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin, int64_t panel_end) {
+  const GemmProduct& p = x.p;
+  const bool finish = x.k + x.depth == p.K && (p.bias || p.gelu || p.residual);
+  for (int64_t s = strip_begin; s < strip_end; s += 2) {
+    const bool two = s + 1 < strip_end;
+    const int64_t m = x.m + s * kAmxRows;
+    const int64_t rows = std::min(two ? 2 * kAmxRows : kAmxRows, x.m + x.rows - m);
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t n = x.n + panel * kGemmPanel, cols = std::min(kGemmPanel, x.n + x.cols - n);
       float* const c = p.c + m * p.c_stride + n;
-      kGemmAmx.tile({c, p.c_stride, rows, cols, chunk.strip(block, s),
-                     s + 1 < strip_end ? chunk.strip(block, s + 1) : nullptr, buffer,
-                     ceil_div(depth, kAmxStep), p.accumulate || block > 0});
-      if (finish) {
-        const int64_t extra = m * p.extra_stride + n;
-        kGemmAmx.finish({c, p.c_stride, rows, cols, p.bias ? p.bias + n : nullptr, p.gelu,
-                         p.pre ? p.pre + extra : nullptr, p.residual ? p.residual + extra : nullptr,
-                         p.extra_stride});
-      }
+      const int64_t extra = m * p.extra_stride + n;
+      const GemmFinish then = {c,
+                               p.c_stride,
+                               rows,
+                               cols,
+                               p.bias ? p.bias + n : nullptr,
+                               p.gelu,
+                               p.pre ? p.pre + extra : nullptr,
+                               p.residual ? p.residual + extra : nullptr,
+                               p.extra_stride};
+      kGemmAmx.tile({c, p.c_stride, rows, cols, x.strip(s), two ? x.strip(s + 1) : nullptr, x.panel(panel), x.steps(),
+                     p.accumulate || x.k > 0, finish ? &then : nullptr});
     }
   }
 }
 
-// C of strips [strip_begin, strip_end) of the chunk and panels [panel_begin, panel_end), in the order of
-// gemm.cpp.
-void multiply_group(const Chunk& chunk, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
-                    int64_t panel_end, uint16_t* buffer) {
-  const GemmProduct& p = chunk.p;
-  const int64_t blocks = ceil_div(p.K, kAmxDepth), block_numbers = (panel_end - panel_begin) * kPanelBlock;
-  for (int64_t first = 0; first < blocks; first += kSegment) {
-    const int64_t last = std::min(blocks, first + kSegment);
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t k = block * kAmxDepth;
-      pack_panels(p, panel_begin, panel_end, k, std::min(kAmxDepth, p.K - k),
-                  buffer + (block - first) * block_numbers);
-    }
-    for (int64_t s = strip_begin; s < strip_end; s += kRowBlock / kAmxRows) {
-      for (int64_t block = first; block < last; ++block) {
-        multiply_block(chunk, block, s, std::min(strip_end, s + kRowBlock / kAmxRows), panel_begin, panel_end,
-                       buffer + (block - first) * block_numbers);
-      }
-    }
-  }
-}
-
-void multiply_chunk(const Cpu& cpu, const Chunk& chunk, uint16_t* buffers) {
-  const GemmProduct& p = chunk.p;
-  const int64_t blocks = ceil_div(p.K, kAmxDepth), strips = ceil_div(chunk.rows, kAmxRows);
-  const int pack_threads = chunk.rows * p.K <= kPackAlone ? 1 : cpu.threads;
-  parallel(pack_threads, blocks * strips,
-           [&](int64_t task, int) { pack_strip(chunk, task / strips, task % strips); });
-
-  const int64_t panels = ceil_div(p.N, kGemmPanel), wanted = int64_t{2} * cpu.threads;
-  // Fewer and larger tasks than in fp32: packing B and reading A again weigh more here.
-  const int64_t group = std::clamp<int64_t>(ceil_div(panels, wanted), 1, kGroup);
-  const int64_t groups = ceil_div(panels, group);
-  int64_t row_parts = 1;
-  if (cpu.threads > 1 && groups < wanted)
-    row_parts = std::clamp<int64_t>(wanted / groups, 1, ceil_div(strips, 4));
-  parallel(cpu.threads, groups * row_parts, [&](int64_t task, int worker) {
-    const int64_t part = task % row_parts, panel = task / row_parts * group;
+void multiply_block(const Cpu& cpu, const Block& x) {
+  const int64_t wanted = kTasksPerThread * cpu.threads;
+  const int64_t group = std::clamp<int64_t>(kGroupNumbers / (x.steps() * 2 * kAmxTile), 1, x.panels());
+  int64_t groups = ceil_div(x.panels(), group);
+  const int64_t pairs = ceil_div(x.strips(), 2);
+  const int64_t parts = cpu.threads == 1 ? 1 : std::clamp<int64_t>(ceil_div(wanted, groups), 1, pairs);
+  if (cpu.threads > 1 && groups * parts < wanted) groups = std::min(x.panels(), ceil_div(wanted, parts));
+  parallel(cpu.threads, groups * parts, [&](int64_t task, int) {
+    const int64_t part = task % parts, g = task / parts;
     kGemmAmx.begin();
-    multiply_group(chunk, strips * part / row_parts, strips * (part + 1) / row_parts, panel,
-                   std::min(panels, panel + group), buffers + worker * kGroup * kSegment * kPanelBlock);
+    multiply(x, pairs * part / parts * 2, std::min(x.strips(), pairs * (part + 1) / parts * 2), x.panels() * g / groups,
+             x.panels() * (g + 1) / groups);
     kGemmAmx.end();
   });
 }
@@ -150,14 +135,29 @@ void multiply_chunk(const Cpu& cpu, const Chunk& chunk, uint16_t* buffers) {
 }  // namespace
 
 void gemm_bf16(const Cpu& cpu, const GemmProduct& p) {
-  const int64_t padded_k = ceil_div(p.K, kAmxDepth) * kAmxDepth;
-  const int64_t most_rows = std::max(kRowBlock, kPackedNumbers / padded_k / kRowBlock * kRowBlock);
-  const int64_t padded_rows = ceil_div(std::min(p.M, most_rows), kAmxRows) * kAmxRows;
-  const int64_t buffer_numbers = int64_t{cpu.threads} * kGroup * kSegment * kPanelBlock;
-  uint16_t* const scratch =
-      reinterpret_cast<uint16_t*>(gemm_scratch((padded_rows * padded_k + buffer_numbers) / 2));
-  for (int64_t m = 0; m < p.M; m += most_rows) {
-    multiply_chunk(cpu, {p, m, std::min(most_rows, p.M - m), scratch + buffer_numbers}, scratch);
+  const int64_t deepest = p.K <= kWholeDepth ? p.K : kSegment, steps = ceil_div(deepest, kAmxStep);
+  const int64_t most_cols =
+      std::min(ceil_div(p.N, kGemmPanel), std::max<int64_t>(1, kPackedB / (steps * 2 * kAmxTile))) * kGemmPanel;
+  const int64_t most_pairs = std::max<int64_t>(2, kPackedA * cpu.threads / (steps * 2 * kAmxTile));
+  const int64_t most_rows = std::min(ceil_div(p.M, 2 * kAmxRows), most_pairs) * 2 * kAmxRows;
+  uint16_t* const b = reinterpret_cast<uint16_t*>(
+      gemm_scratch((most_cols / kGemmPanel * 2 + most_rows / kAmxRows) * steps * kAmxTile / 2));
+  uint16_t* const a = b + most_cols / kGemmPanel * 2 * steps * kAmxTile;
+
+  for (int64_t k = 0; k < p.K; k += deepest) {
+    const int64_t depth = std::min(deepest, p.K - k);
+    for (int64_t n = 0; n < p.N; n += most_cols) {
+      const int64_t cols = std::min(most_cols, p.N - n);
+      for (int64_t m = 0; m < p.M; m += most_rows) {
+        const Block x = {p, k, depth, n, cols, m, std::min(most_rows, p.M - m), a, b};
+        const int64_t b_tasks = m == 0 ? pack_b_tasks(x) : 0, a_tasks = pack_a_tasks(x);
+        const int64_t numbers = (x.rows + (m == 0 ? cols : 0)) * depth;
+        parallel(numbers <= kPackAlone ? 1 : cpu.threads, b_tasks + a_tasks, [&](int64_t task, int) {
+          task < b_tasks ? pack_b(x, task) : pack_a(x, task - b_tasks);
+        });
+        multiply_block(cpu, x);
+      }
+    }
   }
 }
 

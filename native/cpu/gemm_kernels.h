@@ -67,10 +67,8 @@ extern const GemmKernels kGemmAvx512;
 constexpr int64_t kAmxStep = 32;
 constexpr int64_t kAmxRows = 16;
 constexpr int64_t kAmxTile = 512;  // numbers in a tile
-// Length of a block of the reduction: a panel block is 32 KB again.
-constexpr int64_t kAmxDepth = 512;
 
-// c (rows <= 32, cols <= kGemmPanel) = or += A B over `steps` steps.
+// c (rows <= 32, cols <= kGemmPanel) = or += A B over `steps` steps, then what `finish` says of the same cells.
 struct AmxTile {
   float* c;
   int64_t c_stride;
@@ -81,6 +79,7 @@ struct AmxTile {
   const uint16_t* b;
   int64_t steps;
   bool accumulate;
+  const GemmFinish* finish;  // or null
 };
 
 struct AmxKernels {
@@ -88,7 +87,6 @@ struct AmxKernels {
   void (*begin)();
   void (*end)();
   void (*tile)(const AmxTile& tile);
-  void (*finish)(const GemmFinish& finish);
   // One column of tiles, a tile every dst_step numbers, from up to 16 rows that run along the reduction.
   // transpose: as B wants them (the rows become columns), else as A does.
   void (*pack_rows)(uint16_t* dst, int64_t dst_step, const float* const* rows, int64_t count, int64_t depth,

@@ -1,0 +1,32 @@
+/** One bidirectional forward: with logits at all positions, and without the head. */
+import type { BenchCase } from '../harness.js';
+import { forwardFlops, load, type ShapeName, someTokens } from '../shapes.js';
+
+function forward(shape: ShapeName, T: number, output: 'logits' | 'hidden', repeats: number): BenchCase {
+	return {
+		name: `forward/${shape}/T${T}/${output}`,
+		shape: { model: shape, T },
+		dtype: 'fp32',
+		repeats,
+		async setup() {
+			const model = await load(shape);
+			const tokens = someTokens(shape, T);
+			return {
+				async run() {
+					await model.forward(tokens, { output });
+					return { tokens: T, flops: forwardFlops(shape, T, output === 'logits' ? T : 0) };
+				},
+				teardown: () => model.dispose(),
+			};
+		},
+	};
+}
+
+export const forwardCases: BenchCase[] = [
+	forward('gpt2', 64, 'logits', 15),
+	forward('gpt2', 256, 'logits', 9),
+	forward('gpt2', 256, 'hidden', 9),
+	forward('gpt2', 1024, 'logits', 5),
+	forward('small', 256, 'logits', 15),
+	forward('tiny', 256, 'logits', 15),
+];

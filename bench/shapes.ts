@@ -1,0 +1,29 @@
+/** The model shapes that are measured, with random weights, and their operation counts. */
+import { DiffuGPT, type ModelConfigInput } from 'diffusion-native';
+
+export const shapes = {
+	/** GPT-2 124M. */
+	gpt2: { layers: 12, heads: 12, channels: 768, vocab: 50257, context: 1024 },
+	/** The size used for comparison with other engines. */
+	small: { layers: 6, heads: 6, channels: 384, vocab: 8192, context: 1024, maskId: 1, eosId: 0 },
+	/** The shape of the model that ships. */
+	tiny: { layers: 6, heads: 4, channels: 256, vocab: 8192, context: 320, maskId: 1, eosId: 0 },
+} as const satisfies Record<string, ModelConfigInput>;
+
+export type ShapeName = keyof typeof shapes;
+
+export function load(shape: ShapeName): Promise<DiffuGPT> {
+	return DiffuGPT.fromConfig({ ...shapes[shape], attention: 'bidirectional' }, { seed: 1 });
+}
+
+/** Floating-point operations of one forward over T tokens with `rows` rows through the head. */
+export function forwardFlops(shape: ShapeName, T: number, rows: number): number {
+	const { layers, channels: C, vocab } = shapes[shape];
+	const blocks = layers * (24 * C * C * T + 4 * T * T * C);
+	return blocks + 2 * C * vocab * rows;
+}
+
+/** T ids that differ, all inside the vocabulary. */
+export function someTokens(shape: ShapeName, T: number): Int32Array {
+	return Int32Array.from({ length: T }, (_, i) => (i * 7919 + 13) % shapes[shape].vocab);
+}

@@ -1,0 +1,230 @@
+/**
+ * Batches of sequences for the loss and for training: the public types, their checks, and the packed form that the addon
+ * takes. Nothing is drawn here; the noise process (native/core/noise.h) draws what a batch does not give.
+ */
+import type { NativeMask, NativeNoise, NativeTrainBatch } from './binding.js';
+import type { ModelConfig } from './config.js';
+import { check } from './errors.js';
+
+/** Clean sequences, ragged. With `mask` and `t` given nothing is drawn. */
+export interface DiffusionBatch {
+	/** One array of token ids per sequence, 1 to `context` long. */
+	readonly tokens: readonly Int32Array[];
+	/** 1 where a token may be masked, one array per sequence. @default all ones */
+	readonly maskable?: readonly Uint8Array[];
+	/** 1 where a token is masked. @default drawn: each maskable token with probability t */
+	readonly mask?: readonly Uint8Array[];
+	/** Diffusion time of each sequence, in (0, 1]. @default drawn */
+	readonly t?: readonly number[];
+}
+
+/** Who attends to whom inside one sequence. A matrix is (T, T) of 0/1, row = query. */
+export type AttentionOption = 'full' | 'causal' | { readonly blockCausal: number } | { readonly matrix: Uint8Array };
+
+/** How the cross-entropies of one batch become a loss, and what is drawn. */
+export interface LossOptions {
+	/**
+	 * What the sum is divided by: 'tokens', predictable maskable tokens (the NELBO per token); 'masked', masked tokens
+	 * (DiffuGPT); 'answer', per sequence its maskable length, then the number of sequences (LLaDA's fine-tuning).
+	 * @default 'tokens'
+	 */
+	readonly normalise?: 'tokens' | 'masked' | 'answer';
+	/** '1/t' makes the loss the NELBO; 'none' is MaskGIT's objective. @default '1/t' */
+	readonly weight?: '1/t' | 'none';
+	/** Row i predicts token i + 1. @default model.config.shift */
+	readonly shift?: boolean;
+	/** @default 'full', or 'causal' for the autoregressive objective */
+	readonly attention?: AttentionOption;
+	/** @default 0 */
+	readonly seed?: number | bigint;
+	/** Step counter of the random numbers. @default 0 */
+	readonly step?: number;
+	/** @default 'diffusion' */
+	readonly objective?: Objective;
+	/** @default 'uniform' */
+	readonly timeSampler?: TimeSampler;
+	/** Range of t. @default [0.001, 1] */
+	readonly timeRange?: readonly [number, number];
+	/** Tokens per block of 'block-diffusion'. */
+	readonly block?: number;
+	/** DiffusionBERT's per-token schedule: informative tokens are masked earlier. @default none */
+	readonly spindle?: SpindleSchedule;
+}
+
+export type Objective = 'diffusion' | 'autoregressive' | 'block-diffusion';
+export type TimeSampler = 'uniform' | 'stratified' | 'exact-count';
+
+/** Keep probability 1 - t - lambda sin(pi t) (1 - mean(H) / H_i), clamped to [0, 1]. */
+export interface SpindleSchedule {
+	/** (V) information of each token id, -log p, in nats. */
+	readonly information: Float32Array;
+	readonly lambda: number;
+}
+
+/** A seed as the addon wants it: 0 .. 2^64 - 1. */
+export function toSeed(seed: number | bigint, name = 'seed'): bigint {
+	check(
+		typeof seed === 'bigint' || Number.isSafeInteger(seed),
+		`${name} is ${String(seed)}, expected a whole number or a bigint`,
+	);
+	const value = BigInt(seed);
+	check(value >= 0n && value < 1n << 64n, `${name} is ${String(seed)}, expected a number from 0 to 2^64 - 1`);
+	return value;
+}
+
+/** Checks an attention option and turns it into the addon's mask. */
+export function toNativeMask(attention: AttentionOption): NativeMask {
+	if (attention === 'full' || attention === 'causal') return { kind: attention };
+	if (typeof attention === 'object' && attention !== null) {
+		if ('blockCausal' in attention) {
+			const block = attention.blockCausal;
+			check(
+				Number.isInteger(block) && block > 0,
+				`attention.blockCausal is ${String(block)}, expected a positive whole number`,
+			);
+			return { kind: 'block-causal', block };
+		}
+		if ('matrix' in attention && attention.matrix instanceof Uint8Array) {
+			const width = Math.sqrt(attention.matrix.length);
+			check(
+				Number.isInteger(width) && width > 0,
+				`attention.matrix has ${attention.matrix.length} entries, expected T * T for one sequence of T tokens`,
+			);
+			return { kind: 'matrix', matrix: attention.matrix, width };
+		}
+	}
+	check(false, `attention is ${JSON.stringify(attention)}, expected 'full', 'causal', { blockCausal } or { matrix }`);
+}
+
+/** Fills the defaults of {@link LossOptions} and checks them against the model. */
+export function toNativeNoise(config: ModelConfig, options: LossOptions = {}): NativeNoise {
+	const objective = options.objective ?? 'diffusion';
+	oneOf('objective', objective, ['diffusion', 'autoregressive', 'block-diffusion']);
+	const timeSampler = options.timeSampler ?? 'uniform';
+	oneOf('timeSampler', timeSampler, ['uniform', 'stratified', 'exact-count']);
+	const normalise = options.normalise ?? 'tokens';
+	oneOf('normalise', normalise, ['tokens', 'masked', 'answer']);
+	const weight = options.weight ?? '1/t';
+	oneOf('weight', weight, ['1/t', 'none']);
+	check(
+		objective === 'autoregressive' || config.maskId >= 0,
+		`the objective '${objective}' needs a mask token, and the model has none: pass { config: { maskId } } when loading it`,
+	);
+	const [tMin, tMax] = options.timeRange ?? [1e-3, 1];
+	check(
+		tMin > 0 && tMin <= tMax && tMax <= 1,
+		`timeRange is [${String(tMin)}, ${String(tMax)}], expected 0 < from <= to <= 1`,
+	);
+	const block = objective === 'block-diffusion' ? (options.block ?? 0) : 0;
+	check(
+		objective !== 'block-diffusion' || (Number.isInteger(block) && block > 0),
+		"the objective 'block-diffusion' needs the option block: tokens per block, a positive whole number",
+	);
+	const step = options.step ?? 0;
+	check(Number.isInteger(step) && step >= 0 && step < 2 ** 32, `step is ${String(step)}, expected 0 to 2^32 - 1`);
+	const { spindle } = options;
+	if (spindle) {
+		check(
+			spindle.information.length === config.vocab,
+			`spindle.information has ${spindle.information.length} entries, expected one per token of the vocabulary, ${config.vocab}`,
+		);
+		check(Number.isFinite(spindle.lambda) && spindle.lambda >= 0, `spindle.lambda is ${spindle.lambda}, expected >= 0`);
+	}
+	const attention = options.attention ?? (objective === 'autoregressive' ? 'causal' : 'full');
+	return {
+		objective,
+		timeSampler,
+		normalise,
+		weighted: weight === '1/t',
+		shift: options.shift ?? config.shift,
+		maskId: config.maskId,
+		tMin,
+		tMax,
+		block,
+		seed: toSeed(options.seed ?? 0),
+		step,
+		attention: toNativeMask(attention),
+		spindleInformation: spindle ? spindle.information : null,
+		spindleLambda: spindle ? spindle.lambda : 0,
+	};
+}
+
+/**
+ * Checks a batch against the model and packs it.
+ * @param place where these sequences stand in the whole step, so that micro-batching changes no draw.
+ * @throws `ERR_DN_ARGUMENT` naming the sequence, the position and what was expected.
+ */
+export function toNativeTrainBatch(
+	batch: DiffusionBatch,
+	config: Pick<ModelConfig, 'context' | 'vocab'>,
+	place: { firstSequence: number; stepSequences: number } = { firstSequence: 0, stepSequences: batch.tokens.length },
+): NativeTrainBatch {
+	const { tokens, t } = batch;
+	check(
+		Array.isArray(tokens) && tokens.length > 0,
+		'the batch has no sequences: tokens must hold at least one Int32Array',
+	);
+	const count = tokens.length;
+	const offsets = new Int32Array(count + 1);
+	for (let s = 0; s < count; s++) {
+		const ids = tokens[s];
+		check(ids instanceof Int32Array, `batch.tokens[${s}] is not an Int32Array`);
+		check(ids.length > 0, `sequence ${s} of the batch is empty`);
+		check(
+			ids.length <= config.context,
+			`sequence ${s} of the batch has ${ids.length} tokens, more than the model's context of ${config.context}`,
+		);
+		offsets[s + 1] = (offsets[s] as number) + ids.length;
+	}
+	const total = offsets[count] as number;
+	const ids = new Int32Array(total);
+	for (let s = 0; s < count; s++) {
+		const sequence = tokens[s] as Int32Array;
+		for (let i = 0; i < sequence.length; i++) {
+			const id = sequence[i] as number;
+			check(
+				id >= 0 && id < config.vocab,
+				`token ${i} of sequence ${s} is ${id}, outside the vocabulary of ${config.vocab} ids`,
+			);
+		}
+		ids.set(sequence, offsets[s]);
+	}
+	if (t !== undefined) {
+		check(t.length === count, `batch.t has ${t.length} entries for ${count} sequences`);
+		for (const [s, time] of t.entries()) {
+			check(time > 0 && time <= 1, `batch.t[${s}] is ${String(time)}, expected a number in (0, 1]`);
+		}
+	}
+	return {
+		ids,
+		offsets,
+		maskable: flags('maskable', batch.maskable, offsets),
+		mask: flags('mask', batch.mask, offsets),
+		t: t === undefined ? null : Float64Array.from(t),
+		...place,
+	};
+}
+
+function flags(name: string, rows: readonly Uint8Array[] | undefined, offsets: Int32Array): Uint8Array | null {
+	if (rows === undefined) return null;
+	const count = offsets.length - 1;
+	check(rows.length === count, `batch.${name} has ${rows.length} entries for ${count} sequences`);
+	const packed = new Uint8Array(offsets[count] as number);
+	for (let s = 0; s < count; s++) {
+		const row = rows[s] as Uint8Array;
+		const length = (offsets[s + 1] as number) - (offsets[s] as number);
+		check(row.length === length, `batch.${name}[${s}] has ${row.length} entries, its sequence has ${length} tokens`);
+		for (let i = 0; i < length; i++) {
+			check((row[i] as number) <= 1, `batch.${name}[${s}][${i}] is ${row[i]}, expected 0 or 1`);
+		}
+		packed.set(row, offsets[s]);
+	}
+	return packed;
+}
+
+function oneOf(name: string, value: string, allowed: readonly string[]): void {
+	check(
+		allowed.includes(value),
+		`${name} is ${JSON.stringify(value)}, expected ${allowed.map((word) => `'${word}'`).join(', ')}`,
+	);
+}

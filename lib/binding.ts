@@ -1,0 +1,311 @@
+/**
+ * The types of the native addon and the way it is found. The only file that knows a .node exists. The addon is dumb: it
+ * takes numbers, strings and typed arrays, trusts lengths that this side computed, and throws errors with a `code`.
+ * Loading is lazy: importing the package costs nothing and never throws.
+ */
+import { existsSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+import { DiffusionNativeError } from './errors.js';
+
+export interface NativeConfig {
+	layers: number;
+	heads: number;
+	channels: number;
+	context: number;
+	vocab: number;
+}
+
+export interface NativeParameter {
+	name: string;
+	shape: number[];
+	count: number;
+}
+
+/** Who attends to whom inside one sequence; see native/core/attention_mask.h. */
+export type NativeMask =
+	| { kind: 'full' }
+	| { kind: 'causal' }
+	| { kind: 'annealed'; ratio: number; seed: bigint; step: number }
+	| { kind: 'block-causal'; block: number }
+	| { kind: 'block-diffusion'; block: number; half: number }
+	| { kind: 'matrix'; matrix: Uint8Array; width: number };
+
+/** Packed sequences of one forward. */
+export interface NativeBatch {
+	/** (N) token ids, sequences laid end to end. */
+	ids: Int32Array;
+	/** (N) rows of wpe; the tokens of a sequence without a cache are 0..T-1. */
+	positions: Int32Array;
+	/** (S + 1) packed row where each sequence begins. */
+	offsets: Int32Array;
+	/** (S) keys each sequence attends to: its own length, or rows of its cache after this call's rows are written. */
+	keyLengths: Int32Array;
+	/** (S) */
+	caches: (NativeCache | null)[];
+	/** (S) */
+	masks: NativeMask[];
+	/** Packed rows whose hidden state is wanted, in this order; null: all. */
+	rows: Int32Array | null;
+}
+
+/** How each row of `NativeBatch.rows` is sampled (R = rows.length, or N when rows is null); see DenoiseRow in backend.h. */
+export interface NativeDenoise {
+	/** (D) index into the listed rows: the row this statistic is of. */
+	row: Int32Array;
+	/** (D) index of the unconditional twin, -1: none. */
+	guideRow: Int32Array;
+	/** (D, 3): guidance, temperature, topP. */
+	scales: Float32Array;
+	/** (D, 2): topK, banned id (-1: none). */
+	limits: Int32Array;
+	/** (D) */
+	seeds: BigUint64Array;
+	/** (D, 2): step, position: the counter of the draw. */
+	counters: Uint32Array;
+	/** Ids whose probability is reported for every row. */
+	watch: Int32Array;
+}
+
+export interface NativeStats {
+	/** (D) most probable id. */
+	best: Int32Array;
+	/** (D) sampled id. */
+	drawn: Int32Array;
+	/** (D) probability of `best` at temperature 1. */
+	probability: Float32Array;
+	/** (D) probability of `best` minus that of the runner-up. */
+	margin: Float32Array;
+	/** (D) nats. */
+	entropy: Float32Array;
+	/** (D) log probability of `drawn` at temperature 1. */
+	drawnLogProb: Float32Array;
+	/** (D, watch.length) */
+	watched: Float32Array;
+}
+
+/** Clean sequences of one micro-batch and how they are corrupted; see native/core/noise.h. */
+export interface NativeTrainBatch {
+	ids: Int32Array;
+	/** (S + 1) */
+	offsets: Int32Array;
+	/** (N) of 0/1, or null: every token may be masked. */
+	maskable: Uint8Array | null;
+	/** (N) of 0/1, or null: drawn. */
+	mask: Uint8Array | null;
+	/** (S), or null: drawn. */
+	t: Float64Array | null;
+	firstSequence: number;
+	stepSequences: number;
+}
+
+export interface NativeNoise {
+	objective: 'diffusion' | 'autoregressive' | 'block-diffusion';
+	timeSampler: 'uniform' | 'stratified' | 'exact-count';
+	normalise: 'tokens' | 'masked' | 'answer';
+	weighted: boolean;
+	shift: boolean;
+	maskId: number;
+	tMin: number;
+	tMax: number;
+	/** Tokens per block of 'block-diffusion', else 0. */
+	block: number;
+	seed: bigint;
+	step: number;
+	attention: NativeMask;
+	/** (V) information of each id in nats, or null. */
+	spindleInformation: Float32Array | null;
+	spindleLambda: number;
+}
+
+export interface NativeTrainOptions {
+	recompute: boolean;
+	precision: 'fp32' | 'bf16';
+	/** Accumulate gradients (needs beginTraining). */
+	backward: boolean;
+}
+
+export interface NativeLoss {
+	/** Sum over loss rows of weight * cross-entropy. */
+	weighted: number;
+	/** Sum over loss rows of cross-entropy, nats. */
+	unweighted: number;
+	/** Loss rows: masked tokens that some row predicts. */
+	masked: number;
+	/** Maskable tokens that some row predicts. */
+	predictable: number;
+	/** What this micro-batch adds to the divisor, by `normalise`. */
+	denominator: number;
+	/** (N) the mask as drawn or given. */
+	mask: Uint8Array;
+	/** (S), or one per block. */
+	t: Float64Array;
+	/** (R) packed row, target and unweighted loss of every loss row. */
+	rows: Int32Array;
+	targets: Int32Array;
+	losses: Float32Array;
+}
+
+export interface NativeAdamW {
+	learningRate: number;
+	beta1: number;
+	beta2: number;
+	eps: number;
+	weightDecay: number;
+	gradientScale: number;
+	/** 1-based. */
+	step: number;
+}
+
+export interface NativeCache {
+	readonly capacity: number;
+	readonly bytes: number;
+	/** Frees the memory; idempotent. A disposed cache in a batch is an error. */
+	dispose(): void;
+}
+
+/** One tensor to write: a parameter of a model, its gradient moment, or values given here. */
+export interface NativeTensorSource {
+	/** Name in the file. */
+	name: string;
+	shape: number[];
+	dtype: 'F32' | 'F16' | 'BF16';
+	source: { model: NativeModel; parameter: string; kind: 'value' | 'moment1' | 'moment2' } | { values: Float32Array };
+}
+
+export interface NativeTensorEntry {
+	name: string;
+	dtype: string;
+	shape: number[];
+	count: number;
+}
+
+export interface NativeSafetensors {
+	readonly path: string;
+	readonly tensors: NativeTensorEntry[];
+	readonly metadata: Record<string, string>;
+	/** The whole tensor as fp32. For small ones; large ones go through NativeModel.loadParameter. */
+	read(name: string): Float32Array;
+	/** Unmaps the file; idempotent. */
+	close(): void;
+}
+
+/** At most one asynchronous call may be in flight per model: lib/queue.ts sees to it. */
+export interface NativeModel {
+	/** "cpu/avx512" */
+	readonly backend: string;
+	readonly parameters: NativeParameter[];
+	/** Bytes held: parameters, training state, workspace. */
+	memory(): { parameters: number; training: number; workspace: number };
+	initialise(seed: bigint): Promise<void>;
+	getParameter(name: string): Float32Array;
+	setParameter(name: string, values: Float32Array): void;
+	/** Converts a tensor of an open file into a parameter; the counts must agree. */
+	loadParameter(name: string, file: NativeSafetensors, tensor: string): Promise<void>;
+	/** Restores an AdamW moment from an open file. */
+	loadMoment(name: string, which: 'moment1' | 'moment2', file: NativeSafetensors, tensor: string): Promise<void>;
+	/** Packs the weights for inference; forward does it by itself when needed. */
+	prepareInference(): Promise<void>;
+	createCache(capacity: number): NativeCache;
+
+	/** Forward, then statistics of the asked rows. */
+	denoise(batch: NativeBatch, denoise: NativeDenoise): Promise<NativeStats>;
+	/** Forward, then raw logits (R, V) or hidden states (R, C). */
+	forward(batch: NativeBatch, output: 'logits' | 'hidden'): Promise<Float32Array>;
+
+	/** Unpacks the weights in place and allocates gradients and moments. */
+	beginTraining(): Promise<void>;
+	/** Frees gradients and moments. */
+	endTraining(): Promise<void>;
+	trainBatch(batch: NativeTrainBatch, noise: NativeNoise, options: NativeTrainOptions): Promise<NativeLoss>;
+	zeroGradients(): Promise<void>;
+	gradientSumOfSquares(): Promise<number>;
+	adamw(step: NativeAdamW): Promise<void>;
+	getGradient(name: string): Float32Array;
+	getMoment(name: string, which: 'moment1' | 'moment2'): Float32Array;
+	/** Frees everything; idempotent. Must not be called while a call is in flight. */
+	dispose(): void;
+}
+
+export interface Binding {
+	/** device: 'cpu' or 'cuda:N'. threads 0: all cores. */
+	createModel(config: NativeConfig, options: { device: string; threads: number }): NativeModel;
+	openSafetensors(path: string): NativeSafetensors;
+	/** Writes, fsyncs and renames one file. */
+	writeSafetensors(path: string, tensors: NativeTensorSource[], metadata: Record<string, string>): Promise<void>;
+	/** Four 32-bit words of (seed, stream, step, index). */
+	philox(seed: bigint, stream: number, step: number, index: bigint): Uint32Array;
+	cpuInfo(): { isa: string; detected: string; threads: number };
+	cudaInfo(): { compiled: boolean; devices: { name: string; memory: number; capability: string }[]; reason?: string };
+	/** Bytes reported to V8 with AdjustExternalMemory by live objects. */
+	externalMemory(): number;
+}
+
+const require = createRequire(import.meta.url);
+let loaded: { binding: Binding; path: string } | undefined;
+
+/** The package's root folder: where package.json lies, whether this file runs from dist/lib or from lib. */
+export function packageRoot(): string {
+	let directory = dirname(fileURLToPath(import.meta.url));
+	while (!existsSync(join(directory, 'package.json'))) {
+		const parent = dirname(directory);
+		if (parent === directory) {
+			throw new DiffusionNativeError('ERR_DN_NO_BINARY', 'the folder of diffusion-native has no package.json');
+		}
+		directory = parent;
+	}
+	return directory;
+}
+
+function load(): { binding: Binding; path: string } {
+	const root = packageRoot();
+	const tried: string[] = [];
+	const attempt = (path: string): { binding: Binding; path: string } | undefined => {
+		try {
+			return { binding: require(path) as Binding, path };
+		} catch (error) {
+			tried.push(`${path}: ${error instanceof Error ? error.message.split('\n')[0] : String(error)}`);
+			return undefined;
+		}
+	};
+	const override = process.env['DIFFUSION_NATIVE_BINDING'];
+	if (override) {
+		const found = attempt(override);
+		if (found) return found;
+	} else {
+		for (const folder of ['build-cmake/Release', 'build/Release']) {
+			const path = join(root, folder, 'diffusion_native.node');
+			if (!existsSync(path)) {
+				tried.push(`${path}: no such file`);
+				continue;
+			}
+			const found = attempt(path);
+			if (found) return found;
+		}
+		try {
+			const nodeGypBuild = require('node-gyp-build') as { path(directory: string): string };
+			const found = attempt(nodeGypBuild.path(root));
+			if (found) return found;
+		} catch (error) {
+			tried.push(`prebuilds: ${error instanceof Error ? error.message.split('\n')[0] : String(error)}`);
+		}
+	}
+	throw new DiffusionNativeError(
+		'ERR_DN_NO_BINARY',
+		`no native addon could be loaded; run "npm run build:native" in ${root}. Tried: ${tried.join('; ')}`,
+	);
+}
+
+/** The addon, loaded on first use. Throws `ERR_DN_NO_BINARY` listing what was tried. */
+export function binding(): Binding {
+	loaded ??= load();
+	return loaded.binding;
+}
+
+/** The path the addon was loaded from. */
+export function bindingPath(): string {
+	loaded ??= load();
+	return loaded.path;
+}

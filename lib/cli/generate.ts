@@ -1,0 +1,270 @@
+/**
+ * `diffusion-native generate`: text from a model. On a terminal it appears as it is denoised: committed text plain, guesses
+ * dim, positions opened again marked; elsewhere only the final text, or with --json every step as a line.
+ */
+
+import { once } from 'node:events';
+import { createWriteStream } from 'node:fs';
+import type { Command } from 'commander';
+import type { DenoiseStep } from '../denoise-loop.js';
+import type { Device, DType } from '../device.js';
+import { DiffusionNativeError } from '../errors.js';
+import type { GenerateResult } from '../generate.js';
+import type { LengthMethod, LengthOptions } from '../length/method.js';
+import { DiffuGPT } from '../model.js';
+import { type GenerateOptions, type SamplerName, samplerNames } from '../options.js';
+import type { Prompt } from '../prompt.js';
+import { action, interruptible, isTerminal, number, Redraw, style, toJson, UsageError } from './terminal.js';
+
+interface Flags {
+	prefix?: string;
+	suffix?: string;
+	length?: number;
+	maxLength?: number;
+	lengthMethod?: LengthMethod;
+	lengthQuantile?: number;
+	lengthProbability?: number;
+	lengthCoverage?: number;
+	lengthBlock?: number;
+	sampler?: SamplerName;
+	score?: GenerateOptions['score'];
+	plan?: GenerateOptions['plan'];
+	steps?: number;
+	block?: number;
+	threshold?: number;
+	factor?: number;
+	entropyBound?: number;
+	divergence?: number;
+	stableSteps?: number;
+	verify?: number;
+	attempts?: number;
+	temperature?: number;
+	topK?: number;
+	topP?: number;
+	guidance?: number;
+	seed?: bigint;
+	device?: Device;
+	dtype?: DType;
+	threads?: number;
+	revision?: string;
+	cacheDir?: string;
+	localFilesOnly?: boolean;
+	json?: boolean;
+	trace?: string;
+}
+
+export function register(program: Command): void {
+	program
+		.command('generate')
+		.description('Generate text')
+		.argument('<model>', 'a model directory, a Hugging Face id, or diffusion-native/tiny')
+		.argument('[prompt]', 'text to continue')
+		.option('--prefix <text>', 'text before the gap to fill (instead of a prompt)')
+		.option('--suffix <text>', 'text after the gap to fill')
+		.option('--length <n>', 'exactly so many new tokens (default: 64, or what fits)', number('length'))
+		.option('--max-length <n>', 'variable length: at most so many new tokens', number('max-length'))
+		.option('--length-method <name>', 'with --max-length: constant, block, first-step, threshold, quantile, expected')
+		.option('--length-quantile <q>', 'of the method quantile (default: 0.5)', number('length-quantile'))
+		.option('--length-probability <p>', 'of the method threshold (default: 0.5)', number('length-probability'))
+		.option('--length-coverage <c>', 'of the method expected (default: 0.95)', number('length-coverage'))
+		.option('--length-block <n>', 'of the method block (default: 32)', number('length-block'))
+		.option('--sampler <name>', `${samplerNames.join(', ')} (default: confidence; autoregressive for a causal model)`)
+		.option('--score <name>', 'of confidence: probability, margin, entropy, random (default: probability)')
+		.option('--plan <name>', 'of confidence: even, linear (default: even)')
+		.option(
+			'--steps <n>',
+			'forwards (default: one per token, at most 64; adaptive samplers: no bound)',
+			number('steps'),
+		)
+		.option('--block <n>', 'tokens per semi-autoregressive block', number('block'))
+		.option('--threshold <p>', 'of threshold, klass (default: 0.9) and revocable (default: 0.6)', number('threshold'))
+		.option('--factor <f>', 'of factor (default: 1)', number('factor'))
+		.option('--entropy-bound <nats>', 'of entropy-bound (default: 0.1)', number('entropy-bound'))
+		.option('--divergence <nats>', 'of klass (default: 0.01)', number('divergence'))
+		.option('--stable-steps <n>', 'of klass (default: 2)', number('stable-steps'))
+		.option('--verify <p>', 'of revocable (default: 0.9)', number('verify'))
+		.option('--attempts <n>', 'of revocable (default: 2)', number('attempts'))
+		.option(
+			'--temperature <t>',
+			'default: 1 for ancestral, first-hitting, autoregressive; else 0',
+			number('temperature'),
+		)
+		.option('--top-k <k>', 'draw among the k most probable tokens', number('top-k'))
+		.option('--top-p <p>', 'draw among the most probable tokens up to this mass', number('top-p'))
+		.option('--guidance <w>', 'classifier-free guidance', number('guidance'))
+		.option('--seed <n>', 'default: random', seed)
+		.option('--device <name>', 'auto, cpu, cuda, cuda:N (default: auto)')
+		.option('--dtype <name>', 'auto, fp32, bf16, int8 (default: auto)')
+		.option('--threads <n>', 'CPU threads (default: all cores)', number('threads'))
+		.option('--revision <name>', 'branch, tag or commit of a hub model')
+		.option('--cache-dir <path>', 'hub cache')
+		.option('--local-files-only', 'never ask the network')
+		.option('--json', 'print every step and then the result as a line of JSON')
+		.option('--trace <file>', 'save every step and then the result as lines of JSON')
+		.addHelpText(
+			'after',
+			'\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Ctrl-C stops after the current step; a second one at once.',
+		)
+		.action(action(generate));
+}
+
+async function generate(path: string, text: string | undefined, flags: Flags): Promise<void> {
+	const prompt = toPrompt(text, flags);
+	const options = toOptions(flags);
+	const { device, dtype, threads, revision, cacheDir, localFilesOnly } = flags;
+	const interrupt = interruptible();
+	const { signal } = interrupt;
+	try {
+		const loading = given({ device, dtype, threads, revision, cacheDir, localFilesOnly, signal });
+		const model = await DiffuGPT.fromPretrained(path, loading);
+		try {
+			await show(model, prompt, { ...options, signal }, flags);
+		} finally {
+			await model.dispose();
+		}
+	} finally {
+		interrupt.end();
+	}
+}
+
+async function show(model: DiffuGPT, prompt: Prompt, options: GenerateOptions, flags: Flags): Promise<void> {
+	const out = process.stdout;
+	const live = !flags.json && isTerminal(out);
+	const trace = flags.trace === undefined ? undefined : await Trace.open(flags.trace);
+	const view = live ? new Redraw(out) : undefined;
+	const stream = model.stream(prompt, options);
+	let result: GenerateResult;
+	try {
+		for (;;) {
+			const { done, value } = await stream.next();
+			if (done) {
+				result = value;
+				break;
+			}
+			if (flags.json) out.write(`${toJson({ type: 'step', ...value })}\n`);
+			await trace?.write({ type: 'step', ...value });
+			view?.draw(`${render(model, value)}\n${style.dim(`step ${value.step} of at most ${value.steps}`)}`);
+		}
+		if (flags.json) out.write(`${toJson({ type: 'result', ...result })}\n`);
+		await trace?.write({ type: 'result', ...result });
+		if (view) {
+			const { forwards, tokensPerSecond, tokensPerForward, generatedTokens } = result.stats;
+			const last = `${generatedTokens} tokens, ${forwards} forwards, ${tokensPerForward.toFixed(2)} tokens per forward, ${tokensPerSecond.toFixed(1)} tokens/s, seed ${result.seed}`;
+			view.draw(`${around(prompt, result.text)}\n${style.dim(last)}`);
+		} else if (!flags.json) {
+			out.write(`${result.text}\n`);
+		}
+	} finally {
+		view?.end();
+		await trace?.close();
+	}
+}
+
+/** The canvas as text: runs of equal style are decoded together, so that characters of several tokens stay whole. */
+function render(model: DiffuGPT, event: DenoiseStep): string {
+	const { tokenizer } = model;
+	if (!tokenizer) return '';
+	const { maskId } = model.config;
+	const reopened = new Set(event.reopened);
+	const open = openPositions(event, maskId);
+	const runs: { kind: 'plain' | 'dim' | 'marked'; ids: number[] }[] = [];
+	for (const [i, id] of event.tokens.entries()) {
+		const guess = event.provisional?.[i];
+		const kind = reopened.has(i) ? 'marked' : open.has(i) ? 'dim' : 'plain';
+		const shown = kind === 'plain' ? id : (guess ?? maskId);
+		const last = runs.at(-1);
+		if (last?.kind === kind) last.ids.push(shown);
+		else runs.push({ kind, ids: [shown] });
+	}
+	return runs
+		.map(({ kind, ids }) => {
+			const known = ids.filter((id) => id !== maskId);
+			const text = tokenizer.decode(known) + '\u00b7'.repeat(ids.length - known.length);
+			return kind === 'plain' ? text : style[kind](text);
+		})
+		.join('');
+}
+
+/** Positions without a final token. */
+function openPositions(event: DenoiseStep, maskId: number): Set<number> {
+	return new Set(Array.from(event.tokens.keys()).filter((i) => event.tokens[i] === maskId));
+}
+
+/** A finished text with what surrounds it. */
+function around(prompt: Prompt, text: string): string {
+	if (typeof prompt === 'string') return prompt + text;
+	return 'tokens' in prompt ? text : (prompt.prefix ?? '') + text + (prompt.suffix ?? '');
+}
+
+/** A file of JSON lines. Errors of the file system reject the write or the close after them. */
+class Trace {
+	private constructor(private readonly stream: ReturnType<typeof createWriteStream>) {}
+
+	static async open(path: string): Promise<Trace> {
+		const stream = createWriteStream(path);
+		try {
+			await once(stream, 'open');
+		} catch (cause) {
+			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path}: cannot write: ${(cause as Error).message}`, {
+				cause,
+			});
+		}
+		return new Trace(stream);
+	}
+
+	async write(event: object): Promise<void> {
+		if (!this.stream.write(`${toJson(event)}\n`)) await once(this.stream, 'drain');
+	}
+
+	async close(): Promise<void> {
+		this.stream.end();
+		await once(this.stream, 'close');
+	}
+}
+
+function toPrompt(text: string | undefined, { prefix, suffix }: Flags): Prompt {
+	if (prefix === undefined && suffix === undefined) {
+		if (text === undefined) throw new UsageError('a prompt, --prefix or --suffix is needed');
+		return text;
+	}
+	if (text !== undefined) throw new UsageError('a prompt cannot be combined with --prefix or --suffix');
+	return given({ prefix, suffix });
+}
+
+function toOptions(flags: Flags): GenerateOptions {
+	const { length, maxLength, lengthMethod, lengthQuantile, lengthProbability, lengthCoverage, lengthBlock } = flags;
+	const details = given({
+		method: lengthMethod,
+		quantile: lengthQuantile,
+		probability: lengthProbability,
+		coverage: lengthCoverage,
+		block: lengthBlock,
+	});
+	if (maxLength === undefined && Object.keys(details).length > 0)
+		throw new UsageError('--length-method and its options need --max-length');
+	if (maxLength !== undefined && length !== undefined)
+		throw new UsageError('--length cannot be combined with --max-length');
+	const variable: LengthOptions | undefined = maxLength === undefined ? undefined : { max: maxLength, ...details };
+	const { sampler, score, plan, steps, block, threshold, factor, entropyBound, divergence, stableSteps } = flags;
+	const { verify, attempts, temperature, topK, topP, guidance, seed: chosen } = flags;
+	return given({
+		length: variable ?? length,
+		...{ sampler, score, plan, steps, block, threshold, factor, entropyBound, divergence, stableSteps },
+		...{ verify, attempts, temperature, topK, topP, guidance, seed: chosen },
+	});
+}
+
+/** The entries that are not undefined. */
+function given<T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
+	return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined)) as {
+		[K in keyof T]?: Exclude<T[K], undefined>;
+	};
+}
+
+function seed(text: string): bigint {
+	try {
+		return BigInt(text);
+	} catch {
+		throw new UsageError(`--seed is ${JSON.stringify(text)}, expected a whole number`);
+	}
+}

@@ -1,0 +1,28 @@
+#!/usr/bin/env node
+/** The command line: one file per command, each a thin call into the library. */
+import { Command, CommanderError } from 'commander';
+
+import { version } from '../info.js';
+import * as generate from './generate.js';
+import * as info from './info.js';
+import * as prepare from './prepare.js';
+import { fail } from './terminal.js';
+import * as train from './train.js';
+
+const program = new Command()
+	.name('diffusion-native')
+	.description('Masked diffusion language models: generate, train, prepare data, evaluate')
+	.version(version())
+	.showHelpAfterError('(add --help for all options)')
+	.exitOverride();
+
+for (const command of [generate, prepare, train, info]) command.register(program);
+for (const command of program.commands) command.exitOverride();
+
+try {
+	await program.parseAsync();
+} catch (error) {
+	// Commander has printed its own message; help and version end with 0, wrong usage with 2.
+	if (error instanceof CommanderError) process.exitCode = error.exitCode === 0 ? 0 : 2;
+	else fail(error);
+}

@@ -1,0 +1,186 @@
+/** `diffusion-native prepare`: text, JSONL or CSV files to a token file, with a tokenizer of the corpus's own if asked. */
+import cliProgress from 'cli-progress';
+import type { Command } from 'commander';
+
+import { trainTokenizer } from '../data/bpe.js';
+import { TokenDataset } from '../data/dataset.js';
+import type { DataFormat, Padding } from '../data/format.js';
+import { type PrepareOptions, type PrepareProgress, prepare, validationPath } from '../data/prepare.js';
+import { check } from '../errors.js';
+import { loadTokenizer } from './train.js';
+
+interface Flags {
+	readonly out: string;
+	readonly tokenizer: string;
+	readonly trainTokenizer?: number;
+	readonly format: DataFormat;
+	readonly context: number;
+	readonly padding: string;
+	readonly separator: string;
+	readonly splitText: string;
+	readonly textColumn?: string;
+	readonly promptColumn?: string;
+	readonly answerColumn?: string;
+	readonly splitColumn?: string;
+	readonly overlong?: NonNullable<PrepareOptions['overlong']>;
+	readonly validation: number;
+	readonly container: 'own' | 'nanogpt';
+	readonly json?: boolean;
+}
+
+export function register(program: Command): void {
+	program
+		.command('prepare')
+		.description('turn text, JSONL or CSV files (or folders of them) into a token file')
+		.argument('<inputs...>', 'files or folders: .txt, .md, .jsonl, .csv')
+		.requiredOption('-o, --out <file>', 'token file to write; the validation part goes beside it')
+		.option(
+			'-t, --tokenizer <spec>',
+			"'gpt2', a tokenizer.json, or a model folder; written to with --train-tokenizer",
+			'gpt2',
+		)
+		.option(
+			'--train-tokenizer <n>',
+			'learn a byte-level BPE of n entries from the inputs first and write it to --tokenizer',
+			number,
+		)
+		.option('-f, --format <format>', 'packed, documents or pairs', 'packed')
+		.option('--context <n>', 'window of packed data, longest sequence otherwise, tokens', number, 1024)
+		.option('--padding <kind>', 'end tokens that teach length: none, context, multiple:N or random:N', 'none')
+		.option('--separator <text>', 'between prompt and answer; part of the answer', ' ')
+		.option(
+			'--split-text <how>',
+			'documents of a text file: file, line, paragraph, or a line that separates them',
+			'file',
+		)
+		.option('--text-column <name>', 'column of the text')
+		.option('--prompt-column <name>', 'column of the prompt')
+		.option('--answer-column <name>', 'column of the answer')
+		.option('--split-column <name>', 'rows with equal values stay on one side of the validation split')
+		.option('--overlong <how>', 'a sequence beyond the context: split, truncate, drop or error')
+		.option('--validation <share>', 'share of the documents held out, by a hash of the document', number, 0)
+		.option('--container <kind>', "'own', or 'nanogpt' for headerless uint16", 'own')
+		.option('--json', 'one JSON object per report on stdout')
+		.action((inputs: string[], flags: Flags) => run(inputs, flags));
+}
+
+async function run(inputs: string[], flags: Flags): Promise<void> {
+	const stop = new AbortController();
+	const onInterrupt = (): void => stop.abort(new Error('interrupted; nothing was written'));
+	process.once('SIGINT', onInterrupt);
+	const view = new View(flags.json === true);
+	try {
+		const named = (column: string | undefined, key: string): object => (column === undefined ? {} : { [key]: column });
+		const columns = {
+			...named(flags.textColumn, 'text'),
+			...named(flags.promptColumn, 'prompt'),
+			...named(flags.answerColumn, 'answer'),
+			...named(flags.splitColumn, 'split'),
+		};
+		if (flags.trainTokenizer !== undefined) {
+			check(flags.tokenizer.endsWith('.json'), '--train-tokenizer needs --tokenizer <file.json>, the file to write');
+			const { text, prompt, answer } = columns as Record<string, string | undefined>;
+			const learnt = [text, prompt, answer].filter((name) => name !== undefined);
+			await trainTokenizer(inputs, {
+				vocabSize: flags.trainTokenizer,
+				out: flags.tokenizer,
+				signal: stop.signal,
+				...(learnt.length > 0 ? { columns: learnt } : {}),
+			});
+			view.line(`tokenizer of ${flags.trainTokenizer} entries: ${flags.tokenizer}`, { tokenizer: flags.tokenizer });
+		}
+		using data = await prepare(inputs, {
+			tokenizer: loadTokenizer(flags.tokenizer),
+			out: flags.out,
+			format: flags.format,
+			context: flags.context,
+			padding: parsePadding(flags.padding),
+			separator: flags.separator,
+			splitText: flags.splitText,
+			columns,
+			validation: flags.validation,
+			container: flags.container,
+			...(flags.overlong === undefined ? {} : { overlong: flags.overlong }),
+			onProgress: (progress) => view.progress(progress),
+			signal: stop.signal,
+		});
+		view.stop();
+		report(view, data);
+		if (flags.validation > 0) {
+			using held = await TokenDataset.open(
+				validationPath(flags.out),
+				flags.container === 'nanogpt' ? { context: 1 } : {},
+			);
+			report(view, held);
+		}
+	} finally {
+		view.stop();
+		process.off('SIGINT', onInterrupt);
+	}
+}
+
+function report(view: View, data: TokenDataset): void {
+	const { path, tokens, sequences, longest, format } = data;
+	view.line(`${path}: ${tokens} tokens, ${sequences} sequences (${format}), the longest has ${longest}`, {
+		path,
+		tokens,
+		sequences,
+		longest,
+		format,
+	});
+}
+
+function parsePadding(text: string): Padding {
+	if (text === 'none' || text === 'context') return text;
+	const match = /^(multiple|random):(\d+)$/.exec(text);
+	check(match, `--padding is '${text}', expected none, context, multiple:N or random:N`);
+	const amount = Number(match[2]);
+	return match[1] === 'multiple' ? { multiple: amount } : { random: amount };
+}
+
+/** A bar on a terminal, lines elsewhere, JSON lines when asked. */
+class View {
+	readonly #json: boolean;
+	#bar: cliProgress.SingleBar | undefined;
+	#lastLine = 0;
+
+	constructor(json: boolean) {
+		this.#json = json;
+	}
+
+	progress({ bytes, totalBytes, documents, tokens, dropped, file }: PrepareProgress): void {
+		const facts = `${documents} documents, ${tokens} tokens${dropped > 0 ? `, ${dropped} left out` : ''}`;
+		if (process.stderr.isTTY && !this.#json) {
+			if (!this.#bar) {
+				this.#bar = new cliProgress.SingleBar({
+					format: '{bar} {percentage}%  {eta_formatted} left  {facts}',
+					barsize: 24,
+					hideCursor: true,
+				});
+				this.#bar.start(totalBytes, 0, { facts });
+			}
+			this.#bar.update(bytes, { facts });
+			return;
+		}
+		const now = performance.now();
+		if (file !== '' && now - this.#lastLine < 5000) return;
+		this.#lastLine = now;
+		this.line(`${facts}${file === '' ? '' : ` (${file})`}`, { bytes, totalBytes, documents, tokens, dropped });
+	}
+
+	line(text: string, json: object): void {
+		if (this.#json) process.stdout.write(`${JSON.stringify(json)}\n`);
+		else process.stderr.write(`${text}\n`);
+	}
+
+	stop(): void {
+		this.#bar?.stop();
+		this.#bar = undefined;
+	}
+}
+
+function number(text: string): number {
+	const value = Number(text);
+	check(text.trim() !== '' && Number.isFinite(value), `'${text}' is not a number`);
+	return value;
+}

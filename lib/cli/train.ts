@@ -1,0 +1,246 @@
+/** `diffusion-native train`: runs a configuration file, or continues a run. */
+import { readFileSync, statSync } from 'node:fs';
+import { join } from 'node:path';
+
+import type { Command } from 'commander';
+
+import { TokenDataset } from '../data/dataset.js';
+import type { Device } from '../device.js';
+import { check, DiffusionNativeError } from '../errors.js';
+import { ProgressLogger } from '../loggers/progress.js';
+import { TensorBoardLogger } from '../loggers/tensorboard.js';
+import { DiffuGPT } from '../model.js';
+import { Tokenizer } from '../tokenizer.js';
+import { type ResumeOptions, Trainer } from '../trainer.js';
+import type { MetricLogger, TrainOptions } from '../training/options.js';
+import { parseRunConfig, type RunConfig } from './train-config.js';
+
+interface Flags {
+	readonly config?: string;
+	readonly resume?: string;
+	readonly device?: string;
+	readonly threads?: number;
+	readonly json?: boolean;
+}
+
+export function register(program: Command): void {
+	program
+		.command('train')
+		.description('train a model: masked diffusion, autoregressive or block diffusion')
+		.option(
+			'-c, --config <file>',
+			'run configuration, JSON: options of Trainer and model, data, validation, scratch, tokenizer, ...',
+		)
+		.option('--resume <dir>', 'continue from a checkpoint, or from the newest one in a run folder')
+		.option('--device <device>', 'auto, cpu, cuda or cuda:N')
+		.option('--threads <n>', 'CPU threads', wholeNumber)
+		.option('--json', 'one JSON object per step on stdout')
+		.addHelpText(
+			'after',
+			`
+The keys of the original project's config.json are accepted too; what each was mapped to is printed.
+A run folder (checkpoint.dir) holds the checkpoints, each of them a model folder, and metrics.jsonl.
+Ctrl-C saves a checkpoint and stops; a second Ctrl-C kills.
+
+Example run.json:
+  { "model": "gpt2", "config": { "maskId": 10541, "attention": "bidirectional" }, "data": "train.bin",
+    "validation": "train.validation.bin", "maxSteps": 10000, "batchSize": 8, "accumulate": 4,
+    "learningRate": { "kind": "cosine", "peak": 3e-4, "warmupSteps": 200 },
+    "attentionAnnealing": { "steps": 1000 }, "evalEvery": 500, "checkpoint": { "dir": "runs/a", "every": 500 } }`,
+		)
+		.action((flags: Flags) => train(flags));
+}
+
+/** Runs to the end, or until Ctrl-C, and leaves a checkpoint. */
+async function train(flags: Flags): Promise<void> {
+	const note = (line: string): void => {
+		process.stderr.write(`${line}\n`);
+	};
+	check(flags.config !== undefined || flags.resume !== undefined, 'train needs --config or --resume');
+	const { config, mapped } = flags.config === undefined ? { config: {}, mapped: [] } : readConfig(flags.config);
+	for (const line of mapped) note(`${flags.config}: ${line}`);
+	const settings: RunConfig = {
+		...config,
+		...(flags.resume === undefined ? {} : { resume: flags.resume }),
+		...(flags.device === undefined ? {} : { device: flags.device }),
+		...(flags.threads === undefined ? {} : { threads: flags.threads }),
+	};
+	const loggers: MetricLogger[] = [
+		flags.json
+			? {
+					log: (metrics) => {
+						process.stdout.write(`${JSON.stringify(metrics)}\n`);
+					},
+				}
+			: new ProgressLogger(),
+	];
+	const runFolder = settings.checkpoint?.dir ?? settings.resume;
+	if (settings.tensorboard && runFolder !== undefined)
+		loggers.push(new TensorBoardLogger(join(runFolder, 'tensorboard')));
+	const trainer =
+		settings.resume === undefined ? await begin(settings, loggers) : await resume(settings, settings.resume, loggers);
+	const stop = new AbortController();
+	const interrupted = new Error('interrupted');
+	// Only the first one is caught: the handler is gone when the second one arrives.
+	const onInterrupt = (): void => {
+		note('stopping after a checkpoint; Ctrl-C again kills');
+		stop.abort(interrupted);
+	};
+	process.once('SIGINT', onInterrupt);
+	process.once('SIGTERM', onInterrupt);
+	try {
+		const { config: shape, device } = trainer.model;
+		note(
+			`${shape.layers} layers x ${shape.channels} channels on ${device}, from step ${trainer.steps} to ${trainer.options.maxSteps}`,
+		);
+		for await (const _ of trainer.run({ signal: stop.signal }));
+	} catch (error) {
+		if (error !== interrupted) throw error;
+		if (trainer.options.checkpoint) note(`saved ${await trainer.checkpoint()}`);
+		else note('nothing saved: the configuration has no checkpoint.dir');
+	} finally {
+		process.off('SIGINT', onInterrupt);
+		process.off('SIGTERM', onInterrupt);
+		await trainer.dispose();
+		await trainer.model.dispose();
+	}
+}
+
+function readConfig(path: string): { config: RunConfig; mapped: string[] } {
+	let json: unknown;
+	try {
+		json = JSON.parse(readFileSync(path, 'utf8'));
+	} catch (cause) {
+		const reason = cause instanceof Error ? cause.message : String(cause);
+		throw new DiffusionNativeError('ERR_DN_ARGUMENT', `${path} cannot be read as JSON: ${reason}`, { cause });
+	}
+	return parseRunConfig(json);
+}
+
+async function begin(config: RunConfig, loggers: readonly MetricLogger[]): Promise<Trainer> {
+	check(config.data !== undefined, 'the configuration needs data, a token file');
+	check(
+		(config.model === undefined) !== (config.scratch === undefined),
+		'the configuration needs either model (a folder or hub id) or scratch (sizes of a new model)',
+	);
+	const where = {
+		...(config.device === undefined ? {} : { device: config.device as Device }),
+		...(config.threads === undefined ? {} : { threads: config.threads }),
+	};
+	let model: DiffuGPT;
+	if (config.scratch) {
+		const tokenizer = config.tokenizer === undefined ? undefined : loadTokenizer(config.tokenizer);
+		model = await DiffuGPT.fromConfig(config.scratch, {
+			...where,
+			seed: config.initSeed ?? 0,
+			...(tokenizer ? { tokenizer } : {}),
+		});
+	} else {
+		model = await DiffuGPT.fromPretrained(config.model as string, {
+			...where,
+			dtype: 'fp32',
+			...(config.config ? { config: config.config } : {}),
+			...(config.cacheDir === undefined ? {} : { cacheDir: config.cacheDir }),
+		});
+	}
+	try {
+		return new Trainer(model, { ...(await trainOptions(config, model)), loggers });
+	} catch (error) {
+		await model.dispose();
+		throw error;
+	}
+}
+
+async function resume(config: RunConfig, from: string, loggers: readonly MetricLogger[]): Promise<Trainer> {
+	const { device, threads, data, validation, context, epochs, ...rest } = config;
+	check(epochs === undefined || rest.maxSteps !== undefined, 'a resumed run takes maxSteps, not epochs alone');
+	const open = context === undefined ? {} : { context };
+	const overrides: ResumeOptions = {
+		...trainerKeys(rest),
+		...(data !== undefined && typeof validation !== 'number' ? { data: await TokenDataset.open(data, open) } : {}),
+		...(typeof validation === 'string' ? { validation: await TokenDataset.open(validation, open) } : {}),
+		...(device === undefined ? {} : { device: device as Device }),
+		...(threads === undefined ? {} : { threads }),
+		loggers,
+	};
+	return Trainer.resume(from, overrides);
+}
+
+async function trainOptions(config: RunConfig, model: DiffuGPT): Promise<TrainOptions> {
+	const path = config.data as string;
+	let data = await TokenDataset.open(path, config.context === undefined ? {} : { context: config.context });
+	if (data.format === 'packed' && data.context > model.config.context) {
+		data.close();
+		data = await TokenDataset.open(path, { context: model.config.context });
+	}
+	const windows = data.format === 'packed' ? { context: data.context } : {};
+	let validation: TokenDataset | undefined;
+	if (typeof config.validation === 'string') validation = await TokenDataset.open(config.validation, windows);
+	else if (config.validation !== undefined && config.validation > 0) {
+		const share = config.validation < 1 ? config.validation : config.validation / data.tokens;
+		const held = Math.max(1, Math.round(share * data.sequences));
+		check(held < data.sequences, `validation takes all of the ${data.sequences} sequences of ${path}`);
+		const cut = data.sequences - held;
+		validation = await TokenDataset.open(path, { ...windows, range: [cut, data.sequences] });
+		data.close();
+		data = await TokenDataset.open(path, { ...windows, range: [0, cut] });
+	}
+	return {
+		...trainerKeys(config),
+		...(config.epochs === undefined ? {} : { maxSteps: stepsOf(config, data) }),
+		data,
+		...(validation ? { validation } : {}),
+	};
+}
+
+/** Steps of so many epochs, at most `maxSteps`. */
+function stepsOf(config: RunConfig, data: TokenDataset): number {
+	const { epochs = 1, accumulate = 1, batchTokens, batchSize = 8, maxSteps = Number.POSITIVE_INFINITY } = config;
+	const perEpoch =
+		batchTokens === undefined ? data.sequences / (batchSize * accumulate) : data.tokens / (batchTokens * accumulate);
+	return Math.min(maxSteps, Math.max(1, Math.ceil(epochs * perEpoch)));
+}
+
+/** The keys that are options of Trainer as they stand. */
+function trainerKeys(config: RunConfig): TrainOptions {
+	const {
+		model,
+		scratch,
+		config: modelConfig,
+		tokenizer,
+		data,
+		validation,
+		context,
+		epochs,
+		device,
+		threads,
+		cacheDir,
+		initSeed,
+		tensorboard,
+		resume: from,
+		...options
+	} = config;
+	return options;
+}
+
+/** 'gpt2', a tokenizer.json, or a folder that holds tokenizer files. */
+export function loadTokenizer(spec: string): Tokenizer {
+	if (spec === 'gpt2') return Tokenizer.gpt2();
+	let isFolder: boolean;
+	try {
+		isFolder = statSync(spec).isDirectory();
+	} catch (cause) {
+		throw new DiffusionNativeError(
+			'ERR_DN_ARGUMENT',
+			`tokenizer ${spec}: no such file; expected 'gpt2', a tokenizer.json or a model folder`,
+			{ cause },
+		);
+	}
+	return isFolder ? Tokenizer.fromDirectory(spec) : Tokenizer.fromFile(spec);
+}
+
+function wholeNumber(text: string): number {
+	const value = Number(text);
+	check(Number.isInteger(value) && value >= 0, `${text} is not a whole number`);
+	return value;
+}

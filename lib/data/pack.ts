@@ -1,0 +1,81 @@
+/**
+ * From text to the ids of one sequence, and from a stored sequence to the one that is trained on (padding).
+ */
+import { Stream, uniform } from '../random.js';
+import type { DataSequence } from './dataset.js';
+import type { Padding } from './format.js';
+import type { DataTokenizer } from './prepare.js';
+
+export function encodeDocument(text: string, tokenizer: DataTokenizer): Int32Array {
+	return tokenizer.encode(text);
+}
+
+/**
+ * Ids of prompt and answer, tokenised together as a reader of the whole text would (separate tokenisation gives other ids
+ * where a token spans the seam). The prompt is the tokens that lie wholly inside it; a token across the seam is answer.
+ */
+export function encodePair(
+	prompt: string,
+	answer: string,
+	tokenizer: DataTokenizer,
+): { tokens: Int32Array; promptLength: number } {
+	const tokens = tokenizer.encode(prompt + answer);
+	let promptLength = 0;
+	if (tokenizer.decodeBytes) {
+		const promptBytes = Buffer.byteLength(prompt);
+		let bytes = 0;
+		for (; promptLength < tokens.length; promptLength++) {
+			bytes += tokenizer.decodeBytes(tokens.subarray(promptLength, promptLength + 1)).length;
+			if (bytes > promptBytes) break;
+		}
+		return { tokens, promptLength };
+	}
+	const alone = tokenizer.encode(prompt);
+	while (promptLength < alone.length && alone[promptLength] === tokens[promptLength]) promptLength++;
+	return { tokens, promptLength };
+}
+
+/** A sequence as it is trained on. */
+export interface TrainingSequence {
+	readonly tokens: Int32Array;
+	/** 1 where a token may be masked; undefined: everywhere. */
+	readonly maskable: Uint8Array | undefined;
+}
+
+/**
+ * Adds the padding that teaches length: end tokens that are maskable and enter the loss (algorithms.md 2.3).
+ * @param draw what 'random' padding is a function of: seed, epoch and number of the sequence in its file.
+ */
+export function padSequence(
+	sequence: DataSequence,
+	options: { padding: Padding; padId: number; context: number },
+	draw: { seed: bigint; epoch: number; sequence: number },
+): TrainingSequence {
+	const { tokens, promptLength } = sequence;
+	const length = paddedLength(tokens.length, options, draw);
+	let padded = tokens;
+	if (length > tokens.length) {
+		padded = new Int32Array(length).fill(options.padId);
+		padded.set(tokens);
+	}
+	if (promptLength === 0) return { tokens: padded, maskable: undefined };
+	return { tokens: padded, maskable: new Uint8Array(length).fill(1, promptLength) };
+}
+
+function paddedLength(
+	length: number,
+	{ padding, context }: { padding: Padding; context: number },
+	{ seed, epoch, sequence }: { seed: bigint; epoch: number; sequence: number },
+): number {
+	if (padding === 'none') return length;
+	if (padding === 'context') return Math.max(length, context);
+	if ('multiple' in padding) {
+		const { multiple } = padding;
+		return Math.max(length, Math.min(context, Math.ceil(length / multiple) * multiple));
+	}
+	// The upper half of the step counter keeps these draws apart from the permutations of the epochs.
+	const u = uniform(seed, Stream.data, (epoch | 0x80000000) >>> 0, sequence);
+	const amount =
+		'random' in padding ? Math.floor(u * (padding.random + 1)) : Math.floor((padding.logUniform + 1) ** u) - 1;
+	return Math.max(length, Math.min(context, length + amount));
+}

@@ -1,0 +1,76 @@
+/** From the device and dtype a caller asks for to an engine on a real one. */
+import { binding } from './binding.js';
+import type { ModelConfig } from './config.js';
+import { Engine } from './engine.js';
+import { check, DiffusionNativeError, fromNative } from './errors.js';
+
+/** 'auto': a usable GPU when there is one, else the CPU. */
+export type Device = 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
+/** 'auto': bf16 on CUDA, fp32 on the CPU. */
+export type DType = 'auto' | 'fp32' | 'bf16' | 'int8';
+
+export interface DeviceOptions {
+	readonly device?: Device;
+	readonly dtype?: DType;
+	readonly threads?: number;
+}
+
+export interface OpenedEngine {
+	engine: Engine;
+	device: string;
+	dtype: Exclude<DType, 'auto'>;
+	/** Why 'auto' chose the CPU. */
+	note: string | undefined;
+}
+
+/** An engine with uninitialised weights. @throws `ERR_DN_DEVICE` with the reason, `ERR_DN_ARGUMENT` */
+export function openEngine(config: ModelConfig, options: DeviceOptions): OpenedEngine {
+	const { device: asked = 'auto', dtype: askedDtype = 'auto', threads = 0 } = options;
+	check(
+		asked === 'auto' || asked === 'cpu' || asked === 'cuda' || (typeof asked === 'string' && /^cuda:\d+$/.test(asked)),
+		`option device is ${JSON.stringify(asked)}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'`,
+	);
+	check(
+		['auto', 'fp32', 'bf16', 'int8'].includes(askedDtype),
+		`option dtype is ${JSON.stringify(askedDtype)}, expected 'auto', 'fp32', 'bf16' or 'int8'`,
+	);
+	check(
+		Number.isSafeInteger(threads) && threads >= 0,
+		`option threads is ${String(threads)}, expected a whole number >= 0`,
+	);
+	const native = binding();
+	const cuda = native.cudaInfo();
+	const reason =
+		cuda.reason ?? (cuda.compiled ? 'no CUDA device was found' : 'this build of the addon has no CUDA support');
+	let device: string = asked;
+	let note: string | undefined;
+	if (asked === 'auto') {
+		device = cuda.devices.length > 0 ? 'cuda:0' : 'cpu';
+		if (device === 'cpu') note = reason;
+	} else if (asked === 'cuda') {
+		device = 'cuda:0';
+	}
+	if (device !== 'cpu') {
+		const index = Number(device.slice('cuda:'.length));
+		if (cuda.devices.length === 0)
+			throw new DiffusionNativeError('ERR_DN_DEVICE', `device '${asked}' is not usable: ${reason}`);
+		if (index >= cuda.devices.length) {
+			throw new DiffusionNativeError(
+				'ERR_DN_DEVICE',
+				`device '${asked}' is not usable: there are ${cuda.devices.length} CUDA devices`,
+			);
+		}
+	}
+	const dtype = askedDtype === 'auto' ? (device === 'cpu' ? 'fp32' : 'bf16') : askedDtype;
+	check(
+		device !== 'cpu' || dtype === 'fp32',
+		`option dtype: '${dtype}' is not available on the CPU yet, expected 'fp32'`,
+	);
+	const { layers, heads, channels, context, vocab } = config;
+	try {
+		const model = native.createModel({ layers, heads, channels, context, vocab }, { device, threads });
+		return { engine: new Engine(model, config), device, dtype, note };
+	} catch (error) {
+		throw fromNative(error);
+	}
+}

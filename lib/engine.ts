@@ -1,0 +1,461 @@
+/**
+ * The gate to one native model. A native model takes one call at a time; an `Engine` queues callers first come, first
+ * served, and packs the denoising steps that are waiting when the model becomes free into one ragged batch. Many
+ * `generate` calls that each await `engine.denoise` are thereby served together, step by step (continuous batching).
+ * Nothing here knows what a token means; lib/generate.ts and lib/trainer.ts do.
+ */
+import type { NativeBatch, NativeCache, NativeDenoise, NativeMask, NativeModel, NativeParameter } from './binding.js';
+import type { ModelConfig } from './config.js';
+import { DiffusionNativeError, fromNative } from './errors.js';
+
+/** One denoising step of one caller: one canvas, or several variants of it (an unconditional twin, verification copies). */
+export interface DenoiseRequest {
+	/** One array of ids per sequence, all of the same length T. */
+	sequences: readonly Int32Array[];
+	/** (T) rows of wpe, shared by the sequences. */
+	positions: Int32Array;
+	/** Keys each sequence attends to: T, or the rows of its cache that are in use after this step. */
+	keyLength: number;
+	/** One per sequence, or null: no caches. */
+	caches: readonly NativeCache[] | null;
+	mask: NativeMask;
+	/** (R) the sequence of each wanted row. */
+	rowSequence: Int32Array;
+	/** (R) network row inside that sequence, 0 .. T - 1. */
+	row: Int32Array;
+	/** (R) the sequence whose same row is the unconditional twin, -1: none. */
+	rowGuide: Int32Array;
+	/** (R) canvas position that the row speaks of: the counter of its draw. */
+	rowPosition: Int32Array;
+	/** Counter of the draw, together with the position. */
+	step: number;
+	seed: bigint;
+	guidance: number;
+	temperature: number;
+	topK: number;
+	topP: number;
+	/** An id whose probability is zero, -1: none. */
+	banned: number;
+	/** Ids whose probability is wanted for every row. */
+	watch: Int32Array;
+	/** Also return the raw network logits of the rows (and of their twins). */
+	logits?: boolean;
+}
+
+/** What the head says of each wanted row; see NativeStats. R = row.length of the request. */
+export interface RowStatistics {
+	best: Int32Array;
+	drawn: Int32Array;
+	probability: Float32Array;
+	margin: Float32Array;
+	entropy: Float32Array;
+	drawnLogProb: Float32Array;
+	/** (R, watch.length) */
+	watched: Float32Array;
+	/** (R, V) raw logits, and those of the twins (zeros where there is none), when asked for. */
+	logits?: Float32Array;
+	guideLogits?: Float32Array;
+}
+
+export interface EngineOptions {
+	/** Requests that may wait at once; one more is refused with `ERR_DN_BUSY`. @default 1024 */
+	maxQueued?: number;
+	/** Most packed tokens of one merged batch; a larger single request still runs, alone. @default 8192 */
+	batchTokens?: number;
+}
+
+interface Waiting {
+	request: DenoiseRequest | undefined;
+	call: ((native: NativeModel) => unknown) | undefined;
+	signal: AbortSignal | undefined;
+	resolve: (value: unknown) => void;
+	reject: (reason: unknown) => void;
+}
+
+/** Serialises and merges the calls of one native model. Owns it: `dispose` frees it. */
+export class Engine {
+	readonly config: ModelConfig;
+	/** "cpu/avx512", "cuda:0/sm_90". */
+	readonly backend: string;
+	/** Merged native calls so far and the requests they carried, for benchmarks and tests. */
+	readonly counters = { batches: 0, requests: 0 };
+
+	readonly #native: NativeModel;
+	readonly #maxQueued: number;
+	readonly #batchTokens: number;
+	readonly #queue: Waiting[] = [];
+	readonly #caches = new Set<NativeCache>();
+	/** Waiting requests by signal: one listener per signal, however many requests share it. */
+	readonly #signals = new Map<AbortSignal, { items: Set<Waiting>; listener: () => void }>();
+	#running: Promise<void> | undefined;
+	#scheduled = false;
+	#parameters: readonly NativeParameter[] | undefined;
+	#closing: Promise<void> | undefined;
+
+	constructor(native: NativeModel, config: ModelConfig, options: EngineOptions = {}) {
+		this.#native = native;
+		this.config = config;
+		this.backend = native.backend;
+		this.#maxQueued = options.maxQueued ?? 1024;
+		this.#batchTokens = options.batchTokens ?? 8192;
+	}
+
+	/** Whether `dispose` was called. */
+	get disposed(): boolean {
+		return this.#closing !== undefined;
+	}
+
+	/** The parameter table. */
+	get parameters(): readonly NativeParameter[] {
+		this.#parameters ??= this.#native.parameters;
+		return this.#parameters;
+	}
+
+	/** Requests waiting for the native side. */
+	get queued(): number {
+		return this.#queue.length;
+	}
+
+	/** Runs `call` alone on the native model, in its turn. Rejects with `signal.reason`, `ERR_DN_BUSY` or `ERR_DN_DISPOSED`. */
+	run<T>(call: (native: NativeModel) => T | Promise<T>, signal?: AbortSignal): Promise<T> {
+		return this.#enqueue({ request: undefined, call }, signal) as Promise<T>;
+	}
+
+	/** One denoising step, merged with those of others. Rejects as `run` does. */
+	denoise(request: DenoiseRequest, signal?: AbortSignal): Promise<RowStatistics> {
+		return this.#enqueue({ request, call: undefined }, signal) as Promise<RowStatistics>;
+	}
+
+	/**
+	 * A synchronous use of the native model. Throws `ERR_DN_BUSY` while an asynchronous call is in flight (`what` names
+	 * the refused one) and `ERR_DN_DISPOSED` after `dispose`.
+	 */
+	immediately<T>(what: string, call: (native: NativeModel) => T): T {
+		this.check();
+		if (this.#running) {
+			throw new DiffusionNativeError(
+				'ERR_DN_BUSY',
+				`${what} was called while the model is computing; await that first`,
+			);
+		}
+		try {
+			return call(this.#native);
+		} catch (error) {
+			throw fromNative(error);
+		}
+	}
+
+	/** A key-value cache, freed with `releaseCache` or, at the latest, with the model. */
+	createCache(capacity: number): Promise<NativeCache> {
+		return this.run((native) => {
+			const cache = native.createCache(capacity);
+			this.#caches.add(cache);
+			return cache;
+		});
+	}
+
+	/** Frees a cache; idempotent. No call that uses it may be in flight. */
+	releaseCache(cache: NativeCache): void {
+		if (this.#caches.delete(cache)) cache.dispose();
+	}
+
+	/** Throws `ERR_DN_DISPOSED` after `dispose`. */
+	check(): void {
+		if (this.#closing) throw disposedError();
+	}
+
+	/** Waits for the call in flight, rejects what waits with `ERR_DN_DISPOSED`, frees the native model. Idempotent. */
+	dispose(): Promise<void> {
+		this.#closing ??= this.#close();
+		return this.#closing;
+	}
+
+	async #close(): Promise<void> {
+		for (const item of this.#queue.splice(0)) {
+			this.#detach(item);
+			item.reject(disposedError());
+		}
+		await this.#running;
+		for (const cache of this.#caches) cache.dispose();
+		this.#caches.clear();
+		this.#native.dispose();
+	}
+
+	#enqueue(work: Pick<Waiting, 'request' | 'call'>, signal: AbortSignal | undefined): Promise<unknown> {
+		if (this.#closing) return Promise.reject(disposedError());
+		if (signal?.aborted) return Promise.reject(signal.reason);
+		if (this.#queue.length >= this.#maxQueued) {
+			return Promise.reject(
+				new DiffusionNativeError('ERR_DN_BUSY', `${this.#queue.length} requests are already waiting for this model`),
+			);
+		}
+		return new Promise((resolve, reject) => {
+			const item: Waiting = { ...work, signal, resolve, reject };
+			this.#attach(item);
+			this.#queue.push(item);
+			this.#schedule();
+		});
+	}
+
+	#attach(item: Waiting): void {
+		const { signal } = item;
+		if (!signal) return;
+		const known = this.#signals.get(signal);
+		if (known) {
+			known.items.add(item);
+			return;
+		}
+		const items = new Set([item]);
+		const listener = (): void => {
+			this.#signals.delete(signal);
+			for (const waiting of items) {
+				this.#queue.splice(this.#queue.indexOf(waiting), 1);
+				waiting.reject(signal.reason);
+			}
+		};
+		signal.addEventListener('abort', listener, { once: true });
+		this.#signals.set(signal, { items, listener });
+	}
+
+	/** An item that leaves the queue no longer listens. */
+	#detach(item: Waiting): void {
+		const known = item.signal && this.#signals.get(item.signal);
+		if (!item.signal || !known?.items.delete(item) || known.items.size > 0) return;
+		item.signal.removeEventListener('abort', known.listener);
+		this.#signals.delete(item.signal);
+	}
+
+	/**
+	 * Starts the next call in the next turn of the event loop, so that everyone whose step has just ended can ask for the
+	 * next one first: that is what keeps concurrent requests in one batch.
+	 */
+	#schedule(): void {
+		if (this.#scheduled || this.#running || this.#queue.length === 0 || exiting()) return;
+		this.#scheduled = true;
+		setImmediate(() => {
+			this.#scheduled = false;
+			if (this.#running || this.#queue.length === 0 || exiting()) return;
+			const items = this.#take();
+			this.#running = this.#serve(items).finally(() => {
+				this.#running = undefined;
+				this.#schedule();
+			});
+		});
+	}
+
+	/** The head of the queue, with the denoising requests right behind it that fit the token budget. */
+	#take(): Waiting[] {
+		const items: Waiting[] = [];
+		let tokens = 0;
+		for (;;) {
+			const next = this.#queue[0];
+			if (!next || (items.length > 0 && !next.request)) break;
+			const size = next.request ? next.request.sequences.length * next.request.positions.length : 0;
+			if (items.length > 0 && tokens + size > this.#batchTokens) break;
+			tokens += size;
+			items.push(next);
+			this.#queue.shift();
+			this.#detach(next);
+			if (!next.request) break;
+		}
+		return items;
+	}
+
+	/** Never rejects: every outcome goes to the items. */
+	async #serve(items: Waiting[]): Promise<void> {
+		const first = items[0] as Waiting;
+		if (first.call) {
+			try {
+				settle(first, await first.call(this.#native));
+			} catch (error) {
+				first.reject(fromNative(error));
+			}
+			return;
+		}
+		try {
+			const results = await this.#denoiseTogether(items.map((item) => item.request as DenoiseRequest));
+			for (const [i, item] of items.entries()) settle(item, results[i]);
+		} catch (error) {
+			if (items.length === 1) {
+				first.reject(first.signal?.aborted ? first.signal.reason : fromNative(error));
+				return;
+			}
+			// One of them is at fault; alone, only that one fails.
+			for (const item of items) await this.#serve([item]);
+		}
+	}
+
+	async #denoiseTogether(requests: DenoiseRequest[]): Promise<RowStatistics[]> {
+		const { batch, denoise, rowsOf, watchOf } = merge(requests);
+		const stats = await this.#native.denoise(batch, denoise);
+		this.counters.batches++;
+		this.counters.requests += requests.length;
+		const W = denoise.watch.length;
+		const results = requests.map((_, i): RowStatistics => {
+			const { begin, end } = rowsOf[i] as Span;
+			const columns = watchOf[i] as number[];
+			const watched = new Float32Array((end - begin) * columns.length);
+			for (let r = begin; r < end; r++) {
+				columns.forEach((column, j) => {
+					watched[(r - begin) * columns.length + j] = stats.watched[r * W + column] as number;
+				});
+			}
+			return {
+				best: stats.best.slice(begin, end),
+				drawn: stats.drawn.slice(begin, end),
+				probability: stats.probability.slice(begin, end),
+				margin: stats.margin.slice(begin, end),
+				entropy: stats.entropy.slice(begin, end),
+				drawnLogProb: stats.drawnLogProb.slice(begin, end),
+				watched,
+			};
+		});
+		if (requests.some((request) => request.logits)) await this.#addLogits(requests, results, batch, denoise, rowsOf);
+		return results;
+	}
+
+	/** Raw logits of the requests that want them: a second native call, because `denoise` keeps none. */
+	async #addLogits(
+		requests: DenoiseRequest[],
+		results: RowStatistics[],
+		batch: NativeBatch,
+		denoise: NativeDenoise,
+		rowsOf: Span[],
+	): Promise<void> {
+		const V = this.config.vocab;
+		const listed = batch.rows as Int32Array;
+		for (const [i, request] of requests.entries()) {
+			if (!request.logits) continue;
+			const { begin, end } = rowsOf[i] as Span;
+			const R = end - begin;
+			const rows: number[] = [];
+			for (let r = begin; r < end; r++) rows.push(listed[denoise.row[r] as number] as number);
+			for (let r = begin; r < end; r++) {
+				const guide = denoise.guideRow[r] as number;
+				if (guide >= 0) rows.push(listed[guide] as number);
+			}
+			const all = await this.#native.forward({ ...batch, rows: Int32Array.from(rows) }, 'logits');
+			const guideLogits = new Float32Array(R * V);
+			let next = R;
+			for (let r = 0; r < R; r++) {
+				if ((denoise.guideRow[begin + r] as number) < 0) continue;
+				guideLogits.set(all.subarray(next * V, (next + 1) * V), r * V);
+				next++;
+			}
+			Object.assign(results[i] as RowStatistics, { logits: all.slice(0, R * V), guideLogits });
+		}
+	}
+}
+
+interface Span {
+	begin: number;
+	end: number;
+}
+
+/** Lays the sequences of all requests end to end. `rowsOf` and `watchOf` say where each request finds its results. */
+function merge(requests: DenoiseRequest[]): {
+	batch: NativeBatch;
+	denoise: NativeDenoise;
+	rowsOf: Span[];
+	watchOf: number[][];
+} {
+	let N = 0;
+	let S = 0;
+	let D = 0;
+	for (const request of requests) {
+		N += request.sequences.length * request.positions.length;
+		S += request.sequences.length;
+		D += request.row.length;
+	}
+	const batch: NativeBatch & { rows: Int32Array | null } = {
+		ids: new Int32Array(N),
+		positions: new Int32Array(N),
+		offsets: new Int32Array(S + 1),
+		keyLengths: new Int32Array(S),
+		caches: [],
+		masks: [],
+		rows: null,
+	};
+	const denoise: NativeDenoise = {
+		row: new Int32Array(D),
+		guideRow: new Int32Array(D).fill(-1),
+		scales: new Float32Array(D * 3),
+		limits: new Int32Array(D * 2),
+		seeds: new BigUint64Array(D),
+		counters: new Uint32Array(D * 2),
+		watch: new Int32Array(0),
+	};
+	const listed: number[] = [];
+	const watch: number[] = [];
+	const watchOf: number[][] = [];
+	const rowsOf: Span[] = [];
+	let n = 0;
+	let s = 0;
+	let d = 0;
+	for (const request of requests) {
+		const T = request.positions.length;
+		const base = n;
+		request.sequences.forEach((ids, j) => {
+			batch.ids.set(ids, n);
+			batch.positions.set(request.positions, n);
+			batch.keyLengths[s] = request.keyLength;
+			batch.caches.push(request.caches?.[j] ?? null);
+			batch.masks.push(request.mask);
+			n += T;
+			s++;
+			batch.offsets[s] = n;
+		});
+		const indexOf = new Map<number, number>();
+		const list = (packed: number): number => {
+			const known = indexOf.get(packed);
+			if (known !== undefined) return known;
+			listed.push(packed);
+			indexOf.set(packed, listed.length - 1);
+			return listed.length - 1;
+		};
+		const begin = d;
+		for (let r = 0; r < request.row.length; r++, d++) {
+			const row = request.row[r] as number;
+			const guide = request.rowGuide[r] as number;
+			denoise.row[d] = list(base + (request.rowSequence[r] as number) * T + row);
+			if (guide >= 0) denoise.guideRow[d] = list(base + guide * T + row);
+			denoise.scales.set([request.guidance, request.temperature, request.topP], d * 3);
+			denoise.limits.set([request.topK, request.banned], d * 2);
+			denoise.seeds[d] = request.seed;
+			denoise.counters.set([request.step, request.rowPosition[r] as number], d * 2);
+		}
+		rowsOf.push({ begin, end: d });
+		watchOf.push(
+			Array.from(request.watch, (id) => {
+				const known = watch.indexOf(id);
+				return known >= 0 ? known : watch.push(id) - 1;
+			}),
+		);
+	}
+	batch.rows = Int32Array.from(listed);
+	denoise.watch = Int32Array.from(watch);
+	return { batch, denoise, rowsOf, watchOf };
+}
+
+/** A call whose signal was aborted while it ran rejects once it has ended. */
+function settle(item: Waiting, value: unknown): void {
+	if (item.signal?.aborted) item.reject(item.signal.reason);
+	else item.resolve(value);
+}
+
+function disposedError(): DiffusionNativeError {
+	return new DiffusionNativeError('ERR_DN_DISPOSED', 'the model was disposed of');
+}
+
+let exitSeen: boolean | undefined;
+
+/** True once the process is leaving: a call started then would only delay the exit. */
+function exiting(): boolean {
+	if (exitSeen === undefined) {
+		exitSeen = false;
+		process.once('exit', () => {
+			exitSeen = true;
+		});
+	}
+	return exitSeen;
+}

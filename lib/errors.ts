@@ -1,0 +1,59 @@
+/** Stable codes of {@link DiffusionNativeError}; switch on these, not on messages. */
+export type ErrorCode =
+	/** No compiled addon was found or could be loaded. */
+	| 'ERR_DN_NO_BINARY'
+	/** The requested device is not usable; the message says why. */
+	| 'ERR_DN_DEVICE'
+	/** Host or device memory ran out; the message says what was being allocated. */
+	| 'ERR_DN_OUT_OF_MEMORY'
+	/** A file of a model, dataset or training run is missing, malformed or cannot be written. */
+	| 'ERR_DN_CHECKPOINT'
+	/** An argument or option is invalid. */
+	| 'ERR_DN_ARGUMENT'
+	/** The object was used after `dispose()`. */
+	| 'ERR_DN_DISPOSED'
+	/** The queue of the model is full; try again later. */
+	| 'ERR_DN_BUSY'
+	/** Training diverged: a loss or gradient is not a finite number. */
+	| 'ERR_DN_DIVERGED'
+	/** The hub could not be reached or refused the request. */
+	| 'ERR_DN_HUB'
+	/** A bug in this library. */
+	| 'ERR_DN_INTERNAL';
+
+/** The one error class of this package. `code` is stable; the message names the thing and what was expected. */
+export class DiffusionNativeError extends Error {
+	override readonly name = 'DiffusionNativeError';
+	readonly code: ErrorCode;
+
+	constructor(code: ErrorCode, message: string, options?: { cause?: unknown }) {
+		super(message, options);
+		this.code = code;
+	}
+}
+
+/** Throws `ERR_DN_ARGUMENT` with `message` unless `condition` holds. */
+export function check(condition: unknown, message: string): asserts condition {
+	if (!condition) throw new DiffusionNativeError('ERR_DN_ARGUMENT', message);
+}
+
+const codes: ReadonlySet<string> = new Set<ErrorCode>([
+	'ERR_DN_NO_BINARY',
+	'ERR_DN_DEVICE',
+	'ERR_DN_OUT_OF_MEMORY',
+	'ERR_DN_CHECKPOINT',
+	'ERR_DN_ARGUMENT',
+	'ERR_DN_DISPOSED',
+	'ERR_DN_BUSY',
+	'ERR_DN_DIVERGED',
+	'ERR_DN_HUB',
+	'ERR_DN_INTERNAL',
+]);
+
+/** Turns an error of the addon (an `Error` with a `code` property) into a `DiffusionNativeError`; others pass unchanged. */
+export function fromNative(error: unknown): unknown {
+	if (error instanceof DiffusionNativeError || !(error instanceof Error)) return error;
+	const { code } = error as { code?: unknown };
+	if (typeof code !== 'string' || !codes.has(code)) return error;
+	return new DiffusionNativeError(code as ErrorCode, error.message, { cause: error });
+}

@@ -1,0 +1,41 @@
+/** What this installation is: version, addon, instruction set, devices. */
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+
+import { binding, bindingPath, packageRoot } from './binding.js';
+
+export interface Info {
+	/** Of this package. */
+	version: string;
+	/** Path of the loaded addon. */
+	binding: string;
+	cpu: {
+		/** Instruction set in use: 'portable', 'avx2', 'avx512', ... */
+		isa: string;
+		/** Cores that a model uses by default. */
+		threads: number;
+	};
+	cuda: {
+		/** The addon was built with CUDA. */
+		compiled: boolean;
+		/** memory: bytes. */
+		devices: { name: string; memory: number; capability: string }[];
+		/** Why there is no device. */
+		reason?: string;
+	};
+}
+
+/** Loads the addon and describes it. @throws `ERR_DN_NO_BINARY` */
+export function info(): Info {
+	const native = binding();
+	const { isa, threads } = native.cpuInfo();
+	return { version: version(), binding: bindingPath(), cpu: { isa, threads }, cuda: native.cudaInfo() };
+}
+
+/** Version of this package. */
+export function version(): string {
+	const { version: found } = JSON.parse(readFileSync(join(packageRoot(), 'package.json'), 'utf8')) as {
+		version: string;
+	};
+	return found;
+}

@@ -1,0 +1,39 @@
+/** One JSON object per line and step. Survives a kill: a half-written last line is dropped when a run continues. */
+import { appendFileSync, mkdirSync, readFileSync } from 'node:fs';
+import { dirname } from 'node:path';
+
+import { isMissing, writeFileAtomic } from '../files.js';
+import type { MetricLogger, TrainMetrics } from '../training/options.js';
+
+/** Appends metrics to a file. A run that continues from an earlier step first drops the lines beyond it. */
+export class JsonlLogger implements MetricLogger {
+	readonly path: string;
+
+	constructor(path: string) {
+		this.path = path;
+	}
+
+	async start({ step }: { readonly step: number }): Promise<void> {
+		mkdirSync(dirname(this.path), { recursive: true });
+		let text: string;
+		try {
+			text = readFileSync(this.path, 'utf8');
+		} catch (error) {
+			if (isMissing(error)) return;
+			throw error;
+		}
+		const kept = text.split('\n').filter((line) => {
+			try {
+				return (JSON.parse(line) as { step: number }).step <= step;
+			} catch {
+				return false;
+			}
+		});
+		const wanted = kept.map((line) => `${line}\n`).join('');
+		if (wanted !== text) await writeFileAtomic(this.path, wanted);
+	}
+
+	log(metrics: TrainMetrics): void {
+		appendFileSync(this.path, `${JSON.stringify(metrics)}\n`);
+	}
+}

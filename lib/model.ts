@@ -1,0 +1,354 @@
+/** The model class of the public API: loading, inspection, generation, lifecycle. It holds an Engine and a tokenizer. */
+import {
+	type AttentionOption,
+	type DiffusionBatch,
+	type LossOptions,
+	toNativeMask,
+	toNativeNoise,
+	toNativeTrainBatch,
+	toSeed,
+} from './batch.js';
+import type { NativeBatch, NativeParameter } from './binding.js';
+import { saveCheckpoint } from './checkpoint-save.js';
+import { type ModelConfig, type ModelConfigInput, resolveConfig } from './config.js';
+import type { DenoiseStep } from './denoise-loop.js';
+import { type Device, type DType, openEngine } from './device.js';
+import type { Engine } from './engine.js';
+import { check } from './errors.js';
+import { denoise, type GenerateResult, predictLength, prepareRequest } from './generate.js';
+import type { LengthOptions, LengthPrediction } from './length/method.js';
+import { loadPretrained, type PretrainedOptions } from './load.js';
+import type { GenerateOptions } from './options.js';
+import type { Prompt } from './prompt.js';
+import type { Tokenizer } from './tokenizer.js';
+
+/** Options of `DiffuGPT.fromConfig`. */
+export interface FromConfigOptions {
+	/** @default 'auto' */
+	readonly device?: Device;
+	/** @default 'auto' */
+	readonly dtype?: DType;
+	/** Of the random weights; 0 .. 2^64 - 1. @default 0 */
+	readonly seed?: number | bigint;
+	/** CPU threads; 0: all cores. @default 0 */
+	readonly threads?: number;
+	/** A tokenizer whose ids fit the vocabulary. @default none: prompts are ids */
+	readonly tokenizer?: Tokenizer;
+}
+
+/** Options of `forward`. */
+export interface ForwardOptions {
+	/** @default 'full' for a bidirectional model, 'causal' for a causal one */
+	readonly attention?: AttentionOption;
+	/**
+	 * 'logits': (rows, V), network rows as they are. 'aligned-logits': (rows, V), entry i speaks of token i; under the shift
+	 * nothing predicts token 0 and its row is NaN. 'hidden': (rows, C), after the final layer norm.
+	 * @default 'logits'
+	 */
+	readonly output?: 'logits' | 'aligned-logits' | 'hidden';
+	/** Only these rows of each sequence, in this order. @default all */
+	readonly rows?: readonly Int32Array[];
+	readonly signal?: AbortSignal;
+}
+
+/** What `loss` returns. */
+export interface LossResult {
+	/** The objective: weighted and normalised. 0 when nothing was masked. */
+	loss: number;
+	/** Mean cross-entropy of the masked tokens, nats. */
+	unweighted: number;
+	/** Masked tokens that a row predicts. */
+	masked: number;
+	/** Maskable tokens that a row predicts. */
+	tokens: number;
+}
+
+/** Requests of one `generateBatch` that run at once; the rest follow as these finish. */
+const batchWidth = 256;
+
+/**
+ * A GPT-2 shaped language model: a masked diffusion model (bidirectional), or a plain GPT-2 (causal). Methods may be called
+ * concurrently; they share the device fairly, step by step. After `dispose` everything but `dispose` fails with
+ * `ERR_DN_DISPOSED`.
+ */
+export class DiffuGPT {
+	/** @internal */
+	readonly engine: Engine;
+	readonly config: ModelConfig;
+	/** 'cpu', or 'cuda:N'. */
+	readonly device: string;
+	/** Storage of the weights: 'fp32'. */
+	readonly dtype: Exclude<DType, 'auto'>;
+	/** Why device 'auto' did not choose a GPU; undefined when it was not asked or did. */
+	readonly deviceNote: string | undefined;
+	/** Null for a model made from a configuration without one. */
+	readonly tokenizer: Tokenizer | null;
+
+	private constructor(opened: Awaited<ReturnType<typeof openEngine>>, tokenizer: Tokenizer | null) {
+		this.engine = opened.engine;
+		this.config = opened.engine.config;
+		this.device = opened.device;
+		this.dtype = opened.dtype;
+		this.deviceNote = opened.note;
+		this.tokenizer = tokenizer;
+	}
+
+	/**
+	 * Loads a model.
+	 * @param pathOrHubId a directory (wins when it exists), a Hugging Face id, or 'diffusion-native/tiny'.
+	 * @throws `ERR_DN_CHECKPOINT` naming the file, `ERR_DN_DEVICE` with the reason, `ERR_DN_HUB`, `ERR_DN_ARGUMENT`
+	 */
+	static async fromPretrained(pathOrHubId: string, options: PretrainedOptions = {}): Promise<DiffuGPT> {
+		const { opened, tokenizer } = await loadPretrained(pathOrHubId, options);
+		return new DiffuGPT(opened, tokenizer);
+	}
+
+	/** A model with GPT-2's random initialisation. @throws `ERR_DN_ARGUMENT`, `ERR_DN_DEVICE`, `ERR_DN_OUT_OF_MEMORY` */
+	static async fromConfig(input: ModelConfigInput, options: FromConfigOptions = {}): Promise<DiffuGPT> {
+		const config = resolveConfig(input);
+		const seed = toSeed(options.seed ?? 0);
+		const { tokenizer } = options;
+		check(
+			!tokenizer || tokenizer.vocabSize <= config.vocab,
+			`the tokenizer has ${tokenizer?.vocabSize} ids, more than config.vocab ${config.vocab}`,
+		);
+		const opened = openEngine(config, options);
+		await opened.engine.run((native) => native.initialise(seed));
+		return new DiffuGPT(opened, tokenizer ?? null);
+	}
+
+	/** Logits or hidden states, one array per sequence: (rows, V) or (rows, C). */
+	async forward(sequences: Int32Array | readonly Int32Array[], options: ForwardOptions = {}): Promise<Float32Array[]> {
+		this.engine.check();
+		const { config } = this;
+		const { output = 'logits', signal } = options;
+		const list = sequences instanceof Int32Array ? [sequences] : sequences;
+		check(Array.isArray(list) && list.length > 0, 'forward needs an Int32Array or a list of at least one');
+		check(
+			output === 'logits' || output === 'aligned-logits' || output === 'hidden',
+			`option output is ${JSON.stringify(output)}, expected 'logits', 'aligned-logits' or 'hidden'`,
+		);
+		const { batch, rows } = packForward(list, options, config);
+		// Under the shift, token i is spoken of by row i - 1, and token 0 by none.
+		const shift = output === 'aligned-logits' && config.shift ? 1 : 0;
+		const wanted: number[] = [];
+		rows.forEach((list_, s) => {
+			for (const row of list_) if (row >= shift) wanted.push((batch.offsets[s] as number) + row - shift);
+		});
+		const width = output === 'hidden' ? config.channels : config.vocab;
+		const all =
+			wanted.length === 0
+				? new Float32Array(0)
+				: await this.engine.run(
+						(native) =>
+							native.forward({ ...batch, rows: Int32Array.from(wanted) }, output === 'hidden' ? 'hidden' : 'logits'),
+						signal,
+					);
+		let next = 0;
+		return rows.map((list_) => {
+			const result = new Float32Array(list_.length * width);
+			for (const [r, row] of list_.entries()) {
+				if (row < shift) result.fill(Number.NaN, r * width, (r + 1) * width);
+				else result.set(all.subarray(next * width, ++next * width), r * width);
+			}
+			return result;
+		});
+	}
+
+	/** The training objective on a batch, without gradients. */
+	async loss(batch: DiffusionBatch, options: LossOptions = {}): Promise<LossResult> {
+		this.engine.check();
+		const noise = toNativeNoise(this.config, options);
+		const packed = toNativeTrainBatch(batch, this.config);
+		const result = await this.engine.run((native) =>
+			native.trainBatch(packed, noise, { recompute: false, precision: 'fp32', backward: false }),
+		);
+		return {
+			loss: result.denominator > 0 ? result.weighted / result.denominator : 0,
+			unweighted: result.masked > 0 ? result.unweighted / result.masked : 0,
+			masked: result.masked,
+			tokens: result.predictable,
+		};
+	}
+
+	/** Generates text; the last value of `stream`. @throws `ERR_DN_ARGUMENT`, `ERR_DN_BUSY`, or `signal.reason` */
+	async generate(prompt: Prompt, options: GenerateOptions = {}): Promise<GenerateResult> {
+		const stream = this.stream(prompt, options);
+		for (;;) {
+			const { done, value } = await stream.next();
+			if (done) return value;
+		}
+	}
+
+	/**
+	 * Generates step by step. Nothing happens before the first `next()`, where options are checked. Leaving the loop stops
+	 * after the current step.
+	 */
+	async *stream(prompt: Prompt, options: GenerateOptions = {}): AsyncGenerator<DenoiseStep, GenerateResult> {
+		return yield* denoise(this.engine, this.tokenizer, prepareRequest(this.engine, this.tokenizer, prompt, options));
+	}
+
+	/**
+	 * Generates for many prompts in ragged batches. Each result equals its own solo run, bit for bit on the CPU. All
+	 * arguments are checked before anything runs; when one request fails, the others stop and the call rejects.
+	 */
+	async generateBatch(
+		prompts: readonly Prompt[],
+		options: GenerateOptions | readonly GenerateOptions[] = {},
+	): Promise<GenerateResult[]> {
+		check(Array.isArray(prompts), 'generateBatch needs a list of prompts');
+		const each = Array.isArray(options)
+			? (options as readonly GenerateOptions[])
+			: prompts.map(() => options as GenerateOptions);
+		check(each.length === prompts.length, `there are ${prompts.length} prompts but ${each.length} options`);
+		const requests = prompts.map((prompt, i) => prepareRequest(this.engine, this.tokenizer, prompt, each[i]));
+		const results: GenerateResult[] = new Array(requests.length);
+		let next = 0;
+		let failed = false;
+		const worker = async (): Promise<void> => {
+			while (next < requests.length && !failed) {
+				const i = next++;
+				const stream = denoise(this.engine, this.tokenizer, requests[i] as (typeof requests)[number]);
+				try {
+					for (;;) {
+						const { done, value } = await stream.next();
+						if (done) {
+							results[i] = value;
+							break;
+						}
+						if (failed) {
+							await stream.return(undefined as never);
+							return;
+						}
+					}
+				} catch (error) {
+					failed = true;
+					throw error;
+				}
+			}
+		};
+		const workers = Array.from({ length: Math.min(batchWidth, requests.length) }, worker);
+		const outcomes = await Promise.allSettled(workers);
+		for (const outcome of outcomes) if (outcome.status === 'rejected') throw outcome.reason;
+		return results;
+	}
+
+	/** How long the answer would be, from one forward. @throws `ERR_DN_ARGUMENT` */
+	predictLength(prompt: Prompt, options: LengthOptions & { readonly signal?: AbortSignal }): Promise<LengthPrediction> {
+		return predictLength(this.engine, this.tokenizer, prompt, options);
+	}
+
+	/** Names (GPT-2's, without prefix), shapes and element counts. */
+	parameters(): NativeParameter[] {
+		this.engine.check();
+		return this.#parameters().map(({ name, shape, count }) => ({ name, shape: [...shape], count }));
+	}
+
+	/** A copy of one parameter. @throws `ERR_DN_ARGUMENT` for an unknown name, `ERR_DN_BUSY` while the model is computing */
+	getParameter(name: string): Float32Array {
+		this.#parameter(name);
+		return this.engine.immediately('getParameter', (native) => native.getParameter(name));
+	}
+
+	/** Replaces one parameter. @throws `ERR_DN_ARGUMENT` for an unknown name or a wrong count, `ERR_DN_BUSY` while computing */
+	setParameter(name: string, values: Float32Array): void {
+		const { count, shape } = this.#parameter(name);
+		check(values instanceof Float32Array, `setParameter('${name}'): values is not a Float32Array`);
+		check(
+			values.length === count,
+			`setParameter('${name}'): ${values.length} values given, the shape ${JSON.stringify(shape)} has ${count}`,
+		);
+		this.engine.immediately('setParameter', (native) => native.setParameter(name, values));
+	}
+
+	/** Writes a directory that `fromPretrained` and Hugging Face's GPT-2 loader accept. @throws `ERR_DN_CHECKPOINT` */
+	async save(directory: string): Promise<void> {
+		this.engine.check();
+		check(typeof directory === 'string' && directory !== '', 'save needs the path of a directory');
+		const { config, tokenizer } = this;
+		await this.engine.run((native) => saveCheckpoint(directory, { native, config, tokenizer: tokenizer ?? undefined }));
+	}
+
+	/** Waits for the call in flight, rejects what waits with `ERR_DN_DISPOSED` and frees the memory. Idempotent. */
+	dispose(): Promise<void> {
+		return this.engine.dispose();
+	}
+
+	[Symbol.asyncDispose](): Promise<void> {
+		return this.dispose();
+	}
+
+	#parameters(): readonly NativeParameter[] {
+		return this.engine.parameters;
+	}
+
+	#parameter(name: string): NativeParameter {
+		this.engine.check();
+		const found = this.#parameters().find((parameter) => parameter.name === name);
+		check(found, `the model has no parameter ${JSON.stringify(name)}; parameters() lists them`);
+		return found;
+	}
+}
+
+/** Packs the sequences of a forward and checks ids, lengths and rows. */
+function packForward(
+	list: readonly Int32Array[],
+	options: ForwardOptions,
+	config: ModelConfig,
+): { batch: NativeBatch; rows: Int32Array[] } {
+	const attention = options.attention ?? (config.attention === 'causal' ? 'causal' : 'full');
+	const mask = toNativeMask(attention);
+	const offsets = new Int32Array(list.length + 1);
+	for (const [s, ids] of list.entries()) {
+		check(ids instanceof Int32Array, `sequence ${s} is not an Int32Array`);
+		check(
+			ids.length > 0 && ids.length <= config.context,
+			`sequence ${s} has ${ids.length} tokens, expected 1 to the model's context of ${config.context}`,
+		);
+		for (const [i, id] of ids.entries()) {
+			check(
+				id >= 0 && id < config.vocab,
+				`sequence ${s}: token ${i} is ${id}, outside the vocabulary of ${config.vocab}`,
+			);
+		}
+		offsets[s + 1] = (offsets[s] as number) + ids.length;
+	}
+	if (mask.kind === 'matrix') {
+		check(list.length === 1, `attention { matrix } takes one sequence, ${list.length} were given`);
+		const T = (list[0] as Int32Array).length;
+		check(mask.width === T, `attention.matrix is ${mask.width} x ${mask.width}, the sequence has ${T} tokens`);
+	}
+	const given = options.rows;
+	check(
+		given === undefined || (Array.isArray(given) && given.length === list.length),
+		'option rows needs one Int32Array per sequence',
+	);
+	const rows = list.map((ids, s) => {
+		const wanted = given?.[s];
+		if (!given) return Int32Array.from({ length: ids.length }, (_, i) => i);
+		check(wanted instanceof Int32Array, `option rows[${s}] is not an Int32Array`);
+		for (const row of wanted)
+			check(row >= 0 && row < ids.length, `option rows[${s}]: row ${row} is outside the sequence's ${ids.length}`);
+		return wanted;
+	});
+	const total = offsets[list.length] as number;
+	const ids = new Int32Array(total);
+	const positions = new Int32Array(total);
+	for (const [s, sequence] of list.entries()) {
+		const begin = offsets[s] as number;
+		ids.set(sequence, begin);
+		for (let i = 0; i < sequence.length; i++) positions[begin + i] = i;
+	}
+	return {
+		batch: {
+			ids,
+			positions,
+			offsets,
+			keyLengths: Int32Array.from(list, (sequence) => sequence.length),
+			caches: list.map(() => null),
+			masks: list.map(() => mask),
+			rows: null,
+		},
+		rows,
+	};
+}

@@ -1,0 +1,279 @@
+/** The options of a generation: their types, defaults and checks. Every contradiction is an error, none is ignored. */
+import { randomBytes } from 'node:crypto';
+
+import { toSeed } from './batch.js';
+import type { ModelConfig } from './config.js';
+import { check } from './errors.js';
+import { type LengthOptions, resolveLength } from './length/method.js';
+import { ancestral } from './samplers/ancestral.js';
+import { autoregressive } from './samplers/autoregressive.js';
+import { confidence, type Plan, type Score } from './samplers/confidence.js';
+import { entropyBound } from './samplers/entropy-bound.js';
+import { firstHitting } from './samplers/first-hitting.js';
+import { klass } from './samplers/klass.js';
+import type { SamplerPolicy } from './samplers/policy.js';
+import { revocable } from './samplers/revocable.js';
+import { factor, threshold } from './samplers/threshold.js';
+
+/** Names of the samplers in this package. */
+export type SamplerName =
+	| 'ancestral'
+	| 'confidence'
+	| 'threshold'
+	| 'factor'
+	| 'entropy-bound'
+	| 'klass'
+	| 'revocable'
+	| 'first-hitting'
+	| 'autoregressive';
+
+/** Options of `generate`, `stream` and `generateBatch`. An option that the sampler does not use is an error. */
+export interface GenerateOptions {
+	/**
+	 * New tokens: a number, exactly that many; an object, a length found by `method` and cut at the end token.
+	 * @default 64, or what fits the context; with `{ tokens }`, the open positions (none, when none is open)
+	 */
+	readonly length?: number | LengthOptions;
+	/**
+	 * @default 'confidence'; 'autoregressive' for a causal model, which has no other. 'autoregressive' uses causal attention
+	 * whatever the model; to fill left to right with full attention use `block: 1`.
+	 */
+	readonly sampler?: SamplerName | SamplerPolicy;
+	/** Of 'confidence': what is ranked. @default 'probability' */
+	readonly score?: Score;
+	/**
+	 * Forwards over all blocks together, divided evenly among them, the remainder first. For 'ancestral' and 'confidence'
+	 * the plan; for the adaptive samplers a bound, whose last step commits whatever is open.
+	 * @default min(length, 64), at least one per block; no bound for the adaptive samplers
+	 */
+	readonly steps?: number;
+	/** Of 'confidence': how many tokens to commit per step. @default 'even' */
+	readonly plan?: Plan;
+	/** Tokens per semi-autoregressive block, filled left to right; the last may be shorter. @default one block */
+	readonly block?: number;
+	/**
+	 * Of 'threshold': commit at this probability or above (0.9). Of 'klass': the same (0.9). Of 'revocable': draft at this
+	 * probability or above (0.6).
+	 */
+	readonly threshold?: number;
+	/** Of 'factor'. @default 1 */
+	readonly factor?: number;
+	/** Of 'entropy-bound': nats. @default 0.1 */
+	readonly entropyBound?: number;
+	/** Of 'klass': largest divergence from the previous step, nats. @default 0.01 */
+	readonly divergence?: number;
+	/** Of 'klass': how many steps in a row must be that stable. @default 2 */
+	readonly stableSteps?: number;
+	/** Of 'revocable': a draft is kept at this probability or above. @default 0.9 */
+	readonly verify?: number;
+	/** Of 'revocable': how often one position may be opened again. @default 2 */
+	readonly attempts?: number;
+	/**
+	 * 0: always the most probable token.
+	 * @default 1 for 'ancestral', 'first-hitting' and 'autoregressive', 0 for the others
+	 */
+	readonly temperature?: number;
+	/** Draw among the k most probable tokens (ties kept); 0: all. @default 0 */
+	readonly topK?: number;
+	/** Nucleus: draw among the most probable tokens up to this mass, in (0, 1]; applied before top-k. @default 1 */
+	readonly topP?: number;
+	/**
+	 * Classifier-free guidance w: logits become u + (w + 1)(l - u), u from the canvas with the whole prompt masked. Doubles
+	 * the work of a forward. @default 0, none
+	 */
+	readonly guidance?: number;
+	/** 0 .. 2^64 - 1. The same seed and options give the same tokens. @default random */
+	readonly seed?: number | bigint;
+	/** Aborting rejects with `signal.reason`, within one step. */
+	readonly signal?: AbortSignal;
+}
+
+/** Options after checks and defaults. */
+export interface ResolvedOptions {
+	length: number | LengthOptions | undefined;
+	samplerName: string;
+	policy: SamplerPolicy;
+	/** Whether the policy is the user's. */
+	isCustom: boolean;
+	/** The planned samplers commit everything by themselves in their last step. */
+	isPlanned: boolean;
+	isAutoregressive: boolean;
+	steps: number | undefined;
+	block: number | undefined;
+	temperature: number;
+	topK: number;
+	topP: number;
+	guidance: number;
+	seed: bigint;
+	signal: AbortSignal | undefined;
+}
+
+interface SamplerEntry {
+	/** Options beyond the common ones. */
+	uses: readonly (keyof GenerateOptions)[];
+	temperature: number;
+	planned: boolean;
+	make(options: GenerateOptions): SamplerPolicy;
+}
+
+const common: readonly (keyof GenerateOptions)[] = [
+	'length',
+	'sampler',
+	'temperature',
+	'topK',
+	'topP',
+	'guidance',
+	'seed',
+	'signal',
+];
+
+const samplers: Record<SamplerName, SamplerEntry> = {
+	ancestral: { uses: ['steps', 'block'], temperature: 1, planned: true, make: ancestral },
+	confidence: {
+		uses: ['steps', 'block', 'score', 'plan'],
+		temperature: 0,
+		planned: true,
+		make: (o) => confidence(o.score ?? 'probability', o.plan ?? 'even'),
+	},
+	threshold: {
+		uses: ['steps', 'block', 'threshold'],
+		temperature: 0,
+		planned: false,
+		make: (o) => threshold(o.threshold ?? 0.9),
+	},
+	factor: { uses: ['steps', 'block', 'factor'], temperature: 0, planned: false, make: (o) => factor(o.factor ?? 1) },
+	'entropy-bound': {
+		uses: ['steps', 'block', 'entropyBound'],
+		temperature: 0,
+		planned: false,
+		make: (o) => entropyBound(o.entropyBound ?? 0.1),
+	},
+	klass: {
+		uses: ['steps', 'block', 'threshold', 'divergence', 'stableSteps'],
+		temperature: 0,
+		planned: false,
+		make: (o) => klass(o.threshold ?? 0.9, o.divergence ?? 0.01, o.stableSteps ?? 2),
+	},
+	revocable: {
+		uses: ['steps', 'block', 'threshold', 'verify', 'attempts'],
+		temperature: 0,
+		planned: false,
+		make: (o) => revocable(o.threshold ?? 0.6, o.verify ?? 0.9, o.attempts ?? 2),
+	},
+	'first-hitting': { uses: ['block'], temperature: 1, planned: false, make: firstHitting },
+	autoregressive: { uses: [], temperature: 1, planned: false, make: autoregressive },
+};
+
+/** Names accepted as `sampler`. */
+export const samplerNames = Object.keys(samplers) as SamplerName[];
+
+const known: ReadonlySet<string> = new Set([...common, ...Object.values(samplers).flatMap((entry) => entry.uses)]);
+
+/**
+ * Checks options against each other and the model and fills defaults. Options whose value is undefined count as absent.
+ * @throws `ERR_DN_ARGUMENT` naming the option and what was expected.
+ */
+export function resolveOptions(options: GenerateOptions, config: ModelConfig): ResolvedOptions {
+	check(typeof options === 'object' && options !== null, `options is ${String(options)}, expected an object`);
+	const given = Object.entries(options).filter(([, value]) => value !== undefined);
+	for (const [key] of given) check(known.has(key), `option ${key} is not known`);
+	checkValues(options);
+
+	const causal = config.attention === 'causal';
+	const sampler = options.sampler ?? (causal ? 'autoregressive' : 'confidence');
+	const isCustom = typeof sampler === 'object' && sampler !== null;
+	let policy: SamplerPolicy;
+	let uses: readonly (keyof GenerateOptions)[] = ['steps', 'block'];
+	let entry: SamplerEntry | undefined;
+	if (isCustom) {
+		check(typeof sampler.decide === 'function', 'sampler is an object without a method decide(view)');
+		policy = sampler;
+	} else {
+		entry = Object.hasOwn(samplers, sampler) ? samplers[sampler] : undefined;
+		check(entry, `sampler is ${JSON.stringify(sampler)}, expected ${samplerNames.join(', ')} or a policy object`);
+		uses = entry.uses;
+		policy = entry.make(options);
+	}
+	const samplerName = isCustom ? (sampler.name ?? 'custom') : sampler;
+	for (const [key] of given) {
+		check(
+			common.includes(key as keyof GenerateOptions) || uses.includes(key as keyof GenerateOptions),
+			`option ${key} has no meaning for the sampler '${samplerName}'`,
+		);
+	}
+	const isAutoregressive = sampler === 'autoregressive';
+	check(
+		!causal || isAutoregressive,
+		`the sampler '${samplerName}' fills a canvas in any order, but this model is causal: it sees nothing to the right. Use 'autoregressive'`,
+	);
+	check(
+		!isAutoregressive || config.shift,
+		"the sampler 'autoregressive' needs a model whose row i predicts token i + 1 (config.shift)",
+	);
+	check(
+		isAutoregressive || config.maskId >= 0,
+		`the sampler '${samplerName}' needs a mask token, and the model has none: pass { config: { maskId } } when loading it`,
+	);
+	const guidance = options.guidance ?? 0;
+	check(
+		guidance === 0 || config.maskId >= 0,
+		'option guidance needs a mask token to hide the prompt with, and the model has none',
+	);
+	return {
+		length: options.length,
+		samplerName,
+		policy,
+		isCustom,
+		isPlanned: entry?.planned ?? false,
+		isAutoregressive,
+		steps: options.steps,
+		block: options.block,
+		temperature: options.temperature ?? entry?.temperature ?? 0,
+		topK: options.topK ?? 0,
+		topP: options.topP ?? 1,
+		guidance,
+		seed: options.seed === undefined ? randomBytes(8).readBigUInt64LE() : toSeed(options.seed),
+		signal: options.signal,
+	};
+}
+
+function checkValues(options: GenerateOptions): void {
+	const whole = (key: keyof GenerateOptions, least: number): void => {
+		const value = options[key];
+		check(
+			value === undefined || (Number.isSafeInteger(value) && (value as number) >= least),
+			`option ${key} is ${String(value)}, expected a whole number >= ${least}`,
+		);
+	};
+	const real = (key: keyof GenerateOptions): void => {
+		const value = options[key];
+		check(
+			value === undefined || (typeof value === 'number' && Number.isFinite(value) && value >= 0),
+			`option ${key} is ${String(value)}, expected a number >= 0`,
+		);
+	};
+	const oneOf = (key: keyof GenerateOptions, values: readonly string[]): void => {
+		const value = options[key];
+		check(
+			value === undefined || values.includes(value as string),
+			`option ${key} is ${JSON.stringify(value)}, expected ${values.join(', ')}`,
+		);
+	};
+	const { length, topP, signal } = options;
+	if (typeof length === 'object' && length !== null) resolveLength(length);
+	else whole('length', 0);
+	oneOf('score', ['probability', 'margin', 'entropy', 'random']);
+	oneOf('plan', ['even', 'linear']);
+	whole('steps', 1);
+	whole('block', 1);
+	whole('topK', 0);
+	whole('stableSteps', 1);
+	whole('attempts', 0);
+	for (const key of ['threshold', 'factor', 'entropyBound', 'divergence', 'verify', 'temperature', 'guidance'] as const)
+		real(key);
+	check(
+		topP === undefined || (typeof topP === 'number' && topP > 0 && topP <= 1),
+		`option topP is ${String(topP)}, expected a number in (0, 1]`,
+	);
+	check(signal === undefined || signal instanceof AbortSignal, 'option signal is not an AbortSignal');
+}

@@ -1,0 +1,359 @@
+/**
+ * Text to token ids and back: byte-level BPE, as GPT-2 and its relatives use. The `tokenizers` package reads and checks the
+ * file and runs its normaliser and pre-tokenizer; merging is done here (byte-bpe.ts), because the package encodes only
+ * asynchronously. The pre-tokenizer of GPT-2 itself is one regular expression and is matched here too, which is much faster.
+ */
+import { createHash } from 'node:crypto';
+import { existsSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { join } from 'node:path';
+import type { Normalizer, Tokenizer as PackageTokenizer, PreTokenizer } from 'tokenizers';
+import { type AddedToken, AddedTokenMatcher } from './added-tokens.js';
+import { packageRoot } from './binding.js';
+import { ByteBpe, fromByteChars, toByteChars } from './byte-bpe.js';
+import { check, DiffusionNativeError } from './errors.js';
+import { readJsonObject, readText, reasonOf, writeFileAtomic } from './files.js';
+
+const require = createRequire(import.meta.url);
+
+/** GPT-2's words; \p{White_Space} and not \s, which in JavaScript also holds U+FEFF and lacks U+0085. */
+const gpt2Words =
+	/'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
+
+/** Options of {@link Tokenizer.encode}. */
+export interface EncodeOptions {
+	/**
+	 * Turn the spelling of special tokens into those tokens. Off, `<|endoftext|>` in a text is nothing but these characters.
+	 * @default false
+	 */
+	special?: boolean;
+}
+
+/** Options of {@link Tokenizer.decode}. */
+export interface DecodeOptions {
+	/** Spell special tokens out; false leaves them away. @default true */
+	special?: boolean;
+}
+
+/** Turns ids that arrive piece by piece into text, never splitting a character. */
+export interface TokenDecoder {
+	/** The text that is complete after these ids. */
+	push(ids: ArrayLike<number>): string;
+	/** What is left: U+FFFD when the ids ended inside a character. The decoder is then as new. */
+	end(): string;
+}
+
+/** A byte-level BPE tokenizer. Immutable. */
+export class Tokenizer {
+	/** Largest id plus one, added tokens included. */
+	readonly vocabSize: number;
+	/** SHA-256 (hex) of vocabulary, merges and added tokens: equal for tokenizers that give the same ids. */
+	readonly fingerprint: string;
+
+	private readonly bpe: ByteBpe;
+	private readonly vocab: ReadonlyMap<string, number>;
+	private readonly added: readonly AddedToken[];
+	private readonly specialIds: ReadonlySet<number>;
+	private readonly bytes: (Uint8Array | undefined)[] = [];
+	private readonly ordinary: AddedTokenMatcher;
+	private readonly all: AddedTokenMatcher;
+	private readonly normalizer: Normalizer | null;
+	/** Null: the words of GPT-2, matched here. */
+	private readonly preTokenizer: PreTokenizer | null;
+
+	private constructor(
+		private readonly json: string,
+		source: string,
+	) {
+		let package_: PackageTokenizer;
+		let file: TokenizerFile;
+		try {
+			package_ = (require('tokenizers') as typeof import('tokenizers')).Tokenizer.fromString(json);
+			file = JSON.parse(json) as TokenizerFile;
+		} catch (error) {
+			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${source}: not a tokenizer: ${reasonOf(error)}`, {
+				cause: error,
+			});
+		}
+		const reject = (what: string): never => {
+			throw new DiffusionNativeError(
+				'ERR_DN_CHECKPOINT',
+				`${source}: ${what}; only byte-level BPE tokenizers (as GPT-2's) are supported`,
+			);
+		};
+		const { model } = file;
+		if (model.type !== undefined && model.type !== 'BPE') reject(`the model is ${model.type}`);
+		if (model.continuing_subword_prefix || model.end_of_word_suffix) reject('the model marks the ends of words');
+		if (model.byte_fallback) reject('the model falls back to byte tokens');
+		if (model.dropout) reject('the model drops merges at random');
+		if (!isByteLevel(file.pre_tokenizer)) reject('the pre-tokenizer is not byte-level');
+
+		this.vocab = new Map(Object.entries(model.vocab));
+		const merges = model.merges.map((merge): [string, string] => {
+			if (typeof merge !== 'string') return merge;
+			const space = merge.indexOf(' ');
+			return [merge.slice(0, space), merge.slice(space + 1)];
+		});
+		this.bpe = new ByteBpe(this.vocab, merges, model.ignore_merges === true, source);
+		for (const [token, id] of this.vocab) this.bytes[id] = fromByteChars(token) ?? new TextEncoder().encode(token);
+		// An added token that is in the vocabulary has its id there, whatever the list says, as in Hugging Face's tokenizers.
+		this.added = (file.added_tokens ?? []).map((token) => ({
+			...token,
+			id: this.vocab.get(token.content) ?? token.id,
+		}));
+		for (const { id, content } of this.added) {
+			if (!this.vocab.has(content)) this.bytes[id] = new TextEncoder().encode(content);
+		}
+		this.specialIds = new Set(this.added.filter((token) => token.special).map((token) => token.id));
+		this.vocabSize = this.bytes.length;
+		this.normalizer = package_.getNormalizer();
+		this.preTokenizer = isGpt2Words(file.pre_tokenizer) ? null : package_.getPreTokenizer();
+		this.ordinary = new AddedTokenMatcher(this.added.filter((token) => !token.special));
+		this.all = new AddedTokenMatcher(this.added);
+		this.fingerprint = fingerprintOf(this.vocab, merges, this.added);
+	}
+
+	/**
+	 * Reads a `tokenizer.json`.
+	 * @throws `ERR_DN_CHECKPOINT` when it is missing, malformed or not byte-level BPE.
+	 */
+	static fromFile(path: string): Tokenizer {
+		const text = readText(path);
+		if (text === undefined) throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path}: no such file`);
+		return new Tokenizer(text, path);
+	}
+
+	/** Parses the text of a `tokenizer.json`. */
+	static fromString(json: string): Tokenizer {
+		return new Tokenizer(json, 'the given tokenizer');
+	}
+
+	/** Whether {@link Tokenizer.fromDirectory} would find files in `directory`. */
+	static existsIn(directory: string): boolean {
+		const has = (name: string): boolean => existsSync(join(directory, name));
+		return has('tokenizer.json') || has('vocab.json') || has('merges.txt');
+	}
+
+	/**
+	 * Reads `tokenizer.json`, or `vocab.json` and `merges.txt` with GPT-2's words, from a model directory. In the second form
+	 * the special tokens are `<|endoftext|>` and those of `added_tokens.json`.
+	 * @throws `ERR_DN_CHECKPOINT` naming the missing or malformed file.
+	 */
+	static fromDirectory(directory: string): Tokenizer {
+		const whole = join(directory, 'tokenizer.json');
+		if (existsSync(whole)) return Tokenizer.fromFile(whole);
+		const vocabPath = join(directory, 'vocab.json');
+		const mergesPath = join(directory, 'merges.txt');
+		const vocab = readJsonObject(vocabPath);
+		const merges = readText(mergesPath);
+		if (!vocab || merges === undefined) {
+			const missing = [...(vocab ? [] : ['vocab.json']), ...(merges === undefined ? ['merges.txt'] : [])].join(
+				' and no ',
+			);
+			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${directory}: no tokenizer.json, and no ${missing}`);
+		}
+		for (const [token, id] of Object.entries(vocab)) {
+			if (!Number.isInteger(id) || (id as number) < 0) {
+				throw new DiffusionNativeError(
+					'ERR_DN_CHECKPOINT',
+					`${vocabPath}: the id of ${JSON.stringify(token)} is ${JSON.stringify(id)}`,
+				);
+			}
+		}
+		const added = { ...readJsonObject(join(directory, 'added_tokens.json')) } as Record<string, number>;
+		const endOfText = '<|endoftext|>';
+		if (endOfText in vocab) added[endOfText] = vocab[endOfText] as number;
+		return new Tokenizer(gpt2Json(vocab as Record<string, number>, merges, added), vocabPath);
+	}
+
+	/** GPT-2's own tokenizer, 50257 tokens, from the package. Read once per thread. */
+	static gpt2(): Tokenizer {
+		packaged ??= Tokenizer.fromFile(join(packageRoot(), 'assets', 'gpt2', 'tokenizer.json'));
+		return packaged;
+	}
+
+	/**
+	 * This tokenizer for a model with `vocab` rows: added tokens beyond them are left away, and the added tokens among
+	 * `reserved` become special, so that plain text never turns into them.
+	 */
+	forModel(vocab: number, reserved: readonly number[] = []): Tokenizer {
+		const stays = (token: AddedToken): boolean => token.id < vocab && (token.special || !reserved.includes(token.id));
+		if (this.added.every(stays)) return this;
+		const file = JSON.parse(this.json) as TokenizerFile;
+		file.added_tokens = this.added
+			.filter((token) => token.id < vocab)
+			.map((token) => ({ ...token, special: token.special || reserved.includes(token.id) }));
+		return new Tokenizer(JSON.stringify(file), 'the given tokenizer');
+	}
+
+	/** Writes a `tokenizer.json` that Hugging Face's libraries read as well. The file appears whole or not at all. */
+	async save(path: string): Promise<void> {
+		await writeFileAtomic(path, this.json);
+	}
+
+	/** The text of the `tokenizer.json`. */
+	toJSON(): string {
+		return this.json;
+	}
+
+	/**
+	 * Ids of a text. No token is added at either end. Lone surrogates become U+FFFD, everything else decodes back to exactly
+	 * this text (unless the tokenizer's own normaliser changes it; GPT-2's has none).
+	 */
+	encode(text: string, options: EncodeOptions = {}): Int32Array {
+		check(typeof text === 'string', `encode: text is ${typeof text}, expected a string`);
+		const matcher = options.special ? this.all : this.ordinary;
+		const out: number[] = [];
+		for (const part of matcher.split(text.replace(/\p{Surrogate}/gu, '\ufffd'), false)) {
+			if (typeof part === 'number') {
+				out.push(part);
+				continue;
+			}
+			const normal = this.normalizer ? this.normalizer.normalizeString(part) : part;
+			for (const piece of matcher.split(normal, true)) {
+				if (typeof piece === 'number') out.push(piece);
+				else this.encodePlain(piece, out);
+			}
+		}
+		return Int32Array.from(out);
+	}
+
+	private encodePlain(text: string, out: number[]): void {
+		if (this.preTokenizer) {
+			for (const [word] of this.preTokenizer.preTokenizeString(text)) this.bpe.encodeByteChars(word, out);
+			return;
+		}
+		for (const match of text.matchAll(gpt2Words)) this.bpe.encodeText(match[0], out);
+	}
+
+	/**
+	 * Text of ids. Bytes that are not valid UTF-8, an unfinished character at the end for instance, become U+FFFD.
+	 * @throws `ERR_DN_ARGUMENT` for an id that is not in the vocabulary.
+	 */
+	decode(ids: ArrayLike<number>, options: DecodeOptions = {}): string {
+		return new TextDecoder('utf-8', { ignoreBOM: true }).decode(this.decodeBytes(ids, options));
+	}
+
+	/** The bytes that ids stand for; lossless. */
+	decodeBytes(ids: ArrayLike<number>, options: DecodeOptions = {}): Uint8Array {
+		const parts: Uint8Array[] = [];
+		let length = 0;
+		for (let i = 0; i < ids.length; i++) {
+			const id = ids[i] as number;
+			const bytes = this.bytes[id];
+			if (!bytes) {
+				throw new DiffusionNativeError(
+					'ERR_DN_ARGUMENT',
+					`decode: id ${id} at index ${i} is not in the vocabulary of ${this.vocabSize} tokens`,
+				);
+			}
+			if (options.special === false && this.specialIds.has(id)) continue;
+			parts.push(bytes);
+			length += bytes.length;
+		}
+		const out = new Uint8Array(length);
+		let at = 0;
+		for (const part of parts) {
+			out.set(part, at);
+			at += part.length;
+		}
+		return out;
+	}
+
+	/** A decoder for ids that arrive piece by piece. */
+	decodeStream(options: DecodeOptions = {}): TokenDecoder {
+		let decoder = new TextDecoder('utf-8', { ignoreBOM: true });
+		return {
+			push: (ids) => decoder.decode(this.decodeBytes(ids, options), { stream: true }),
+			end: () => {
+				const rest = decoder.decode();
+				decoder = new TextDecoder('utf-8', { ignoreBOM: true });
+				return rest;
+			},
+		};
+	}
+
+	/** Id of the token that spells exactly `text` (`'<|endoftext|>'`, `' the'`); undefined when there is none. */
+	idOf(text: string): number | undefined {
+		return this.added.find((token) => token.content === text)?.id ?? this.vocab.get(toByteChars(text));
+	}
+
+	/** Ids of the tokens that plain text never turns into. */
+	get special(): readonly number[] {
+		return [...this.specialIds];
+	}
+}
+
+let packaged: Tokenizer | undefined;
+
+interface TokenizerFile {
+	added_tokens?: AddedToken[];
+	pre_tokenizer?: PreTokenizerJson | null;
+	model: {
+		type?: string;
+		vocab: Record<string, number>;
+		merges: (string | [string, string])[];
+		dropout?: number | null;
+		continuing_subword_prefix?: string | null;
+		end_of_word_suffix?: string | null;
+		byte_fallback?: boolean;
+		ignore_merges?: boolean;
+	};
+}
+
+interface PreTokenizerJson {
+	type: string;
+	add_prefix_space?: boolean;
+	use_regex?: boolean;
+	pretokenizers?: PreTokenizerJson[];
+}
+
+function isByteLevel(json: PreTokenizerJson | null | undefined): boolean {
+	return json?.type === 'ByteLevel' || (json?.type === 'Sequence' && (json.pretokenizers ?? []).some(isByteLevel));
+}
+
+function isGpt2Words(json: PreTokenizerJson | null | undefined): boolean {
+	return json?.type === 'ByteLevel' && json.add_prefix_space === false && json.use_regex !== false;
+}
+
+function gpt2Json(vocab: Record<string, number>, mergesText: string, added: Record<string, number>): string {
+	const merges = mergesText.split(/\r?\n/).filter((line) => line !== '' && !line.startsWith('#version'));
+	const flags = { single_word: false, lstrip: false, rstrip: false, normalized: false, special: true };
+	const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: true };
+	return JSON.stringify({
+		version: '1.0',
+		truncation: null,
+		padding: null,
+		added_tokens: Object.entries(added)
+			.map(([content, id]) => ({ id, content, ...flags }))
+			.sort((a, b) => a.id - b.id),
+		normalizer: null,
+		pre_tokenizer: byteLevel,
+		post_processor: null,
+		decoder: byteLevel,
+		model: {
+			type: 'BPE',
+			dropout: null,
+			unk_token: null,
+			continuing_subword_prefix: null,
+			end_of_word_suffix: null,
+			fuse_unk: false,
+			byte_fallback: false,
+			ignore_merges: false,
+			vocab,
+			merges,
+		},
+	});
+}
+
+function fingerprintOf(
+	vocab: ReadonlyMap<string, number>,
+	merges: readonly (readonly [string, string])[],
+	added: readonly AddedToken[],
+): string {
+	const hash = createHash('sha256');
+	const entries = [...vocab].sort((a, b) => a[1] - b[1]);
+	const extra = added.map(({ id, content }) => [content, id] as const).sort((a, b) => a[1] - b[1]);
+	hash.update(JSON.stringify([entries, merges, extra]));
+	return hash.digest('hex');
+}

@@ -1,0 +1,509 @@
+/**
+ * Training: the loop, its state and its checkpoints. One optimiser step is lib/training/step.ts, the order of the data
+ * lib/training/order.ts, the files lib/training/checkpoint.ts. Every random number is a function of the seed and the step,
+ * so a run that continues from a checkpoint is the run that was never interrupted, bit for bit on the CPU.
+ */
+import { basename, dirname, join, resolve } from 'node:path';
+
+import { type DiffusionBatch, toNativeNoise } from './batch.js';
+import type { NativeNoise } from './binding.js';
+import { TokenDataset } from './data/dataset.js';
+import type { Device } from './device.js';
+import type { Engine } from './engine.js';
+import { check, DiffusionNativeError } from './errors.js';
+import { JsonlLogger } from './loggers/jsonl.js';
+import { DiffuGPT } from './model.js';
+import {
+	checkpointName,
+	type DataReference,
+	findCheckpoint,
+	prepareRunDirectory,
+	prune,
+	type RunState,
+	readMoments,
+	writeCheckpoint,
+} from './training/checkpoint.js';
+import {
+	type MetricLogger,
+	type ResolvedTrainOptions,
+	resolveTrainOptions,
+	type TrainMetrics,
+	type TrainOptions,
+} from './training/options.js';
+import { DataOrder, type DataPosition } from './training/order.js';
+import { annealedMask, scheduleAt } from './training/schedules.js';
+import { accumulate, lossOf, packStep } from './training/step.js';
+import { validate } from './training/validation.js';
+
+/** Overrides of a resumed run, and where its model runs. */
+export interface ResumeOptions extends TrainOptions {
+	/** @default 'auto' */
+	readonly device?: Device;
+	/** CPU threads. @default all cores */
+	readonly threads?: number;
+}
+
+/** Engines that a trainer holds: two trainers on one model would add to the same gradients. */
+const inTraining = new WeakSet<Engine>();
+
+/**
+ * Trains a model. Made with `new Trainer(model, options)` or `Trainer.resume(dir)`.
+ * A model has at most one trainer at a time; `dispose` frees gradients and moments and lets go of the model.
+ */
+export class Trainer implements AsyncDisposable {
+	readonly model: DiffuGPT;
+	readonly #options: ResolvedTrainOptions;
+	readonly #noise: NativeNoise;
+	readonly #loggers: readonly MetricLogger[];
+	#order: DataOrder | undefined;
+	#step = 0;
+	#totalTokens = 0;
+	#best: number | null = null;
+	#worse = 0;
+	#stopped = false;
+	#validationLoss: number | null = null;
+	#busy = false;
+	/** Gradients and moments are allocated at the first use. */
+	#begun: Promise<unknown> | undefined;
+	#disposed = false;
+
+	/** @throws `ERR_DN_ARGUMENT` naming the option; `ERR_DN_BUSY` when the model already has a trainer. */
+	constructor(model: DiffuGPT, options: TrainOptions) {
+		model.engine.check();
+		this.model = model;
+		this.#options = resolveTrainOptions(options, model.config);
+		const { data, validation, objective, block, normalise, weight, timeSampler, timeRange, seed, checkpoint } =
+			this.#options;
+		for (const set of [data, validation]) if (set && model.tokenizer) set.checkTokenizer(model.tokenizer);
+		this.#noise = toNativeNoise(model.config, {
+			objective,
+			seed,
+			...(block === undefined ? {} : { block }),
+			...(normalise === undefined ? {} : { normalise }),
+			...(weight === undefined ? {} : { weight }),
+			...(timeSampler === undefined ? {} : { timeSampler }),
+			...(timeRange === undefined ? {} : { timeRange }),
+			...this.#spindle(),
+		});
+		if (inTraining.has(model.engine)) {
+			throw new DiffusionNativeError('ERR_DN_BUSY', 'this model already has a trainer: dispose that one first');
+		}
+		inTraining.add(model.engine);
+		if (data) this.#order = this.#orderAt({ epoch: 0, index: 0 });
+		this.#loggers = checkpoint
+			? [new JsonlLogger(join(checkpoint.dir, 'metrics.jsonl')), ...this.#options.loggers]
+			: this.#options.loggers;
+	}
+
+	/**
+	 * Continues a run from a checkpoint, or from the newest valid checkpoint in the folder of a run. Options come from the
+	 * checkpoint; `overrides` replace them. The data files are opened again where they were; another data set in
+	 * `overrides` starts from its beginning. Loggers and learning rate functions are not stored: pass them again.
+	 * @throws `ERR_DN_CHECKPOINT` when nothing can be loaded, saying why.
+	 */
+	static async resume(dir: string, overrides: ResumeOptions = {}): Promise<Trainer> {
+		const { directory, state } = findCheckpoint(dir);
+		const { device, threads, ...own } = overrides;
+		const stored = reviveOptions(state, directory, own);
+		const data = own.data ?? (state.data ? await reopen(state.data) : undefined);
+		const validation = own.validation ?? (state.validation ? await reopen(state.validation) : undefined);
+		const model = await DiffuGPT.fromPretrained(directory, {
+			dtype: 'fp32',
+			...(device === undefined ? {} : { device }),
+			...(threads === undefined ? {} : { threads }),
+		});
+		try {
+			const trainer = new Trainer(model, {
+				...stored,
+				...own,
+				...(data ? { data } : {}),
+				...(validation ? { validation } : {}),
+			});
+			await trainer.#begin();
+			await readMoments(directory, model.engine);
+			trainer.#restore(state);
+			return trainer;
+		} catch (error) {
+			await model.dispose();
+			throw error;
+		}
+	}
+
+	/** Optimiser steps done. */
+	get steps(): number {
+		return this.#step;
+	}
+
+	/** Options with their defaults. */
+	get options(): Readonly<ResolvedTrainOptions> {
+		return this.#options;
+	}
+
+	/**
+	 * Trains until `maxSteps`, early stop, or the end of the loop around it; metrics of each step. Leaving the loop ends the
+	 * run after the current step; another `run` goes on from there.
+	 * @throws `signal.reason` when aborted; `ERR_DN_DIVERGED` naming step and batch, with the weights as they were before
+	 * that step; `ERR_DN_CHECKPOINT` when a checkpoint cannot be written (earlier ones stay).
+	 */
+	async *run({ signal }: { readonly signal?: AbortSignal } = {}): AsyncGenerator<TrainMetrics, void, void> {
+		const { maxSteps, evalEvery, validation, checkpoint, accumulate: microBatches } = this.#options;
+		const order = this.#order;
+		check(order, 'run needs the option data');
+		check(maxSteps !== undefined, 'run needs the option maxSteps');
+		if (checkpoint) await prepareRunDirectory(checkpoint.dir, this.#step);
+		for (const logger of this.#loggers) await logger.start?.({ step: this.#step, maxSteps });
+		try {
+			while (this.#step < maxSteps && !this.#stopped) {
+				signal?.throwIfAborted();
+				const before = order.position;
+				let metrics: TrainMetrics;
+				try {
+					const batches = Array.from({ length: microBatches }, () => order.next());
+					metrics = await this.#advance(batches, signal, `epoch ${before.epoch}, sequences from ${before.index}`);
+				} catch (error) {
+					this.#order = this.#orderAt(before);
+					throw error;
+				}
+				const last = this.#step === maxSteps;
+				this.#validationLoss = null;
+				if (validation && (last || (evalEvery !== undefined && this.#step % evalEvery === 0))) {
+					const { loss, unweighted } = await this.#validate(validation);
+					this.#judge(loss);
+					metrics = { ...metrics, validation: loss, validationUnweighted: unweighted };
+				}
+				const due = last || this.#stopped || (checkpoint?.every !== undefined && this.#step % checkpoint.every === 0);
+				if (checkpoint && due) metrics = { ...metrics, checkpoint: await this.checkpoint() };
+				for (const logger of this.#loggers) await logger.log(metrics);
+				yield metrics;
+			}
+		} finally {
+			for (const logger of this.#loggers) await logger.close?.();
+		}
+	}
+
+	/**
+	 * One optimiser step on a given batch, whatever `data` is; `mask` and `t` may be given.
+	 * @throws `ERR_DN_DIVERGED` when the loss or the gradient is not finite; nothing is updated then.
+	 */
+	async step(batch: DiffusionBatch): Promise<TrainMetrics> {
+		return this.#advance([batch], undefined, 'the given batch');
+	}
+
+	/** Gradients of the normalised loss on a batch, before clipping, by parameter name. Nothing is updated. */
+	async gradients(batch: DiffusionBatch): Promise<Map<string, Float32Array>> {
+		return this.#alone(async () => {
+			const { engine, config } = this.model;
+			const sums = await accumulate(
+				engine,
+				packStep([batch], config),
+				this.#noiseAt(this.#step),
+				this.#native(true),
+				undefined,
+			);
+			const scale = sums.denominator > 0 ? 1 / sums.denominator : 0;
+			return engine.run((native) => {
+				const gradients = new Map<string, Float32Array>();
+				for (const { name } of native.parameters) {
+					const values = native.getGradient(name);
+					for (let i = 0; i < values.length; i++) values[i] = (values[i] as number) * scale;
+					gradients.set(name, values);
+				}
+				return gradients;
+			});
+		});
+	}
+
+	/** Loss on a data set as `run` evaluates it: the NELBO per token and the mean cross-entropy of masked tokens, nats. */
+	async evaluate(data: TokenDataset): Promise<{ loss: number; unweighted: number }> {
+		return this.#alone(() => this.#validate(data));
+	}
+
+	/** Writes a checkpoint into `dir`, replacing what is there. @throws `ERR_DN_CHECKPOINT` */
+	async save(dir: string): Promise<void> {
+		await this.#alone(() =>
+			writeCheckpoint(dir, this.model.engine, (directory) => this.model.save(directory), this.#state()),
+		);
+	}
+
+	/** Writes the next checkpoint into the folder of the run and removes those not to be kept; its path. */
+	async checkpoint(): Promise<string> {
+		const { checkpoint, validation } = this.#options;
+		check(checkpoint, 'checkpoint needs the option checkpoint: { dir }');
+		await prepareRunDirectory(checkpoint.dir, this.#step);
+		const target = join(checkpoint.dir, checkpointName(this.#step));
+		await this.save(target);
+		await prune(checkpoint.dir, checkpoint.keep ?? 2, checkpoint.keepBest ?? (validation ? 1 : 0));
+		return target;
+	}
+
+	/** Frees gradients and moments; the model stays usable. Idempotent. */
+	async dispose(): Promise<void> {
+		if (this.#disposed) return;
+		this.#disposed = true;
+		inTraining.delete(this.model.engine);
+		if (this.#begun && !this.model.engine.disposed) await this.model.engine.run((native) => native.endTraining());
+	}
+
+	[Symbol.asyncDispose](): Promise<void> {
+		return this.dispose();
+	}
+
+	async #advance(
+		batches: readonly DiffusionBatch[],
+		signal: AbortSignal | undefined,
+		what: string,
+	): Promise<TrainMetrics> {
+		return this.#alone(async () => {
+			const { engine, config } = this.model;
+			const { learningRate: schedule, maxSteps, betas, eps, weightDecay, gradClip, data } = this.#options;
+			const begun = performance.now();
+			const step = this.#step;
+			const { learningRate, beta1 } = scheduleAt(schedule, step, maxSteps ?? Number.POSITIVE_INFINITY);
+			const sums = await accumulate(engine, packStep(batches, config), this.#noiseAt(step), this.#native(true), signal);
+			const scale = sums.denominator > 0 ? 1 / sums.denominator : 0;
+			const sumOfSquares = await engine.run((native) => native.gradientSumOfSquares(), signal);
+			const gradNorm = Math.sqrt(sumOfSquares) * scale;
+			const { loss, unweighted } = lossOf(sums);
+			if (!Number.isFinite(loss) || !Number.isFinite(gradNorm)) {
+				throw new DiffusionNativeError(
+					'ERR_DN_DIVERGED',
+					`training diverged at step ${step + 1} (${what}): the loss is ${loss}, the gradient norm ${gradNorm}; the weights ` +
+						'are those before this step. Try a lower learning rate, a longer warm-up, gradClip, more sequences per step, ' +
+						"or precision 'fp32', from the last checkpoint",
+				);
+			}
+			// Nothing masked: nothing to learn, and no reason to let decay and old moments move the weights.
+			if (sums.masked > 0) {
+				const clip = gradClip > 0 && gradNorm > gradClip ? gradClip / gradNorm : 1;
+				await engine.run((native) =>
+					native.adamw({
+						learningRate,
+						beta1: beta1 ?? betas[0],
+						beta2: betas[1],
+						eps,
+						weightDecay,
+						gradientScale: scale * clip,
+						step: step + 1,
+					}),
+				);
+			}
+			this.#step = step + 1;
+			this.#totalTokens += sums.tokens;
+			const ms = performance.now() - begun;
+			const position = this.#order?.position ?? { epoch: 0, index: 0 };
+			return {
+				step: this.#step,
+				loss,
+				unweighted,
+				learningRate,
+				gradNorm,
+				tokensPerSecond: (1000 * sums.tokens) / ms,
+				tokens: sums.tokens,
+				totalTokens: this.#totalTokens,
+				epoch: position.epoch + (data ? position.index / data.sequences : 0),
+				ms,
+			};
+		});
+	}
+
+	/** The best loss so far, and whether early stop ends the run. */
+	#judge(loss: number): void {
+		this.#validationLoss = loss;
+		const { earlyStop } = this.#options;
+		if (this.#best === null || loss < this.#best - (earlyStop?.minDelta ?? 0)) {
+			this.#best = loss;
+			this.#worse = 0;
+			return;
+		}
+		this.#worse++;
+		this.#stopped = earlyStop !== undefined && this.#worse >= earlyStop.patience;
+	}
+
+	#validate(data: TokenDataset): Promise<{ loss: number; unweighted: number }> {
+		const { objective, block, evalSequences, batchSize, batchTokens, padding, precision } = this.#options;
+		const { engine, config } = this.model;
+		return validate(
+			engine,
+			config,
+			data,
+			{
+				objective,
+				block,
+				sequences: evalSequences,
+				batchSize,
+				batchTokens,
+				padding,
+				padId: this.#padId(data),
+				precision,
+			},
+			undefined,
+		);
+	}
+
+	#noiseAt(step: number): NativeNoise {
+		const { attentionAnnealing, seed } = this.#options;
+		if (!attentionAnnealing) return { ...this.#noise, step };
+		return { ...this.#noise, step, attention: annealedMask(attentionAnnealing, step, seed) };
+	}
+
+	#native(backward: boolean) {
+		const { recompute, precision } = this.#options;
+		return { recompute, precision, backward };
+	}
+
+	#padId(data: TokenDataset): number {
+		return data.padId >= 0 ? data.padId : this.model.config.padId;
+	}
+
+	#orderAt(position: DataPosition): DataOrder | undefined {
+		const { data, seed, padding, batchSize, batchTokens } = this.#options;
+		if (!data) return undefined;
+		const { context } = this.model.config;
+		return new DataOrder({ data, seed, padding, padId: this.#padId(data), context, batchSize, batchTokens }, position);
+	}
+
+	#spindle() {
+		const { spindle, data } = this.#options;
+		if (!spindle) return {};
+		if (spindle.information) return { spindle: { lambda: spindle.lambda, information: spindle.information } };
+		check(data, 'spindle needs data to count tokens in, or information');
+		const counts = data.counts(this.model.config.vocab);
+		// Half a count for every id, so that one that never occurs has finite information.
+		const total = data.tokens + counts.length / 2;
+		const information = Float32Array.from(counts, (count) => -Math.log((count + 0.5) / total));
+		return { spindle: { lambda: spindle.lambda, information } };
+	}
+
+	#state(): RunState {
+		const { data, validation, seed } = this.#options;
+		return {
+			step: this.#step,
+			totalTokens: this.#totalTokens,
+			position: this.#order?.position ?? { epoch: 0, index: 0 },
+			seed: String(seed),
+			options: storeOptions(this.#options),
+			data: data ? reference(data) : null,
+			validation: validation ? reference(validation) : null,
+			validationLoss: this.#validationLoss,
+			best: this.#best,
+			worse: this.#worse,
+			stopped: this.#stopped,
+		};
+	}
+
+	#restore(state: RunState): void {
+		this.#step = state.step;
+		this.#totalTokens = state.totalTokens;
+		this.#best = state.best;
+		this.#worse = state.worse;
+		this.#stopped = state.stopped && this.#options.earlyStop !== undefined;
+		this.#validationLoss = state.validationLoss;
+		const { data } = this.#options;
+		if (data && state.data && isSame(reference(data), state.data)) this.#order = this.#orderAt(state.position);
+	}
+
+	#check(): void {
+		if (this.#disposed) throw new DiffusionNativeError('ERR_DN_DISPOSED', 'this trainer was disposed');
+		this.model.engine.check();
+	}
+
+	#begin(): Promise<unknown> {
+		this.#begun ??= this.model.engine.run((native) => native.beginTraining());
+		return this.#begun;
+	}
+
+	/** Gradients are one buffer: two calls at once would mix theirs. */
+	async #alone<T>(work: () => Promise<T>): Promise<T> {
+		this.#check();
+		if (this.#busy) {
+			throw new DiffusionNativeError('ERR_DN_BUSY', 'this trainer is in the middle of a step: await it first');
+		}
+		this.#busy = true;
+		try {
+			await this.#begin();
+			return await work();
+		} finally {
+			this.#busy = false;
+		}
+	}
+}
+
+function reference(data: TokenDataset): DataReference {
+	const { format, context, range, tokens, fingerprint } = data;
+	return { path: resolve(data.path), format, context, range, tokens, fingerprint };
+}
+
+/** Everything but the place: a moved file is the same data. */
+function isSame(a: DataReference, b: DataReference): boolean {
+	return (
+		a.format === b.format &&
+		a.context === b.context &&
+		a.range[0] === b.range[0] &&
+		a.range[1] === b.range[1] &&
+		a.tokens === b.tokens &&
+		a.fingerprint === b.fingerprint
+	);
+}
+
+async function reopen(stored: DataReference): Promise<TokenDataset> {
+	let data: TokenDataset;
+	try {
+		const { path, context, range } = stored;
+		data = await TokenDataset.open(path, { range, ...(context > 0 ? { context } : {}) });
+	} catch (cause) {
+		const reason = cause instanceof Error ? cause.message : String(cause);
+		throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `the data of this run: ${reason}; pass it as data`, { cause });
+	}
+	if (isSame(reference(data), stored)) return data;
+	data.close();
+	throw new DiffusionNativeError(
+		'ERR_DN_CHECKPOINT',
+		`${stored.path} is not the data this run used (${stored.tokens} tokens): ` +
+			'the run cannot continue as it was; pass other data as data to go on with that',
+	);
+}
+
+/** Options as JSON. A learning rate function becomes null. */
+function storeOptions(options: ResolvedTrainOptions): Record<string, unknown> {
+	const { data, validation, loggers, seed, learningRate, spindle, checkpoint, ...plain } = options;
+	return {
+		...plain,
+		learningRate: typeof learningRate === 'function' ? null : learningRate,
+		...(checkpoint ? { checkpoint: { ...checkpoint, dir: resolve(checkpoint.dir) } } : {}),
+		...(spindle
+			? { spindle: spindle.information ? { ...spindle, information: [...spindle.information] } : spindle }
+			: {}),
+	};
+}
+
+function reviveOptions(state: RunState, directory: string, overrides: TrainOptions): TrainOptions {
+	const { checkpoint, spindle, learningRate, batchSize, batchTokens, ...plain } = state.options as TrainOptions;
+	check(
+		learningRate !== null || overrides.learningRate !== undefined,
+		'the learning rate of this run was a function, which a checkpoint does not hold: pass learningRate again',
+	);
+	const renewed = overrides.batchSize !== undefined || overrides.batchTokens !== undefined;
+	return {
+		...plain,
+		seed: BigInt(state.seed),
+		...(learningRate === undefined || learningRate === null ? {} : { learningRate }),
+		...(renewed || batchSize === undefined ? {} : { batchSize }),
+		...(renewed || batchTokens === undefined ? {} : { batchTokens }),
+		...(spindle
+			? {
+					spindle: spindle.information
+						? { lambda: spindle.lambda, information: Float32Array.from(spindle.information) }
+						: { lambda: spindle.lambda },
+				}
+			: {}),
+		// The run may have been moved: its folder is the one the checkpoint lies in.
+		...(checkpoint
+			? {
+					checkpoint: {
+						...checkpoint,
+						dir: basename(directory).startsWith('step-') ? dirname(resolve(directory)) : checkpoint.dir,
+					},
+				}
+			: {}),
+	};
+}

@@ -1,0 +1,100 @@
+/**
+ * In which order a run sees its data: a permutation per epoch, a function of the seed alone. The position (epoch and place
+ * in it) is all that a checkpoint needs to go on exactly.
+ */
+import type { DiffusionBatch } from '../batch.js';
+import type { TokenDataset } from '../data/dataset.js';
+import type { Padding } from '../data/format.js';
+import { padSequence, type TrainingSequence } from '../data/pack.js';
+import { permutation, Stream } from '../random.js';
+
+/** Where a run stands in its data. */
+export interface DataPosition {
+	readonly epoch: number;
+	/** Sequences of this epoch already used. */
+	readonly index: number;
+}
+
+export interface OrderOptions {
+	readonly data: TokenDataset;
+	readonly seed: bigint;
+	readonly padding: Padding;
+	readonly padId: number;
+	readonly context: number;
+	/** Sequences per micro-batch, or undefined: as many as fit `batchTokens`. */
+	readonly batchSize: number | undefined;
+	readonly batchTokens: number | undefined;
+}
+
+export class DataOrder {
+	readonly #options: OrderOptions;
+	#epoch: number;
+	#index: number;
+	#permutation: { epoch: number; order: Uint32Array } | undefined;
+	/** A sequence that did not fit the last micro-batch; it opens the next one. */
+	#held: TrainingSequence | undefined;
+
+	constructor(options: OrderOptions, position: DataPosition = { epoch: 0, index: 0 }) {
+		this.#options = options;
+		this.#epoch = position.epoch;
+		this.#index = position.index;
+	}
+
+	/** The sequence that comes next is the first one not yet in a batch. */
+	get position(): DataPosition {
+		return { epoch: this.#epoch, index: this.#index };
+	}
+
+	/** The next micro-batch. Never empty: a sequence longer than `batchTokens` stands alone. */
+	next(): DiffusionBatch {
+		const { batchSize, batchTokens } = this.#options;
+		const sequences: TrainingSequence[] = [];
+		if (batchTokens === undefined) {
+			while (sequences.length < (batchSize ?? 1)) {
+				sequences.push(this.#peek());
+				this.#advance();
+			}
+			return toBatch(sequences);
+		}
+		for (let tokens = 0; ; ) {
+			const sequence = this.#peek();
+			tokens += sequence.tokens.length;
+			if (sequences.length > 0 && tokens > batchTokens) break;
+			sequences.push(sequence);
+			this.#advance();
+		}
+		return toBatch(sequences);
+	}
+
+	#peek(): TrainingSequence {
+		this.#held ??= this.#read();
+		return this.#held;
+	}
+
+	#read(): TrainingSequence {
+		const { data, seed, padding, padId, context } = this.#options;
+		if (this.#permutation?.epoch !== this.#epoch) {
+			this.#permutation = { epoch: this.#epoch, order: permutation(data.sequences, seed, Stream.data, this.#epoch) };
+		}
+		const sequence = this.#permutation.order[this.#index] as number;
+		return padSequence(data.get(sequence), { padding, padId, context }, { seed, epoch: this.#epoch, sequence });
+	}
+
+	#advance(): void {
+		this.#held = undefined;
+		this.#index++;
+		if (this.#index < this.#options.data.sequences) return;
+		this.#index = 0;
+		this.#epoch++;
+	}
+}
+
+/** Sequences as a batch; those without a prompt are maskable everywhere. */
+export function toBatch(sequences: readonly TrainingSequence[]): DiffusionBatch {
+	const tokens = sequences.map((sequence) => sequence.tokens);
+	if (sequences.every((sequence) => sequence.maskable === undefined)) return { tokens };
+	return {
+		tokens,
+		maskable: sequences.map((sequence) => sequence.maskable ?? new Uint8Array(sequence.tokens.length).fill(1)),
+	};
+}

@@ -1,0 +1,141 @@
+/**
+ * What changes with the step: learning rate, Adam's beta1, and the share of the future that attention may see. Pure
+ * functions of the step, counted from 0. Formulas: algorithms.md 2.2 and 2.5.
+ */
+import type { NativeMask } from '../binding.js';
+import { check } from '../errors.js';
+
+/** Learning rate over the steps of a run. A function gets the step, from 0. `steps` defaults to the run's `maxSteps`. */
+export type Schedule =
+	| { readonly kind: 'constant'; readonly peak: number; readonly warmupSteps?: number }
+	| {
+			/** Straight, or along half a cosine, from `peak` after the warm-up to `final` at the last step. */
+			readonly kind: 'linear' | 'cosine';
+			readonly peak: number;
+			/** Steps that rise in equal parts to `peak`. @default 0 */
+			readonly warmupSteps?: number;
+			/** @default 0 */
+			readonly final?: number;
+			readonly steps?: number;
+	  }
+	| {
+			/** PyTorch's OneCycleLR with cosine annealing. */
+			readonly kind: 'one-cycle';
+			readonly peak: number;
+			readonly steps?: number;
+			/** Share of the steps that rises. @default 0.1 */
+			readonly warmup?: number;
+			/** peak / first learning rate. @default 25 */
+			readonly div?: number;
+			/** First learning rate / last. @default 10000 */
+			readonly finalDiv?: number;
+			/** Also move Adam's beta1 against the learning rate, as PyTorch does. @default none */
+			readonly cycleBeta1?: { readonly base: number; readonly max: number };
+	  }
+	| ((step: number) => number);
+
+/** Values of one step. */
+export interface ScheduledStep {
+	readonly learningRate: number;
+	/** Undefined: the configured beta1. */
+	readonly beta1: number | undefined;
+}
+
+/** Checks a schedule. @throws `ERR_DN_ARGUMENT` naming the field. */
+export function checkSchedule(schedule: number | Schedule): void {
+	if (typeof schedule === 'function') return;
+	if (typeof schedule === 'number') {
+		check(Number.isFinite(schedule) && schedule >= 0, `learningRate is ${schedule}, expected a number >= 0`);
+		return;
+	}
+	const { kind } = schedule;
+	check(
+		kind === 'constant' || kind === 'linear' || kind === 'cosine' || kind === 'one-cycle',
+		`learningRate.kind is ${JSON.stringify(kind)}, expected 'constant', 'linear', 'cosine' or 'one-cycle'`,
+	);
+	const fields: Record<typeof kind, readonly string[]> = {
+		constant: ['kind', 'peak', 'warmupSteps'],
+		linear: ['kind', 'peak', 'warmupSteps', 'final', 'steps'],
+		cosine: ['kind', 'peak', 'warmupSteps', 'final', 'steps'],
+		'one-cycle': ['kind', 'peak', 'steps', 'warmup', 'div', 'finalDiv', 'cycleBeta1'],
+	};
+	for (const [key, value] of Object.entries(schedule)) {
+		check(
+			fields[kind].includes(key),
+			`learningRate.${key} is not a field of the '${kind}' schedule; it has ${fields[kind].join(', ')}`,
+		);
+		if (key === 'kind' || key === 'cycleBeta1' || value === undefined) continue;
+		check(
+			Number.isFinite(value) && (value as number) >= 0,
+			`learningRate.${key} is ${String(value)}, expected a number >= 0`,
+		);
+	}
+	check(schedule.peak !== undefined, 'learningRate.peak is missing');
+	if (kind === 'one-cycle') {
+		const { div = 25, finalDiv = 1e4, warmup = 0.1 } = schedule;
+		check(div > 0 && finalDiv > 0, 'learningRate.div and learningRate.finalDiv must be above 0');
+		check(warmup <= 1, `learningRate.warmup is ${warmup}, expected a share from 0 to 1`);
+	}
+}
+
+/** Learning rate and beta1 of a step, from 0. */
+export function scheduleAt(schedule: number | Schedule, step: number, maxSteps: number): ScheduledStep {
+	if (typeof schedule === 'number') return { learningRate: schedule, beta1: undefined };
+	if (typeof schedule === 'function') {
+		const learningRate = schedule(step);
+		check(
+			typeof learningRate === 'number' && Number.isFinite(learningRate),
+			`the learning rate function returned ${String(learningRate)} at step ${step}`,
+		);
+		return { learningRate, beta1: undefined };
+	}
+	if (schedule.kind === 'one-cycle') return oneCycle(schedule, step, schedule.steps ?? maxSteps);
+	const { peak, warmupSteps = 0 } = schedule;
+	if (step < warmupSteps) return { learningRate: (peak * (step + 1)) / warmupSteps, beta1: undefined };
+	if (schedule.kind === 'constant') return { learningRate: peak, beta1: undefined };
+	const { final = 0, steps = maxSteps } = schedule;
+	// Progress is 0 at the first step after the warm-up and 1 at the last step of the run.
+	const progress = Math.min(1, (step - warmupSteps) / Math.max(1, steps - 1 - warmupSteps));
+	const share = schedule.kind === 'linear' ? 1 - progress : (1 + Math.cos(Math.PI * progress)) / 2;
+	return { learningRate: final + (peak - final) * share, beta1: undefined };
+}
+
+function oneCycle(schedule: Extract<Schedule, { kind: 'one-cycle' }>, step: number, steps: number): ScheduledStep {
+	const { peak, warmup = 0.1, div = 25, finalDiv = 1e4, cycleBeta1 } = schedule;
+	const first = peak / div;
+	const last = first / finalDiv;
+	// PyTorch's phases end at these steps, which need not be whole numbers.
+	const top = warmup * steps - 1;
+	const end = steps - 1;
+	const rising = step <= top;
+	const share = rising ? (top > 0 ? step / top : 1) : Math.min(1, (step - top) / (end - top));
+	const between = (from: number, to: number): number => to + ((from - to) / 2) * (1 + Math.cos(Math.PI * share));
+	return {
+		learningRate: rising ? between(first, peak) : between(peak, last),
+		beta1: cycleBeta1 && (rising ? between(cycleBeta1.max, cycleBeta1.base) : between(cycleBeta1.base, cycleBeta1.max)),
+	};
+}
+
+/**
+ * From causal to full attention. 'diffullama': a pair (query, later key) is visible with probability
+ * min(1, (step + 1) / steps); 'seed': with probability linspace(0, 1, steps)[step], exactly causal at step 0.
+ */
+export interface AttentionAnnealing {
+	/** 0: full attention from the start. */
+	readonly steps: number;
+	/** @default 'diffullama' */
+	readonly kind?: 'diffullama' | 'seed';
+}
+
+/** Share of later keys that are visible at a step, from 0. */
+export function annealingRatio({ steps, kind = 'diffullama' }: AttentionAnnealing, step: number): number {
+	if (steps === 0) return 1;
+	if (kind === 'diffullama') return Math.min(1, (step + 1) / steps);
+	return step >= steps ? 1 : step / Math.max(1, steps - 1);
+}
+
+/** The attention mask of a step; one draw for the whole batch, redrawn each step. */
+export function annealedMask(annealing: AttentionAnnealing, step: number, seed: bigint): NativeMask {
+	const ratio = annealingRatio(annealing, step);
+	return ratio >= 1 ? { kind: 'full' } : { kind: 'annealed', ratio, seed, step };
+}

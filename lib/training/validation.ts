@@ -1,0 +1,76 @@
+/**
+ * The loss on held-out data. The sequences, their masks and their times are the same at every evaluation and in every run
+ * on the same data, so curves compare; times are stratified over all of them, which lowers the noise.
+ */
+import { type DiffusionBatch, type LossOptions, toNativeNoise } from '../batch.js';
+import type { ModelConfig } from '../config.js';
+import type { TokenDataset } from '../data/dataset.js';
+import type { Padding } from '../data/format.js';
+import { padSequence, type TrainingSequence } from '../data/pack.js';
+import type { Engine } from '../engine.js';
+import { permutation, Stream } from '../random.js';
+import { toBatch } from './order.js';
+import { accumulate, lossOf, packStep } from './step.js';
+
+export interface ValidationOptions {
+	readonly objective: NonNullable<LossOptions['objective']>;
+	readonly block?: number | undefined;
+	readonly sequences: number;
+	readonly batchSize: number | undefined;
+	readonly batchTokens: number | undefined;
+	readonly padding: Padding;
+	readonly padId: number;
+	readonly precision: 'fp32' | 'bf16';
+}
+
+const validationSeed = 0n;
+
+/** Weighted loss per predictable token (the NELBO), and the mean cross-entropy of masked tokens; nats. */
+export async function validate(
+	engine: Engine,
+	config: ModelConfig,
+	data: TokenDataset,
+	options: ValidationOptions,
+	signal: AbortSignal | undefined,
+): Promise<{ loss: number; unweighted: number }> {
+	const count = Math.min(options.sequences, data.sequences);
+	const order = permutation(data.sequences, validationSeed, Stream.data, 0);
+	const batches: DiffusionBatch[] = [];
+	let open: TrainingSequence[] = [];
+	let tokens = 0;
+	for (let i = 0; i < count; i++) {
+		const index = order[i] as number;
+		const sequence = padSequence(
+			data.get(index),
+			{ padding: options.padding, padId: options.padId, context: config.context },
+			{ seed: validationSeed, epoch: 0, sequence: index },
+		);
+		const full =
+			options.batchTokens === undefined
+				? open.length === (options.batchSize ?? 1)
+				: tokens + sequence.tokens.length > options.batchTokens;
+		if (full && open.length > 0) {
+			batches.push(toBatch(open));
+			open = [];
+			tokens = 0;
+		}
+		open.push(sequence);
+		tokens += sequence.tokens.length;
+	}
+	if (open.length > 0) batches.push(toBatch(open));
+	const { objective, block } = options;
+	const noise = toNativeNoise(config, {
+		objective,
+		timeSampler: 'stratified',
+		seed: validationSeed,
+		...(block === undefined ? {} : { block }),
+	});
+	const sums = await accumulate(
+		engine,
+		packStep(batches, config),
+		noise,
+		{ backward: false, recompute: false, precision: options.precision },
+		signal,
+	);
+	return lossOf(sums);
+}

@@ -1,0 +1,120 @@
+// Trains the model that ships, end to end: data, tokenizer, token files, the autoregressive twin, the diffusion model adapted
+// from it, and the two fp16 folders under models/. Every stage that is already done is skipped, and an interrupted training
+// stage continues from its last checkpoint.
+//
+// node models/recipe/train.mjs [--run runs/tiny] [--autoregressive-steps N] [--diffusion-steps N] [--stage NAME ...]
+import { execFileSync } from 'node:child_process';
+import { existsSync, readdirSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+
+import { DiffuGPT, prepare, TokenDataset, Tokenizer, Trainer, trainTokenizer } from 'diffusion-native';
+
+const { values: options } = parseArgs({
+	options: {
+		run: { type: 'string', default: 'runs/tiny' },
+		'autoregressive-steps': { type: 'string', default: '2500' },
+		'diffusion-steps': { type: 'string', default: '8000' },
+		'batch-tokens': { type: 'string', default: '8192' },
+		seed: { type: 'string', default: '1' },
+	},
+});
+const run = options.run;
+const context = 320;
+const path = (...parts) => join(run, ...parts);
+
+if (!existsSync(path('data', 'corpus.txt'))) {
+	execFileSync(process.execPath, [fileURLToPath(new URL('make-data.mjs', import.meta.url)), '--out', path('data')], {
+		stdio: 'inherit',
+	});
+}
+if (!existsSync(path('tokenizer.json'))) {
+	await trainTokenizer(path('data', 'corpus.txt'), { vocabSize: 8192, out: path('tokenizer.json') });
+}
+const tokenizer = Tokenizer.fromFile(path('tokenizer.json'));
+for (const split of ['train', 'validation']) {
+	if (existsSync(path(`${split}.bin`))) continue;
+	const set = await prepare(path('data', `${split}.jsonl`), {
+		tokenizer,
+		out: path(`${split}.bin`),
+		format: 'pairs',
+		context,
+		overlong: 'drop',
+	});
+	console.log(split, set.sequences, 'sequences,', set.tokens, 'tokens');
+}
+const data = await TokenDataset.open(path('train.bin'));
+const validation = await TokenDataset.open(path('validation.bin'));
+const eosId = tokenizer.idOf('<|endoftext|>');
+const maskId = tokenizer.idOf('<|mask|>');
+const config = { layers: 6, heads: 4, channels: 256, context, vocab: 8192, eosId, maskId, attention: 'bidirectional' };
+
+const progress = {
+	log(m) {
+		if (m.step % 50 > 0 && m.validation === undefined) return;
+		const cells = [
+			`step ${m.step}`,
+			`loss ${m.loss.toFixed(3)}`,
+			`plain ${m.unweighted.toFixed(3)}`,
+			`norm ${m.gradNorm.toFixed(2)}`,
+		];
+		cells.push(
+			`lr ${m.learningRate.toExponential(2)}`,
+			`${Math.round(m.tokensPerSecond)} tokens/s`,
+			`epoch ${m.epoch.toFixed(2)}`,
+		);
+		if (m.validation !== undefined)
+			cells.push(`validation ${m.validation.toFixed(4)}, plain ${m.validationUnweighted.toFixed(4)}`);
+		console.log(cells.join(', '));
+	},
+};
+
+/** Runs a stage to its last step, from its newest checkpoint when there is one; returns the folder of the trained model. */
+async function train(name, start, stage) {
+	const dir = path(name);
+	const resumable = existsSync(dir) && readdirSync(dir).some((entry) => entry.startsWith('step-'));
+	const trainer = resumable
+		? await Trainer.resume(dir, { data, validation, loggers: [progress], ...stage })
+		: new Trainer(await start(), { data, validation, loggers: [progress], ...stage });
+	let checkpoint;
+	for await (const m of trainer.run()) checkpoint = m.checkpoint ?? checkpoint;
+	await trainer.model.dispose();
+	return checkpoint;
+}
+
+const common = {
+	batchTokens: Number(options['batch-tokens']),
+	betas: [0.9, 0.98],
+	weightDecay: 0.05,
+	precision: 'bf16',
+	seed: Number(options.seed),
+	evalSequences: 1024,
+};
+const autoregressiveSteps = Number(options['autoregressive-steps']);
+await train('autoregressive', () => DiffuGPT.fromConfig(config, { seed: Number(options.seed), tokenizer }), {
+	...common,
+	objective: 'autoregressive',
+	maxSteps: autoregressiveSteps,
+	learningRate: { kind: 'cosine', peak: 2e-3, warmupSteps: 200, final: 1e-4 },
+	evalEvery: 250,
+	checkpoint: { dir: path('autoregressive'), every: 250, keep: 2 },
+});
+const twin = path(
+	'autoregressive',
+	readdirSync(path('autoregressive'))
+		.filter((entry) => entry.startsWith('step-'))
+		.sort()
+		.at(-1),
+);
+await train('diffusion', () => DiffuGPT.fromPretrained(twin, { config }), {
+	...common,
+	objective: 'diffusion',
+	timeSampler: 'stratified',
+	attentionAnnealing: { steps: 300 },
+	padding: { logUniform: 256 },
+	maxSteps: Number(options['diffusion-steps']),
+	learningRate: { kind: 'cosine', peak: 1.5e-3, warmupSteps: 200, final: 5e-5 },
+	evalEvery: 500,
+	checkpoint: { dir: path('diffusion'), every: 250, keep: 2 },
+});

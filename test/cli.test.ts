@@ -1,0 +1,165 @@
+/** The command line, run as a child process: output, files, exit status, interruption. */
+import { spawn } from 'node:child_process';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+
+import test from 'ava';
+import { DiffuGPT, info, Tokenizer } from 'diffusion-native';
+
+import { root } from './helpers/fixtures.js';
+
+const folder = mkdtempSync(join(tmpdir(), 'diffusion-native-cli-'));
+const modelPath = join(folder, 'model');
+const options = ['--length', '8', '--sampler', 'ancestral', '--steps', '4', '--seed', '7'];
+
+interface Ended {
+	code: number | null;
+	stdout: string;
+	stderr: string;
+}
+
+/** Runs a command; `onOutput` sees standard output as it grows. */
+function run(
+	parameters: string[],
+	onOutput?: (text: string, kill: (signal: NodeJS.Signals) => void) => void,
+): Promise<Ended> {
+	return new Promise((resolve, reject) => {
+		const child = spawn(process.execPath, [join(root, 'dist', 'lib', 'cli', 'main.js'), ...parameters], {
+			stdio: ['ignore', 'pipe', 'pipe'],
+		});
+		let stdout = '';
+		let stderr = '';
+		child.stdout.setEncoding('utf8').on('data', (chunk: string) => {
+			stdout += chunk;
+			onOutput?.(stdout, (signal) => child.kill(signal));
+		});
+		child.stderr.setEncoding('utf8').on('data', (chunk: string) => {
+			stderr += chunk;
+		});
+		const timer = setTimeout(() => child.kill('SIGKILL'), 60_000);
+		child.on('error', reject);
+		child.on('close', (code) => {
+			clearTimeout(timer);
+			resolve({ code, stdout, stderr });
+		});
+	});
+}
+
+test.before(async () => {
+	const model = await DiffuGPT.fromConfig(
+		{ layers: 1, heads: 2, channels: 16, vocab: 50257, context: 512 },
+		{ seed: 1, tokenizer: Tokenizer.gpt2(), device: 'cpu' },
+	);
+	await model.save(modelPath);
+	await model.dispose();
+});
+
+test.after.always(() => rmSync(folder, { recursive: true, force: true }));
+
+test('info describes the installation, for people and as JSON', async (t) => {
+	const plain = await run(['info']);
+	t.is(plain.code, 0, plain.stderr);
+	const expected = info();
+	t.true(plain.stdout.includes(expected.version) && plain.stdout.includes(expected.cpu.isa));
+	const json = await run(['info', '--json']);
+	t.deepEqual(JSON.parse(json.stdout), JSON.parse(JSON.stringify(expected)));
+});
+
+test('generate prints what the library generates', async (t) => {
+	const model = await DiffuGPT.fromPretrained(modelPath, { device: 'cpu' });
+	const expected = await model.generate('Hello there', { length: 8, sampler: 'ancestral', steps: 4, seed: 7 });
+	await model.dispose();
+	const plain = await run(['generate', modelPath, 'Hello there', ...options]);
+	t.is(plain.code, 0, plain.stderr);
+	t.is(plain.stdout, `${expected.text}\n`);
+	const trace = join(folder, 'trace.jsonl');
+	const json = await run(['generate', modelPath, 'Hello there', ...options, '--json', '--trace', trace]);
+	t.is(json.code, 0, json.stderr);
+	t.is(readFileSync(trace, 'utf8'), json.stdout);
+	const lines = json.stdout
+		.trimEnd()
+		.split('\n')
+		.map((line) => JSON.parse(line) as Record<string, unknown>);
+	t.deepEqual(
+		lines.map(({ type }) => type),
+		['step', 'step', 'step', 'step', 'result'],
+	);
+	const last = lines.at(-1) as Record<string, unknown>;
+	t.is(last['text'], expected.text);
+	t.is(last['seed'], '7');
+	t.deepEqual(last['tokens'], Array.from(expected.tokens));
+});
+
+test('generate fills a gap and finds a length', async (t) => {
+	const filled = await run(['generate', modelPath, '--prefix', 'A', '--suffix', ' B', '--length', '3', '--json']);
+	t.is(filled.code, 0, filled.stderr);
+	const { sequence } = JSON.parse(filled.stdout.trimEnd().split('\n').at(-1) as string) as { sequence: number[] };
+	t.is(sequence.length, 5);
+	const variable = await run([
+		'generate',
+		modelPath,
+		'A',
+		'--max-length',
+		'9',
+		'--length-method',
+		'block',
+		'--length-block',
+		'4',
+	]);
+	t.is(variable.code, 0, variable.stderr);
+});
+
+test('wrong usage ends with 2 and names what is wrong', async (t) => {
+	for (const [parameters, message] of [
+		[[], /Usage/],
+		[['generate'], /model/],
+		[['generate', modelPath], /prompt/],
+		[['generate', modelPath, 'A', '--suffix', 'B'], /--suffix/],
+		[['generate', modelPath, 'A', '--lenght', '3'], /--lenght/],
+		[['generate', modelPath, 'A', '--length', 'x'], /--length/],
+		[['generate', modelPath, 'A', '--length', '-1'], /length is -1/],
+		[['generate', modelPath, 'A', '--length', '3', '--max-length', '4'], /--max-length/],
+		[['generate', modelPath, 'A', '--sampler', 'greedy'], /greedy/],
+		[['generate', modelPath, ''], /empty/],
+		[['fly'], /fly/],
+	] as [string[], RegExp][]) {
+		const { code, stderr, stdout } = await run(parameters);
+		t.is(code, 2, parameters.join(' '));
+		t.regex(stderr, message);
+		t.is(stdout, '');
+	}
+});
+
+test('a failure ends with 1 and its code', async (t) => {
+	const { code, stderr } = await run(['generate', join(folder, 'nowhere'), 'A']);
+	t.is(code, 1);
+	t.regex(stderr, /ERR_DN_/);
+	const unwritable = await run(['generate', modelPath, 'A', '--trace', join(folder, 'no', 'trace')]);
+	t.is(unwritable.code, 1);
+	t.regex(unwritable.stderr, /trace/);
+});
+
+test('--help and --version end with 0 and say everything', async (t) => {
+	const help = await run(['generate', '--help']);
+	t.is(help.code, 0);
+	for (const word of ['--sampler', '--temperature', '--json', '--trace', 'Ctrl-C'])
+		t.true(help.stdout.includes(word), word);
+	const version = await run(['--version']);
+	t.is(version.stdout.trim(), info().version);
+});
+
+test('Ctrl-C stops after the current step', async (t) => {
+	let sent = false;
+	const { code, stdout, stderr } = await run(
+		['generate', modelPath, 'Hello', '--length', '500', '--steps', '500', '--json'],
+		(text, kill) => {
+			if (sent || text.split('\n').length < 3) return;
+			sent = true;
+			kill('SIGINT');
+		},
+	);
+	t.is(code, 130);
+	t.is(stderr, 'interrupted\n');
+	t.false(stdout.includes('"result"'));
+});

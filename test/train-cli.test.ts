@@ -1,0 +1,328 @@
+import { spawn } from 'node:child_process';
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+import test from 'ava';
+import { Tokenizer } from 'diffusion-native';
+
+import { originalConfigKeys, parseRunConfig } from '../lib/cli/train-config.js';
+
+const root = mkdtempSync(join(tmpdir(), 'dn-train-cli-'));
+test.after.always(() => rmSync(root, { recursive: true, force: true }));
+const program = fileURLToPath(new URL('./helpers/train-cli.js', import.meta.url));
+
+interface Ended {
+	code: number | null;
+	stdout: string;
+	stderr: string;
+}
+
+/** Runs a command; `onOutput` may send it a signal. */
+function run(args: string[], onOutput?: (stdout: string, interrupt: () => void) => void): Promise<Ended> {
+	return new Promise((resolve, reject) => {
+		const child = spawn(process.execPath, [program, ...args], { cwd: root, stdio: ['ignore', 'pipe', 'pipe'] });
+		let stdout = '';
+		let stderr = '';
+		child.stdout.setEncoding('utf8').on('data', (chunk: string) => {
+			stdout += chunk;
+			onOutput?.(stdout, () => child.kill('SIGINT'));
+		});
+		child.stderr.setEncoding('utf8').on('data', (chunk: string) => {
+			stderr += chunk;
+		});
+		child.on('error', reject);
+		child.on('close', (code) => resolve({ code, stdout, stderr }));
+	});
+}
+
+test('own keys pass through; a typo is an error that suggests the right key', (t) => {
+	const { config, mapped } = parseRunConfig({
+		model: 'm',
+		data: 'd.bin',
+		maxSteps: 5,
+		learningRate: { kind: 'constant', peak: 1 },
+		seed: 3,
+		device: 'cpu',
+	});
+	t.deepEqual(config, {
+		model: 'm',
+		data: 'd.bin',
+		maxSteps: 5,
+		learningRate: { kind: 'constant', peak: 1 },
+		seed: 3,
+		device: 'cpu',
+	});
+	t.deepEqual(mapped, []);
+	t.throws(() => parseRunConfig({ maxStep: 5 }), {
+		code: 'ERR_DN_ARGUMENT',
+		message: /maxStep is not a key.*did you mean 'maxSteps'/,
+	});
+	t.throws(() => parseRunConfig({ attn_anealing_steps: 5 }), { message: /did you mean 'attn_annealing_steps'/ });
+	t.throws(() => parseRunConfig({ checkpoint: { dri: 'x' } }), { message: /checkpoint\.dri.*did you mean 'dir'/ });
+	t.throws(() => parseRunConfig({ zzzzzzzz: 1 }), { message: /^zzzzzzzz is not a key of the configuration$/ });
+	t.throws(() => parseRunConfig({ maxSteps: '5' }), { message: /maxSteps is "5", expected a number/ });
+	t.throws(() => parseRunConfig([]), { message: /not a JSON object/ });
+});
+
+test("the original project's configuration becomes ours, key by key", (t) => {
+	const { config, mapped } = parseRunConfig({
+		pipeline: 'diffusion',
+		attn_annealing_steps: 500,
+		mask_id: 10541,
+		init_from: 'gpt2',
+		memmap_path: './owt.bin',
+		context_length: 512,
+		n_embd: 768,
+		n_epochs: 2,
+		n_steps: 9000,
+		batch_size: 4,
+		accumulate_grad: 8,
+		grad_clip: 1,
+		betas: [0.9, 0.99],
+		weight_decay: 0.1,
+		max_lr: 1e-3,
+		warmup_pct: 0.2,
+		div_factor: 10,
+		final_div_factor: 100,
+		val_test_perc: 0.05,
+		val_check_interval: 800,
+		save_dir: './out',
+		wandb: true,
+		device: 'mps',
+		seed: 42,
+		top_k: 40,
+	});
+	t.like(config, {
+		objective: 'diffusion',
+		model: 'gpt2',
+		data: './owt.bin',
+		context: 512,
+		epochs: 2,
+		maxSteps: 9000,
+		batchSize: 4,
+		accumulate: 8,
+		gradClip: 1,
+		betas: [0.9, 0.99],
+		weightDecay: 0.1,
+		validation: 0.05,
+		evalEvery: 100,
+		tensorboard: true,
+		device: 'auto',
+		seed: 42,
+		attentionAnnealing: { steps: 500, kind: 'seed' },
+		config: { maskId: 10541, attention: 'bidirectional' },
+		learningRate: { kind: 'one-cycle', peak: 1e-3, steps: 9000, warmup: 0.2, div: 10, finalDiv: 100 },
+		checkpoint: { dir: './out', every: 100, keepBest: 3 },
+	});
+	t.true(mapped.some((line) => line === "memmap_path: data = './owt.bin'"));
+	t.true(mapped.some((line) => /^top_k: no effect on training/.test(line)));
+	const older = parseRunConfig({
+		max_lr: 6e-4,
+		min_lr: 6e-5,
+		warmup_steps: 800,
+		n_steps: 15000,
+		init_from: '',
+		n_layer: 2,
+		n_embd: 64,
+		n_head: 2,
+	});
+	t.like(older.config, {
+		objective: 'autoregressive',
+		learningRate: { kind: 'cosine', peak: 6e-4, final: 6e-5, warmupSteps: 800, steps: 9000 },
+		scratch: { layers: 2, heads: 2, channels: 64, vocab: 50257 },
+		accumulate: 16,
+	});
+	t.like(parseRunConfig({ init_from: 'runs/a', resume_training: true }).config, { resume: 'runs/a' });
+	t.throws(() => parseRunConfig({ init_from: 'epoch_1.ckpt' }), { message: /Lightning checkpoint/ });
+	t.throws(() => parseRunConfig({ pipeline: 'gan' }), { message: /'arm', 'diffusion'/ });
+	// Own keys win.
+	t.like(parseRunConfig({ n_steps: 10, maxSteps: 7 }).config, { maxSteps: 7 });
+});
+
+test('every original key is accepted and says what became of it', (t) => {
+	const documented = [
+		'pipeline',
+		'attn_annealing_steps',
+		'mask_id',
+		'init_from',
+		'resume_training',
+		'memmap_path',
+		'context_length',
+		'n_embd',
+		'n_layer',
+		'n_head',
+		'n_epochs',
+		'n_steps',
+		'batch_size',
+		'accumulate_grad',
+		'grad_clip',
+		'betas',
+		'weight_decay',
+		'max_lr',
+		'warmup_pct',
+		'div_factor',
+		'final_div_factor',
+		'mask_ratio',
+		'pad_id',
+		'mask_value',
+		'val_test_tokens',
+		'val_test_perc',
+		'enable_checkpointing',
+		'save_dir',
+		'val_check_interval',
+		'wandb',
+		'run_name',
+		'project_name',
+		'user_prompt',
+		'n_samples',
+		'temperature',
+		'max_new_tokens',
+		'top_k',
+		'diffusion_steps',
+		'min_lr',
+		'warmup_steps',
+		'lr_decay_fraction_n_steps',
+		'eos_token_id',
+		'pad_token_id',
+		'padded_dataset',
+		'pad_masked_perc',
+		'pad_annealing_samples',
+		'pad_annealing_steps',
+		'use_pad_head',
+		'use_eos_head',
+		'denoising_strategy',
+		'repetition_penalty',
+		'do_sample',
+		'random_mask_prob',
+		'eos_window_max',
+		'window_annealing_steps',
+		'device',
+		'seed',
+		'task_type',
+		'llada_train_path',
+		'llada_test_path',
+		'ckpt_path_for_eval',
+		'test_data_path_for_eval',
+		'eval_batch_size',
+		'wandb_eval',
+		'wandb_eval_run_name_suffix',
+		'pretrained_model_name',
+		'hidden_size',
+		'pos_weight',
+		'embedding_dir',
+		'cache_dir',
+		'learning_rate',
+		'epochs',
+		'max_steps',
+		'patience',
+		'min_delta',
+		'monitor',
+	];
+	const strings = new Set(['memmap_path', 'save_dir', 'device', 'init_from', 'cache_dir']);
+	for (const key of documented) {
+		if (key === 'epochs') continue;
+		t.true(originalConfigKeys.includes(key), key);
+		const value =
+			key === 'pipeline'
+				? 'arm'
+				: strings.has(key)
+					? 'cpu'
+					: key === 'betas'
+						? [0.9, 0.95]
+						: key === 'resume_training'
+							? false
+							: 1;
+		const { mapped } = parseRunConfig({ n_steps: 5, [key]: value });
+		if (key !== 'betas' && key !== 'seed')
+			t.true(
+				mapped.some((line) => line.startsWith(`${key}: `)),
+				key,
+			);
+	}
+});
+
+test.serial('prepare with a tokenizer of its own, train, Ctrl-C, resume', async (t) => {
+	const words = ['red', 'green', 'blue', 'one', 'two', 'three'];
+	const rows = Array.from({ length: 120 }, (_, i) => ({
+		prompt: `${words[i % 6]} ${i}:`,
+		answer: `${words[(i + 1) % 6]} then ${words[(i + 2) % 6]}`,
+	}));
+	writeFileSync(join(root, 'pairs.jsonl'), rows.map((row) => JSON.stringify(row)).join('\n'));
+	const prepared = await run([
+		'prepare',
+		'pairs.jsonl',
+		'--out',
+		'train.bin',
+		'--format',
+		'pairs',
+		'--context',
+		'32',
+		'--tokenizer',
+		'tok.json',
+		'--train-tokenizer',
+		'290',
+		'--validation',
+		'0.2',
+		'--padding',
+		'random:4',
+		'--json',
+	]);
+	t.is(prepared.code, 0, prepared.stderr);
+	t.is(Tokenizer.fromFile(join(root, 'tok.json')).vocabSize, 290);
+	t.true(prepared.stdout.includes('"format":"pairs"'));
+	const config = {
+		scratch: { layers: 1, heads: 2, channels: 32, vocab: 290, context: 32, eosId: 288, maskId: 289 },
+		tokenizer: 'tok.json',
+		data: 'train.bin',
+		validation: 'train.validation.bin',
+		maxSteps: 100000,
+		batchSize: 4,
+		device: 'cpu',
+		threads: 1,
+		checkpoint: { dir: 'run', every: 50000 },
+		tensorboard: true,
+	};
+	writeFileSync(join(root, 'run.json'), JSON.stringify(config));
+	let sent = false;
+	const stopped = await run(['train', '--config', 'run.json', '--json'], (stdout, interrupt) => {
+		if (sent || stdout.split('\n').length < 4) return;
+		sent = true;
+		interrupt();
+	});
+	t.is(stopped.code, 0, stopped.stderr);
+	t.regex(stopped.stderr, /saved run\/step-\d+/);
+	const lines = stopped.stdout
+		.trim()
+		.split('\n')
+		.map((line) => JSON.parse(line) as { step: number; loss: number });
+	const last = lines.at(-1)?.step as number;
+	t.true(last >= 3 && last < 100000);
+	t.deepEqual(readdirSync(join(root, 'run')).sort(), [
+		'metrics.jsonl',
+		`step-${String(last).padStart(8, '0')}`,
+		'tensorboard',
+	]);
+	config.maxSteps = last + 2;
+	writeFileSync(join(root, 'run.json'), JSON.stringify({ maxSteps: last + 2, device: 'cpu' }));
+	const resumed = await run(['train', '--config', 'run.json', '--resume', 'run']);
+	t.is(resumed.code, 0, resumed.stderr);
+	t.regex(resumed.stderr, new RegExp(`step ${last + 2}/${last + 2} .*validation`));
+	t.is(
+		readFileSync(join(root, 'run', 'metrics.jsonl'), 'utf8')
+			.trim()
+			.split('\n').length,
+		last + 2,
+	);
+});
+
+test.serial('wrong use is told', async (t) => {
+	writeFileSync(join(root, 'typo.json'), '{"maxStep":3}');
+	const typo = await run(['train', '--config', 'typo.json']);
+	t.is(typo.code, 1);
+	t.regex(typo.stderr, /did you mean 'maxSteps'/);
+	t.regex((await run(['train'])).stderr, /needs --config or --resume/);
+	t.regex((await run(['train', '--resume', 'nothing'])).stderr, /nothing holds no checkpoint/);
+	t.regex((await run(['prepare', 'missing.txt', '--out', 'x.bin'])).stderr, /missing\.txt cannot be read/);
+});
