@@ -8,7 +8,7 @@ import { lambada } from './eval/lambada.js';
 import { likelihood } from './eval/likelihood.js';
 import { multipleChoice } from './eval/multiple-choice.js';
 import { nelbo } from './eval/nelbo.js';
-import type { CommonResult, EvaluationData, Metric, Metrics } from './eval/options.js';
+import type { EvaluationData, EvaluationResult, Metric, Metrics } from './eval/options.js';
 import { perplexity } from './eval/perplexity.js';
 import { DiffuGPT } from './model.js';
 
@@ -78,7 +78,7 @@ export async function evaluate<M extends Metric>(
 	context.signal?.throwIfAborted();
 	const seesFuture = await looksAhead(context);
 	const result = await entry.run(context, data, own);
-	const shared: Pick<CommonResult, 'seed' | 'ms' | 'seesFuture'> = {
+	const shared: Pick<EvaluationResult, 'seed' | 'ms' | 'seesFuture'> = {
 		seed: context.seed,
 		ms: performance.now() - begin,
 		seesFuture,

@@ -14,6 +14,8 @@ export {
 	prepare,
 	validationPath,
 } from './data/prepare.js';
+export type * from './eval/options.js';
+export { evaluate, metricNames } from './evaluate.js';
 export type { DenoiseStep } from './denoise-loop.js';
 export type { Device, DType } from './device.js';
 export { DiffusionNativeError, type ErrorCode } from './errors.js';

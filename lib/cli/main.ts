@@ -3,6 +3,7 @@
 import { Command, CommanderError } from 'commander';
 
 import { version } from '../info.js';
+import * as evaluate from './eval.js';
 import * as generate from './generate.js';
 import * as info from './info.js';
 import * as prepare from './prepare.js';
@@ -16,7 +17,7 @@ const program = new Command()
 	.showHelpAfterError('(add --help for all options)')
 	.exitOverride();
 
-for (const command of [generate, prepare, train, info]) command.register(program);
+for (const command of [generate, prepare, train, evaluate, info]) command.register(program);
 for (const command of program.commands) command.exitOverride();
 
 try {

@@ -1,0 +1,262 @@
+/** The options and results of `evaluate`, metric by metric, and what every metric is given to work with. */
+import type { TokenDataset } from '../data/dataset.js';
+import type { Padding } from '../data/format.js';
+import type { DiffuGPT } from '../model.js';
+import type { GenerateOptions } from '../options.js';
+import type { Interval } from './statistics.js';
+
+/** A text, or ids where the model has no tokenizer. Texts that belong together are tokenised together. */
+export type TextOrIds = string | Int32Array | readonly number[];
+
+/** A record: an object with the fields that its metric reads. A string is a `{ text }`. */
+export type EvaluationRecord = string | object;
+
+/**
+ * A path (.jsonl; .bin for 'nelbo' and 'perplexity'; for 'lambada' also .txt, one passage per line), a TokenDataset, or
+ * records. Files are read as streams. `null` only for 'generative-perplexity': samples without a prompt.
+ */
+export type EvaluationData =
+	| string
+	| TokenDataset
+	| Iterable<EvaluationRecord>
+	| AsyncIterable<EvaluationRecord>
+	| null;
+
+export interface EvaluationProgress {
+	/** Records (sequences) read so far. */
+	readonly records: number;
+	/** Share of the data read, 0 to 1; undefined: not known. */
+	readonly fraction: number | undefined;
+}
+
+/** Options of every metric. */
+export interface EvaluationOptions {
+	/** The result is a function of the model, the data, the options and this; 0 .. 2^64 - 1. @default 0 */
+	readonly seed?: number | bigint;
+	/** Only the first so many records or sequences. @default all */
+	readonly limit?: number;
+	/** Aborting rejects with `signal.reason`. */
+	readonly signal?: AbortSignal;
+	/** Called after every record. */
+	readonly onProgress?: (progress: EvaluationProgress) => void;
+	/** Called with what was found of each record, in their order. */
+	readonly onRecord?: (record: Readonly<Record<string, unknown>>) => void;
+	/** Most tokens of one forward; changes no result. @default 4096 */
+	readonly batchTokens?: number;
+	/** Names of the fields, by role: `{ prompt: 'question' }`. @default the role's own name or a usual one */
+	readonly columns?: Readonly<Record<string, string>>;
+	/** Text between prompt and answer (context and ending; prefix, middle and suffix), part of what follows it. @default ' ', for 'infilling' '' */
+	readonly separator?: string;
+}
+
+/** Which tokens of a record are scored. */
+export interface SequenceOptions extends EvaluationOptions {
+	/** Close texts and answers with the end token, and score it. Token files are taken as they are. @default true */
+	readonly endToken?: boolean;
+	/** End tokens added after documents and answers; they are scored too. @default 'none' */
+	readonly padding?: Padding;
+	/**
+	 * Tokens by which the windows of a `{ text }` longer than the context advance; a token is scored once, in the first
+	 * window it is in. @default context - 1: one token of overlap
+	 */
+	readonly stride?: number;
+}
+
+export interface NelboOptions extends SequenceOptions {
+	/** Draws per sequence. @default 8 */
+	readonly samples?: number;
+	/** Sequences with at most so many scored tokens are computed exactly, by all their masks; at most 16. @default 0 */
+	readonly enumerate?: number;
+}
+
+export interface LikelihoodOptions extends EvaluationOptions {
+	/** Draws per answer. @default 128 */
+	readonly samples?: number;
+	/** Answers of at most so many tokens are computed exactly, by all their masks; at most 16. @default 8 */
+	readonly enumerate?: number;
+	/** Score the end token after the answer too. @default false */
+	readonly endToken?: boolean;
+}
+
+export type PerplexityOptions = SequenceOptions;
+
+/** Metrics that generate. */
+export interface GenerationOptions extends EvaluationOptions {
+	/** How to generate. The seed of a record is a function of `seed` and its number. */
+	readonly generate?: Omit<GenerateOptions, 'seed' | 'signal'>;
+	/** Generations in flight at once; changes no result. @default 64 */
+	readonly concurrency?: number;
+}
+
+export interface ExactMatchOptions extends GenerationOptions {
+	/**
+	 * What is compared. 'all': the texts, without white space at the ends. 'after-hashes': what follows the last '####',
+	 * without commas (GSM8K); an answer without it is wrong. @default 'all'
+	 */
+	readonly extract?: 'all' | 'after-hashes';
+}
+
+export interface MultipleChoiceOptions extends EvaluationOptions {
+	/** 'weighted': the NELBO of the ending. 'unweighted': DiffuLLaMA's mean over T masking rates. @default 'weighted' */
+	readonly form?: 'weighted' | 'unweighted';
+	/** Draws per ending; of 'unweighted', T. @default 32 */
+	readonly samples?: number;
+	/** Tokenise endings apart from the context and without a space in front, as upstream does. @default false */
+	readonly compat?: boolean;
+}
+
+export type InfillingOptions = GenerationOptions;
+
+export interface LambadaOptions extends GenerationOptions {
+	/** As upstream: drawn at temperature 1, no beginning-of-text token in front. @default false */
+	readonly compat?: boolean;
+}
+
+export interface GenerativePerplexityOptions extends GenerationOptions {
+	/** The causal model that scores the texts. */
+	readonly judge: DiffuGPT;
+	/** Texts without data; with prompts, texts per prompt. @default 64 without data, 1 with */
+	readonly samples?: number;
+	/** Tokens by which the judge's window advances over a text longer than its context. @default half its context */
+	readonly stride?: number;
+}
+
+/** Fields of every result. */
+export interface EvaluationResult {
+	/** Records or sequences that were scored. */
+	readonly records: number;
+	readonly seed: bigint;
+	readonly ms: number;
+	/** Whether a later token changes an earlier hidden state, measured: true for a bidirectional model that is loaded well. */
+	readonly seesFuture: boolean;
+}
+
+/** A mean over tokens. */
+export interface TokenMean {
+	readonly records: number;
+	/** Scored tokens. */
+	readonly tokens: number;
+	/** Nats per token. */
+	readonly mean: number;
+	/** Of the estimate for these very records: the Monte Carlo error, 0 when exact; null: one draw tells none. */
+	readonly standardError: number | null;
+	/** Of the estimate for the source of the records, which are then a sample (includes the above); null for one record. */
+	readonly populationError: number | null;
+}
+
+export interface NelboResult extends EvaluationResult {
+	readonly metric: 'nelbo';
+	/** Negative evidence lower bound, nats per token. */
+	readonly nelbo: number;
+	readonly standardError: number | null;
+	readonly populationError: number | null;
+	/** exp(nelbo). */
+	readonly perplexityBound: number;
+	readonly tokens: number;
+	/** Forwarded sequences. */
+	readonly draws: number;
+	/** By the records' field `kind`, where there is one. */
+	readonly kinds: Readonly<Record<string, TokenMean>>;
+}
+
+export interface LikelihoodResult extends EvaluationResult {
+	readonly metric: 'likelihood';
+	/** Mean over the answers of the bound on log p(answer | prompt), nats. For a causal model it is no bound but exact. */
+	readonly logLikelihood: number;
+	/** Of one answer token. */
+	readonly perToken: number;
+	/** Of `logLikelihood`, the Monte Carlo error; null: one draw tells none. */
+	readonly standardError: number | null;
+	readonly tokens: number;
+	/** Answers computed by all their masks (or, for a causal model, all answers). */
+	readonly exact: number;
+}
+
+export interface PerplexityResult extends EvaluationResult {
+	readonly metric: 'perplexity';
+	/** Mean negative log-likelihood, nats per token. */
+	readonly nll: number;
+	readonly populationError: number | null;
+	/** exp(nll). */
+	readonly perplexity: number;
+	readonly tokens: number;
+	readonly kinds: Readonly<Record<string, TokenMean>>;
+}
+
+/** A share with its Wilson 95 % interval. */
+export interface Rate {
+	readonly count: number;
+	readonly correct: number;
+	readonly rate: number;
+	readonly interval: Interval;
+}
+
+export interface GenerationCosts {
+	/** Mean new tokens before the end token. */
+	readonly meanTokens: number;
+	/** Mean forwards per record. */
+	readonly meanForwards: number;
+	/** New tokens of all records by the time all of it took. */
+	readonly tokensPerSecond: number;
+}
+
+export interface ExactMatchResult extends EvaluationResult, Rate, GenerationCosts {
+	readonly metric: 'exact-match';
+	/** Records whose answer and end token do not fit the length asked for: they cannot be right. */
+	readonly unreachable: number;
+	readonly kinds: Readonly<Record<string, Rate & { readonly meanTokens: number; readonly meanForwards: number }>>;
+}
+
+export interface MultipleChoiceResult extends EvaluationResult, Rate {
+	readonly metric: 'multiple-choice';
+	readonly form: 'weighted' | 'unweighted' | 'autoregressive';
+	/** The ending with the best score per token. */
+	readonly perToken: Rate;
+}
+
+export interface InfillingResult extends EvaluationResult, GenerationCosts {
+	readonly metric: 'infilling';
+	/** Mean F1, 0 to 1. */
+	readonly rouge1: number;
+	readonly rouge2: number;
+	readonly rougeL: number;
+	readonly exactMatch: Rate;
+	/** A causal model saw the prefix only. */
+	readonly prefixOnly: boolean;
+}
+
+export interface LambadaResult extends EvaluationResult, Rate, GenerationCosts {
+	readonly metric: 'lambada';
+}
+
+export interface GenerativePerplexityResult extends EvaluationResult, GenerationCosts {
+	readonly metric: 'generative-perplexity';
+	/** exp of the judge's mean negative log-likelihood per token. */
+	readonly perplexity: number;
+	/** Nats per token. */
+	readonly nll: number;
+	/** Of `nll`, over the texts; null for one text. */
+	readonly populationError: number | null;
+	/** Mean entropy of a text's own token counts, nats: low values betray repetition that the judge likes. */
+	readonly entropy: number;
+	/** Different pairs of neighbouring tokens, by all pairs of all texts. */
+	readonly distinct2: number;
+	/** Tokens the judge scored. */
+	readonly tokens: number;
+	/** Texts that ended at once and have nothing to score. */
+	readonly empty: number;
+}
+
+/** Options and result of each metric. */
+export interface Metrics {
+	nelbo: { options: NelboOptions; result: NelboResult };
+	perplexity: { options: PerplexityOptions; result: PerplexityResult };
+	likelihood: { options: LikelihoodOptions; result: LikelihoodResult };
+	'exact-match': { options: ExactMatchOptions; result: ExactMatchResult };
+	'multiple-choice': { options: MultipleChoiceOptions; result: MultipleChoiceResult };
+	infilling: { options: InfillingOptions; result: InfillingResult };
+	lambada: { options: LambadaOptions; result: LambadaResult };
+	'generative-perplexity': { options: GenerativePerplexityOptions; result: GenerativePerplexityResult };
+}
+
+export type Metric = keyof Metrics;
