@@ -48,7 +48,9 @@
     ],
     "cuda_sources": [],
     "bench_sources": [
-      "native/bench/bench_gemm.cpp"
+      "native/bench/bench_forward.cpp",
+      "native/bench/bench_gemm.cpp",
+      "native/bench/bench_train.cpp"
     ],
     "test_sources": [
       "native/test/fuzz_safetensors.cpp",

@@ -1,8 +1,8 @@
 // Attention: plans the tasks of a call, turns masks into visibility words, and runs the kernels of
-// attention_kernels.h. A forward task is a block of queries of one sequence and a few heads; a backward task
-// is one head of one sequence. No task shares an output with another, and how a call is cut into tasks never
-// changes a result: a query's keys are always visited in the same blocks in the same order, and blocks it
-// does not see leave its sums untouched.
+// attention_kernels.h. A forward task is a block of queries of one sequence and some heads; a backward task
+// is some heads of one sequence. No task shares an output with another, and how a call is cut into tasks
+// never changes a result: a query's keys are always visited in the same blocks in the same order, and blocks
+// it does not see leave its sums untouched.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -25,6 +25,9 @@ constexpr int64_t kMaxQueryBlock =
 constexpr int64_t kMinQueryBlock = 33;
 constexpr int64_t kFewQueries = 4;       // up to here a task waits for memory rather than for arithmetic
 constexpr int64_t kMaskedHeadGroup = 4;  // heads that share the words of masks that are costly to evaluate
+// Rows of q, k and v (or of their gradients) that the heads of a task share, at most: half of L2. A task of
+// several heads finishes whole rows of memory while they are near, and makes the words of a mask once.
+constexpr int64_t kTaskFloats = int64_t{256} << 10;
 
 const AttentionKernels& kernels(const Cpu& cpu) {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -120,16 +123,25 @@ int64_t keys_seen(const AttentionSequence& s, int64_t q) {
   return s.k_len;
 }
 
+// Heads that a task takes of a sequence of T tokens: what fits kTaskFloats, and no more than leaves some four
+// tasks a thread of the `blocks` x NH there are.
+int64_t heads_together(const Cpu& cpu, int64_t T, int64_t HS, int64_t NH, int64_t blocks) {
+  const int64_t fit = kTaskFloats / (3 * HS * std::max<int64_t>(T, 1)),
+                busy = blocks * NH / (4 * cpu.threads);
+  return std::clamp<int64_t>(std::min(fit, busy), 1, NH);
+}
+
 // Cuts sequences into tasks, the most expensive first so that threads finish together. Blocks are as large as
-// keeps all threads busy. Heads go one by one, except where a task would be dominated by what heads can
-// share: words of costly masks, or (few queries against a cache) the memory pages of the key rows.
+// keeps all threads busy. Heads of long sequences go one by one, except where a task would be dominated by
+// what heads can share: words of costly masks, or (few queries against a cache) the memory pages of the key
+// rows.
 void plan_forward(const Cpu& cpu, const AttentionSequence* sequences, int64_t S, const int32_t* positions,
-                  int64_t NH, std::vector<ForwardTask>* tasks) {
-  int64_t block = kMaxQueryBlock;
+                  int64_t NH, int64_t HS, std::vector<ForwardTask>* tasks) {
+  int64_t block = kMaxQueryBlock, count = 0;
   for (;; block /= 2) {
-    int64_t count = 0;
-    for (int64_t s = 0; s < S; ++s) count += blocks_of(sequences[s].q_end - sequences[s].q_begin, block) * NH;
-    if (block <= kMinQueryBlock || count >= 4 * cpu.threads) break;
+    count = 0;
+    for (int64_t s = 0; s < S; ++s) count += blocks_of(sequences[s].q_end - sequences[s].q_begin, block);
+    if (block <= kMinQueryBlock || count * NH >= 4 * cpu.threads) break;
   }
   tasks->clear();
   for (int64_t s = 0; s < S; ++s) {
@@ -138,7 +150,8 @@ void plan_forward(const Cpu& cpu, const AttentionSequence* sequences, int64_t S,
         sequence.mask.kind == MaskKind::kAnnealed || sequence.mask.kind == MaskKind::kMatrix;
     for (int64_t q = sequence.q_begin; q < sequence.q_end; q += block) {
       const int64_t rows = std::min(block, sequence.q_end - q);
-      int64_t group = costly_mask ? kMaskedHeadGroup : 1;
+      int64_t group = heads_together(cpu, std::max(rows, sequence.k_len), HS, NH, count);
+      if (costly_mask) group = std::max(group, kMaskedHeadGroup);
       if (rows <= kFewQueries) group = blocks_of(NH, cpu.threads);
       const int64_t seen = keys_seen(sequence, positions[q + rows - 1]);
       for (int64_t head = 0; head < NH; head += group) {
@@ -271,7 +284,7 @@ void attention_forward(const Cpu& cpu, Tensor out, Tensor lse, Tensor q, Tensor 
 
   const AttentionKernels& k = kernels(cpu);
   static thread_local std::vector<ForwardTask> plan;
-  plan_forward(cpu, sequences, S, query_positions, NH, &plan);
+  plan_forward(cpu, sequences, S, query_positions, NH, C / NH, &plan);
   const ForwardTask* const tasks = plan.data();
   run_tasks(cpu, op, static_cast<int64_t>(plan.size()), [&, tasks](int64_t i) {
     run_forward_task(k, tasks[i], sequences[tasks[i].sequence], query_positions, out, lse, q, kv, NH);
@@ -306,10 +319,14 @@ void attention_backward(const Cpu& cpu, Tensor dqkv, Tensor dout, Tensor qkv, Te
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return sequences[a].k_len > sequences[b].k_len; });
   const AttentionKernels& k = kernels(cpu);
-  run_tasks(cpu, op, S * NH, [&](int64_t i) {
-    const AttentionSequence& sequence = sequences[order[static_cast<size_t>(i / NH)]];
+  const int64_t longest = S > 0 ? sequences[order[0]].k_len : 0;
+  const int64_t group = heads_together(cpu, longest, C / NH, NH, S), groups = blocks_of(NH, group);
+  run_tasks(cpu, op, S * groups, [&](int64_t i) {
+    const AttentionSequence& sequence = sequences[order[static_cast<size_t>(i / groups)]];
     if (sequence.k_len == 0) return;
-    run_backward_task(k, sequence, i % NH, query_positions, dqkv, dout, qkv, out, lse, NH);
+    const int64_t head = i % groups * group, end = std::min(NH, head + group);
+    for (int64_t h = head; h < end; ++h)
+      run_backward_task(k, sequence, h, query_positions, dqkv, dout, qkv, out, lse, NH);
   });
 }
 

@@ -49,7 +49,7 @@ class CpuBackend : public Backend {
   std::unique_ptr<Buffer> alloc(size_t bytes) override { return std::make_unique<CpuBuffer>(bytes); }
   void upload(void* dst, const void* host, size_t bytes) override { std::memcpy(dst, host, bytes); }
   void download(void* host, const void* src, size_t bytes) override { std::memcpy(host, src, bytes); }
-  void zero(void* dst, size_t bytes) override { std::memset(dst, 0, bytes); }
+  void zero(void* dst, size_t bytes) override { cpu::zero(cpu_, dst, bytes); }
   void copy(Tensor dst, Tensor src) override {
     for (int64_t r = 0; r < src.rows; ++r)
       std::memcpy(dst.f32(r), src.f32(r), static_cast<size_t>(src.cols) * sizeof(float));

@@ -175,13 +175,18 @@ void transpose(float* dst, int64_t dst_stride, const float* src, int64_t src_str
   }
 }
 
+// Four rows at a time, along the rows: memory is read as it lies.
 void column_sums(float* sums, const float* src, int64_t src_stride, int64_t rows, int64_t cols) {
-  for (int64_t n = 0; n < cols; n += 8) {
-    const __m256i m = lanes(cols - n);
-    __m256 sum = _mm256_maskload_ps(sums + n, m);
-    for (int64_t r = 0; r < rows; ++r)
-      sum = _mm256_add_ps(sum, _mm256_maskload_ps(src + r * src_stride + n, m));
-    _mm256_maskstore_ps(sums + n, m, sum);
+  for (int64_t r = 0; r < rows; r += 4) {
+    const float* const row = src + r * src_stride;
+    const int64_t count = rows - r < 4 ? rows - r : 4;
+    for (int64_t n = 0; n < cols; n += 8) {
+      const __m256i m = lanes(cols - n);
+      __m256 sum = _mm256_maskload_ps(sums + n, m);
+      for (int64_t i = 0; i < count; ++i)
+        sum = _mm256_add_ps(sum, _mm256_maskload_ps(row + i * src_stride + n, m));
+      _mm256_maskstore_ps(sums + n, m, sum);
+    }
   }
 }
 

@@ -114,13 +114,30 @@ void transpose(float* dst, int64_t dst_stride, const float* src, int64_t src_str
   }
 }
 
+// Four rows at a time, along the rows: memory is read as it lies.
 void column_sums(float* sums, const float* src, int64_t src_stride, int64_t rows, int64_t cols) {
-  for (int64_t n = 0; n < cols; n += 16) {
-    const __mmask16 m = lanes(cols - n);
-    __m512 sum = _mm512_maskz_loadu_ps(m, sums + n);
-    for (int64_t r = 0; r < rows; ++r)
-      sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(m, src + r * src_stride + n));
-    _mm512_mask_storeu_ps(sums + n, m, sum);
+  for (int64_t r = 0; r < rows; r += 4) {
+    const float* const row = src + r * src_stride;
+    const int64_t count = rows - r < 4 ? rows - r : 4;
+    for (int64_t n = 0; n < cols; n += 16) {
+      const __mmask16 m = lanes(cols - n);
+      __m512 sum = _mm512_maskz_loadu_ps(m, sums + n);
+      for (int64_t i = 0; i < count; ++i)
+        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(m, row + i * src_stride + n));
+      _mm512_mask_storeu_ps(sums + n, m, sum);
+    }
+  }
+}
+
+void finish_tile(const GemmFinish& f) {
+  GemmFinish part = f;  // any number of columns
+  for (int64_t n = 0; n < f.cols; n += 32) {
+    part.c = f.c + n;
+    part.cols = f.cols - n < 32 ? f.cols - n : 32;
+    part.bias = f.bias ? f.bias + n : nullptr;
+    part.pre = f.pre ? f.pre + n : nullptr;
+    part.residual = f.residual ? f.residual + n : nullptr;
+    finish_from(part.c, part.c_stride, part);
   }
 }
 

@@ -1,7 +1,7 @@
-// The bf16 matrix product on AMX: operands are rounded to bf16 as they are packed into tiles. A segment of the
-// reduction at a time, B is packed once for all rows and A in chunks of rows that stay in L2 while they meet every
-// column. An element is one chain over the reduction, a segment continuing where the last one stored; rows past the
-// end are zero rows of a tile, so a row's numbers never depend on its neighbours.
+// The bf16 matrix product on AMX: operands are rounded to bf16 as they are packed into tiles. A segment of
+// the reduction at a time, B is packed once for all rows and A in chunks of rows that stay in L2 while they
+// meet every column. An element is one chain over the reduction, a segment continuing where the last one
+// stored; rows past the end are zero rows of a tile, so a row's numbers never depend on its neighbours.
 
 #include <algorithm>
 
@@ -11,18 +11,19 @@
 namespace dn::cpu {
 namespace {
 
-constexpr int64_t kWholeDepth = 4096;               // reductions up to here are one segment
-constexpr int64_t kSegment = 1024;                  // of longer ones
-constexpr int64_t kPackedB = int64_t{8} << 20;      // numbers of B packed at a time: 16 MB
-constexpr int64_t kPackedA = int64_t{512} << 10;    // numbers of A packed at a time for each thread: 1 MB
+constexpr int64_t kWholeDepth = 4096;                  // reductions up to here are one segment
+constexpr int64_t kSegment = 1024;                     // of longer ones
+constexpr int64_t kPackedB = int64_t{8} << 20;         // numbers of B packed at a time: 16 MB
+constexpr int64_t kPackedA = int64_t{512} << 10;       // numbers of A packed at a time for each thread: 1 MB
 constexpr int64_t kGroupNumbers = int64_t{256} << 10;  // of B that a task meets rows with: 512 KB, in L2
-constexpr int64_t kPackAlone = 32768;  // fewer numbers are packed by the caller: a parallel region would cost more
+constexpr int64_t kPackAlone =
+    32768;  // fewer numbers are packed by the caller: a parallel region would cost more
 constexpr int64_t kTasksPerThread = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows [m, m + rows) times columns [n, n + cols) over [k, k + depth) of the reduction. Packed A: [strip of 16 rows]
-// [step] tiles; packed B: [panel][step][half] tiles.
+// Rows [m, m + rows) times columns [n, n + cols) over [k, k + depth) of the reduction. Packed A: [strip of 16
+// rows] [step] tiles; packed B: [panel][step][half] tiles.
 struct Block {
   const GemmProduct& p;
   int64_t k, depth;
@@ -38,8 +39,8 @@ struct Block {
   uint16_t* panel(int64_t index) const { return b + index * steps() * 2 * kAmxTile; }
 };
 
-// The unit of packing: what lies together in memory. One strip, panel half or, where rows of the operand run across
-// the reduction, one step of all strips or halves.
+// The unit of packing: what lies together in memory. One strip, panel half or, where rows of the operand run
+// across the reduction, one step of all strips or halves.
 int64_t pack_a_tasks(const Block& x) {
   return x.p.a_layout == GemmLayout::kTransposed ? x.steps() : x.strips();
 }
@@ -51,13 +52,15 @@ void pack_a(const Block& x, int64_t task) {
     const float* const src = p.a + (x.k + d) * p.a_stride + x.m;
     for (int64_t s = 0; s < x.strips(); ++s) {
       const int64_t count = std::min(kAmxRows, x.rows - s * kAmxRows);
-      kGemmAmx.pack_columns(x.strip(s) + task * kAmxTile, kAmxTile, src + s * kAmxRows, p.a_stride, count, depth, true);
+      kGemmAmx.pack_columns(x.strip(s) + task * kAmxTile, kAmxTile, src + s * kAmxRows, p.a_stride, count,
+                            depth, true);
     }
     return;
   }
   const int64_t m = x.m + task * kAmxRows, count = std::min(kAmxRows, x.m + x.rows - m);
   const float* rows[kAmxRows] = {};
-  for (int64_t r = 0; r < count; ++r) rows[r] = (p.a_rows ? p.a_rows[m + r] : p.a + (m + r) * p.a_stride) + x.k;
+  for (int64_t r = 0; r < count; ++r)
+    rows[r] = (p.a_rows ? p.a_rows[m + r] : p.a + (m + r) * p.a_stride) + x.k;
   kGemmAmx.pack_rows(x.strip(task), kAmxTile, rows, count, x.depth, false);
 }
 
@@ -89,8 +92,10 @@ void pack_b(const Block& x, int64_t task) {
   kGemmAmx.pack_rows(dst, 2 * kAmxTile, rows, count, x.depth, true);
 }
 
-// Strips [strip_begin, strip_end), two at a time, against panels [panel_begin, panel_end): along the rows of C.
-void multiply(const Block& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin, int64_t panel_end) {
+// Strips [strip_begin, strip_end), two at a time, against panels [panel_begin, panel_end): along the rows of
+// C.
+void multiply(const Block& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
+              int64_t panel_end) {
   const GemmProduct& p = x.p;
   const bool finish = x.k + x.depth == p.K && (p.bias || p.gelu || p.residual);
   for (int64_t s = strip_begin; s < strip_end; s += 2) {
@@ -110,8 +115,8 @@ void multiply(const Block& x, int64_t strip_begin, int64_t strip_end, int64_t pa
                                p.pre ? p.pre + extra : nullptr,
                                p.residual ? p.residual + extra : nullptr,
                                p.extra_stride};
-      kGemmAmx.tile({c, p.c_stride, rows, cols, x.strip(s), two ? x.strip(s + 1) : nullptr, x.panel(panel), x.steps(),
-                     p.accumulate || x.k > 0, finish ? &then : nullptr});
+      kGemmAmx.tile({c, p.c_stride, rows, cols, x.strip(s), two ? x.strip(s + 1) : nullptr, x.panel(panel),
+                     x.steps(), p.accumulate || x.k > 0, finish ? &then : nullptr});
     }
   }
 }
@@ -126,8 +131,8 @@ void multiply_block(const Cpu& cpu, const Block& x) {
   parallel(cpu.threads, groups * parts, [&](int64_t task, int) {
     const int64_t part = task % parts, g = task / parts;
     kGemmAmx.begin();
-    multiply(x, pairs * part / parts * 2, std::min(x.strips(), pairs * (part + 1) / parts * 2), x.panels() * g / groups,
-             x.panels() * (g + 1) / groups);
+    multiply(x, pairs * part / parts * 2, std::min(x.strips(), pairs * (part + 1) / parts * 2),
+             x.panels() * g / groups, x.panels() * (g + 1) / groups);
     kGemmAmx.end();
   });
 }
@@ -137,7 +142,8 @@ void multiply_block(const Cpu& cpu, const Block& x) {
 void gemm_bf16(const Cpu& cpu, const GemmProduct& p) {
   const int64_t deepest = p.K <= kWholeDepth ? p.K : kSegment, steps = ceil_div(deepest, kAmxStep);
   const int64_t most_cols =
-      std::min(ceil_div(p.N, kGemmPanel), std::max<int64_t>(1, kPackedB / (steps * 2 * kAmxTile))) * kGemmPanel;
+      std::min(ceil_div(p.N, kGemmPanel), std::max<int64_t>(1, kPackedB / (steps * 2 * kAmxTile))) *
+      kGemmPanel;
   const int64_t most_pairs = std::max<int64_t>(2, kPackedA * cpu.threads / (steps * 2 * kAmxTile));
   const int64_t most_rows = std::min(ceil_div(p.M, 2 * kAmxRows), most_pairs) * 2 * kAmxRows;
   uint16_t* const b = reinterpret_cast<uint16_t*>(
@@ -152,9 +158,8 @@ void gemm_bf16(const Cpu& cpu, const GemmProduct& p) {
         const Block x = {p, k, depth, n, cols, m, std::min(most_rows, p.M - m), a, b};
         const int64_t b_tasks = m == 0 ? pack_b_tasks(x) : 0, a_tasks = pack_a_tasks(x);
         const int64_t numbers = (x.rows + (m == 0 ? cols : 0)) * depth;
-        parallel(numbers <= kPackAlone ? 1 : cpu.threads, b_tasks + a_tasks, [&](int64_t task, int) {
-          task < b_tasks ? pack_b(x, task) : pack_a(x, task - b_tasks);
-        });
+        parallel(numbers <= kPackAlone ? 1 : cpu.threads, b_tasks + a_tasks,
+                 [&](int64_t task, int) { task < b_tasks ? pack_b(x, task) : pack_a(x, task - b_tasks); });
         multiply_block(cpu, x);
       }
     }

@@ -68,7 +68,8 @@ constexpr int64_t kAmxStep = 32;
 constexpr int64_t kAmxRows = 16;
 constexpr int64_t kAmxTile = 512;  // numbers in a tile
 
-// c (rows <= 32, cols <= kGemmPanel) = or += A B over `steps` steps, then what `finish` says of the same cells.
+// c (rows <= 32, cols <= kGemmPanel) = or += A B over `steps` steps, then what `finish` says of the same
+// cells.
 struct AmxTile {
   float* c;
   int64_t c_stride;

@@ -22,9 +22,10 @@
 namespace dn::cpu {
 namespace {
 
-// Logits held at a time. More rows per chunk read the (V, C) weight less often; 167 rows at V = 50257.
-constexpr int64_t kChunkBytes = int64_t{32} << 20;
-constexpr int64_t kMinChunkRows = 16;
+// Logits held at a time: 16 MB, which stay near while they are worked on, but no fewer than 256 rows, since
+// every chunk reads the (V, C) weight, and in training its gradient, once more. 51 MB at V = 50257.
+constexpr int64_t kChunkBytes = int64_t{16} << 20;
+constexpr int64_t kMinChunkRows = 256;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -229,7 +230,8 @@ void head_cross_entropy(const Cpu& cpu, float* losses, Tensor dhidden, Tensor dw
   if (R == 0) return;
 
   const HeadKernels& kernels = head_kernels(cpu.isa);
-  const int64_t stride = chunk_stride(V), chunk = std::min(R, chunk_rows(V));
+  const int64_t stride = chunk_stride(V), chunks = (R + chunk_rows(V) - 1) / chunk_rows(V);
+  const int64_t chunk = (R + chunks - 1) / chunks;  // of equal size
   const int64_t tiles = round_up(head_tiles(V), 16);
   const int threads = std::max(1, cpu.threads);
   Scratch scratch(chunk * stride + threads * 3 * tiles + 2 * chunk * round_up(C, 16) + round_up(chunk, 16));

@@ -12,8 +12,7 @@
 namespace dn::cpu {
 namespace {
 
-constexpr int64_t kSumColumns = 64;  // columns of dbias a task takes
-constexpr int64_t kSumRows = 256;    // rows summed before they join the total
+constexpr int64_t kSumRows = 64;  // rows whose columns a task of dbias sums
 
 [[noreturn]] void refuse(const char* op, const std::string& what) {
   throw Error(Code::kArgument, std::string(op) + ": " + what);
@@ -155,15 +154,14 @@ void matmul_backward(const Cpu& cpu, Tensor dinp, Tensor dweight, Tensor dbias, 
   if (dbias) {
     check_tensor(op, "dbias", dbias, 1, w.N);
     const GemmKernels& kernels = gemm_kernels(cpu.isa);
-    parallel(cpu.threads, (w.N + kSumColumns - 1) / kSumColumns, [&](int64_t task, int) {
-      const int64_t n = task * kSumColumns, cols = std::min(kSumColumns, w.N - n);
-      float* const total = dbias.f32() + n;
-      for (int64_t m = 0; m < M; m += kSumRows) {
-        float sums[kSumColumns] = {};
-        kernels.column_sums(sums, dout.f32(m) + n, dout.stride, std::min(kSumRows, M - m), cols);
-        for (int64_t i = 0; i < cols; ++i) total[i] += sums[i];
-      }
+    const int64_t chunks = (M + kSumRows - 1) / kSumRows;
+    float* const sums = gemm_scratch(chunks * w.N);  // of every chunk, added in order afterwards
+    std::fill(sums, sums + chunks * w.N, 0.0f);
+    parallel(cpu.threads, chunks, [&](int64_t chunk, int) {
+      const int64_t m = chunk * kSumRows;
+      kernels.column_sums(sums + chunk * w.N, dout.f32(m), dout.stride, std::min(kSumRows, M - m), w.N);
     });
+    kernels.column_sums(dbias.f32(), sums, w.N, chunks, w.N);
   }
 }
 

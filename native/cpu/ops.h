@@ -40,6 +40,7 @@ void gelu_forward(const Cpu& cpu, Tensor out, Tensor inp);
 void gelu_backward(const Cpu& cpu, Tensor dinp, Tensor dout, Tensor inp);
 void adamw(const Cpu& cpu, float* params, const float* gradients, float* m, float* v, int64_t n,
            const AdamWStep& step);
+void zero(const Cpu& cpu, void* dst, size_t bytes);
 double sum_of_squares(const Cpu& cpu, const float* gradients, int64_t n);
 
 // attention.cpp

@@ -3,6 +3,7 @@
 // rows are added into one place, either every task owns its own columns, or rows are added in chunks of a
 // fixed size that are combined in order: never in an order that depends on threads.
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -14,8 +15,9 @@
 namespace dn::cpu {
 namespace {
 
-constexpr int64_t kElementsPerTask = 16384;  // 64 KiB: well above the cost of handing out a task
-constexpr int64_t kColumnsPerTask = 64;      // embedding_backward: four cache lines of every row
+constexpr int64_t kElementsPerTask = 16384;          // 64 KiB: well above the cost of handing out a task
+constexpr size_t kStreamedBytes = size_t{16} << 20;  // zero: larger memory does not stay in the caches anyway
+constexpr int64_t kColumnsPerTask = 64;              // embedding_backward: four cache lines of every row
 constexpr int64_t kRowsPerChunk = 64;  // layernorm_backward: rows that share one partial dweight and dbias
 
 const RowsKernels& kernels(const Cpu& cpu) {
@@ -176,6 +178,18 @@ void adamw(const Cpu& cpu, float* params, const float* gradients, float* m, floa
   parallel_ranges(cpu, n, 1, [&](int64_t first, int64_t count) {
     k.adamw(params + first, gradients + first, m + first, v + first, count, &c);
   });
+}
+
+void zero(const Cpu& cpu, void* dst, size_t bytes) {
+  if (bytes < kStreamedBytes) {
+    std::memset(dst, 0, bytes);
+    return;
+  }
+  const RowsKernels& k = kernels(cpu);
+  float* const floats = static_cast<float*>(dst);
+  const int64_t n = static_cast<int64_t>(bytes / sizeof(float));
+  parallel_ranges(cpu, n, 1, [&](int64_t first, int64_t count) { k.clear(floats + first, count); });
+  std::memset(floats + n, 0, bytes % sizeof(float));
 }
 
 double sum_of_squares(const Cpu& cpu, const float* gradients, int64_t n) {

@@ -166,9 +166,23 @@ static void adamw(float* params, const float* gradients, float* m, float* v, int
 
 // Widened to double before squaring: neither overflow nor loss for gradients of any size.
 static double sum_of_squares(const float* x, int64_t n) {
-  simd::SquareSum sum;
-  for_each_vector(n, [&](int64_t c, Mask m) { sum.add(simd::load(x + c, m)); });
-  return sum.total();
+  // Four places at once: one alone waits for memory.
+  const int64_t quarter = n / (4 * kLanes) * kLanes;
+  simd::SquareSum sums[4];
+  for (int64_t c = 0; c < quarter; c += kLanes) {
+    for (int i = 0; i < 4; ++i) sums[i].add(simd::load(x + i * quarter + c));
+  }
+  simd::SquareSum rest;
+  for_each_vector(n - 4 * quarter, [&](int64_t c, Mask m) { rest.add(simd::load(x + 4 * quarter + c, m)); });
+  return (sums[0].total() + sums[1].total()) + (sums[2].total() + sums[3].total()) + rest.total();
+}
+
+static void clear(float* out, int64_t n) {
+  int64_t c = 0;
+  for (; c < n && (reinterpret_cast<uintptr_t>(out + c) & (sizeof(Vec) - 1)) != 0; ++c) out[c] = 0;
+  for (; c + kLanes <= n; c += kLanes) simd::stream(out + c, simd::zero());
+  for (; c < n; ++c) out[c] = 0;
+  simd::stream_end();
 }
 
 static void exp_each(float* out, const float* inp, int64_t n) {

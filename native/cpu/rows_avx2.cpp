@@ -3,8 +3,18 @@
 
 namespace dn::cpu {
 
-const RowsKernels kRowsAvx2 = {
-    add,   accumulate,     layernorm_forward, layernorm_backward, gelu_forward, gelu_backward,
-    adamw, sum_of_squares, exp_each,          softmax_exp_each,   log_each,     tanh_each};
+const RowsKernels kRowsAvx2 = {add,
+                               accumulate,
+                               layernorm_forward,
+                               layernorm_backward,
+                               gelu_forward,
+                               gelu_backward,
+                               adamw,
+                               sum_of_squares,
+                               clear,
+                               exp_each,
+                               softmax_exp_each,
+                               log_each,
+                               tanh_each};
 
 }  // namespace dn::cpu

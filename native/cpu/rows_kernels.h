@@ -40,6 +40,8 @@ struct RowsKernels {
   void (*adamw)(float* params, const float* gradients, float* m, float* v, int64_t n,
                 const AdamWConstants* c);
   double (*sum_of_squares)(const float* x, int64_t n);
+  // Zeros for memory that is not needed soon: past the caches where the machine can.
+  void (*clear)(float* out, int64_t n);
 
   // The functions that kernels are built from (simd.inl), element by element, so that tests can see their
   // accuracy.

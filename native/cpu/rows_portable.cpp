@@ -96,6 +96,10 @@ double sum_of_squares(const float* x, int64_t n) {
   return sum;
 }
 
+void clear(float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = 0;
+}
+
 void exp_each(float* out, const float* inp, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = std::exp(inp[i]);
 }
@@ -110,8 +114,18 @@ void tanh_each(float* out, const float* inp, int64_t n) {
 
 }  // namespace
 
-const RowsKernels kRowsPortable = {
-    add,   accumulate,     layernorm_forward, layernorm_backward, gelu_forward, gelu_backward,
-    adamw, sum_of_squares, exp_each,          exp_each,           log_each,     tanh_each};
+const RowsKernels kRowsPortable = {add,
+                                   accumulate,
+                                   layernorm_forward,
+                                   layernorm_backward,
+                                   gelu_forward,
+                                   gelu_backward,
+                                   adamw,
+                                   sum_of_squares,
+                                   clear,
+                                   exp_each,
+                                   exp_each,
+                                   log_each,
+                                   tanh_each};
 
 }  // namespace dn::cpu

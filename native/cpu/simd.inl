@@ -38,6 +38,7 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float x) { return _mm512_set1_ps(x); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }  // past the caches; p aligned
 // The lanes [0, n); n in [0, kLanes].
 inline Mask first_lanes(int n) { return static_cast<Mask>((1u << n) - 1u); }
 // Lane i is on when bit i is set.
@@ -75,6 +76,12 @@ inline Vec split_exponent(Vec x, Vec* e) {
   *e = _mm512_add_ps(_mm512_getexp_ps(x), _mm512_set1_ps(1.0f));
   return _mm512_getmant_ps(x, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_zero);
 }
+// 1 / a within 1 ulp for a and 1 / a normal numbers: an estimate of 14 bits and a Newton step, half the time
+// of a division.
+inline Vec reciprocal(Vec a) {
+  const Vec y = _mm512_rcp14_ps(a);
+  return _mm512_fmadd_ps(y, _mm512_fnmadd_ps(a, y, _mm512_set1_ps(1.0f)), y);
+}
 inline float reduce_add(Vec v) { return _mm512_reduce_add_ps(v); }
 inline float reduce_max(Vec v) { return _mm512_reduce_max_ps(v); }
 
@@ -101,6 +108,7 @@ inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float x) { return _mm256_set1_ps(x); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
 inline Mask first_lanes(int n) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
@@ -151,6 +159,7 @@ inline Vec split_exponent(Vec x, Vec* e) {
   const __m256i mantissa = _mm256_and_si256(bits, _mm256_set1_epi32(0x007FFFFF));
   return _mm256_castsi256_ps(_mm256_or_si256(mantissa, _mm256_set1_epi32(0x3F000000)));
 }
+inline Vec reciprocal(Vec a) { return _mm256_div_ps(_mm256_set1_ps(1.0f), a); }
 inline float reduce_add(Vec v) {
   __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   a = _mm_add_ps(a, _mm_movehl_ps(a, a));
@@ -179,6 +188,9 @@ struct SquareSum {
 };
 
 #endif
+
+// Orders streamed stores before what follows, as other threads see it.
+inline void stream_end() { _mm_sfence(); }
 
 // The first n lanes, the others zero.
 inline Vec load_n(const float* p, int n) { return load(p, first_lanes(n)); }
@@ -282,7 +294,7 @@ inline Vec gelu(Vec u) { return div(u, add(set1(1.0f), exp(sub(zero(), gelu_logi
 // s + u s (1 - s) d(2y)/du, where s = 1 / (1 + e) is the logistic of 2y and 1 - s = e s keeps its digits.
 inline Vec gelu_slope(Vec u) {
   const Vec e = exp(min(set1(87.0f), sub(zero(), gelu_logit(u))));
-  const Vec s = div(set1(1.0f), add(set1(1.0f), e));
+  const Vec s = reciprocal(add(set1(1.0f), e));
   const Vec d = fma(mul(u, u), set1(0.214064449f), set1(1.59576912f));  // d(2y)/du
   return fma(mul(u, d), mul(s, mul(e, s)), s);
 }

@@ -355,13 +355,20 @@ DN_TEST(matmul_rows_and_threads_do_not_matter) {
 // bf16: against the exact product of the rounded inputs, no worse than twice a plain loop over them; and
 // without AMX the bits of fp32.
 DN_TEST(matmul_bf16) {
+  // Several segments of the reduction, several chunks of rows, several groups of columns.
+  const int64_t divided[][3] = {{33, 40, 5000}, {300, 40, 4000}, {5, 2150, 4000}, {5000, 40, 33}};
   Numbers numbers(8);
   for (const Isa isa : isas()) {
-    for (int i = 0; i < 60; ++i) {
+    for (int i = isa == Isa::kAmx ? -4 : 0; i < 60; ++i) {
       const bool large = i < 6;
-      const int64_t M = large ? 40 + 11 * i : numbers.between(1, 70),
-                    N = large ? 300 + i : numbers.between(1, 70);
-      const int64_t K = large ? 500 + 200 * i : numbers.between(1, 70);
+      const int64_t* const shape = i < 0 ? divided[i + 4] : nullptr;
+      const int64_t M = shape   ? shape[0]
+                        : large ? 40 + 11 * i
+                                : numbers.between(1, 70),
+                    N = shape   ? shape[1]
+                        : large ? 300 + i
+                                : numbers.between(1, 70);
+      const int64_t K = shape ? shape[2] : large ? 500 + 200 * i : numbers.between(1, 70);
       std::vector<float> a = numbers.vector(M * K), b = numbers.vector(K * N), g = numbers.vector(M * N);
       const std::vector<float> bt = transposed(b, K, N);
       std::vector<float> ra = a, rb = b, rg = g;

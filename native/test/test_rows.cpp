@@ -404,6 +404,24 @@ DN_TEST(sum_of_squares_is_exact_enough_and_propagates) {
   }
 }
 
+// Every byte asked for and none beside, from any start; from 16 MB on stores go past the caches.
+DN_TEST(zero_clears_what_it_is_told) {
+  std::vector<char> memory(size_t{17} << 20);
+  for (const Isa isa : isas()) {
+    for (const size_t begin : {size_t{0}, size_t{4}, size_t{60}}) {
+      for (const size_t bytes : {size_t{0}, size_t{5}, size_t{1000}, (size_t{16} << 20) + 7}) {
+        std::fill(memory.begin(), memory.end(), char{1});
+        zero({2, isa}, memory.data() + begin, bytes);
+        const size_t kept = static_cast<size_t>(std::count(memory.begin(), memory.end(), char{1}));
+        CHECK(kept == memory.size() - bytes);
+        CHECK(std::count(memory.begin() + static_cast<ptrdiff_t>(begin),
+                         memory.begin() + static_cast<ptrdiff_t>(begin + bytes),
+                         char{0}) == static_cast<ptrdiff_t>(bytes));
+      }
+    }
+  }
+}
+
 DN_TEST(rows_reject_wrong_shapes) {
   Floats x(64), y(64), w(16);
   CHECK_THROWS(layernorm_forward({1, Isa::kPortable}, tensor(y, 4, 16), Tensor(), Tensor(), tensor(x, 4, 16),
