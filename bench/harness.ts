@@ -9,6 +9,8 @@ export interface Work {
 	tokens: number;
 	/** Floating-point operations (two per multiply-add), when the case can count them. */
 	flops?: number;
+	/** Further figures of the last repeat. */
+	extra?: Record<string, number>;
 }
 
 export interface BenchCase {
@@ -20,6 +22,8 @@ export interface BenchCase {
 	setup(): Promise<{ run(): Promise<Work>; teardown(): Promise<void> }>;
 	/** Timed repeats after one warm-up. */
 	repeats: number;
+	/** Takes minutes: runs only when an argument names it. */
+	onlyIfNamed?: boolean;
 }
 
 export interface BenchResult {
@@ -68,6 +72,7 @@ export async function measure(bench: BenchCase): Promise<BenchResult> {
 			gflops: work.flops === undefined ? null : work.flops / median / 1e6,
 			peakRssBytes: process.resourceUsage().maxRSS * 1024,
 			repeats: bench.repeats,
+			...(work.extra ? { extra: work.extra } : {}),
 		};
 	} finally {
 		await teardown();

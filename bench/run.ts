@@ -1,6 +1,6 @@
 /**
  * `npm run bench [-- part of a name] [--json FILE]`: runs the cases whose name contains one of the arguments, prints a table
- * and, with --json, writes { machine, results }.
+ * and, with --json, writes { machine, results }. Cases that take minutes run only when named.
  */
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
@@ -17,7 +17,9 @@ const { values, positionals } = parseArgs({
 	allowPositionals: true,
 });
 const all = [...forwardCases, ...trainStepCases, ...generateCases, eventLoopCase];
-const wanted = all.filter(({ name }) => positionals.length === 0 || positionals.some((part) => name.includes(part)));
+const wanted = all.filter(({ name, onlyIfNamed }) =>
+	positionals.length === 0 ? values.list || !onlyIfNamed : positionals.some((part) => name.includes(part)),
+);
 if (values.list) {
 	for (const { name } of wanted) console.log(name);
 	process.exit(0);

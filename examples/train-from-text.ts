@@ -37,7 +37,9 @@ const trainer = new Trainer(model, {
 });
 for await (const { step, loss, unweighted, tokensPerSecond } of trainer.run()) {
 	if (step % 200 > 0) continue;
-	console.log(`step ${step}: loss ${loss.toFixed(3)}, plain ${unweighted.toFixed(3)}, ${tokensPerSecond.toFixed(0)} tokens/s`);
+	console.log(
+		`step ${step}: loss ${loss.toFixed(3)}, plain ${unweighted.toFixed(3)}, ${tokensPerSecond.toFixed(0)} tokens/s`,
+	);
 	const { text } = await model.generate('The ', { length: 48, steps: 24, seed: step });
 	console.log(text);
 }

@@ -51,6 +51,21 @@ export interface LossOptions {
 	readonly spindle?: SpindleSchedule;
 }
 
+/** The keys of {@link LossOptions}. */
+export const lossOptionNames = [
+	'normalise',
+	'weight',
+	'shift',
+	'attention',
+	'seed',
+	'step',
+	'objective',
+	'timeSampler',
+	'timeRange',
+	'block',
+	'spindle',
+] as const satisfies readonly (keyof LossOptions)[];
+
 export type Objective = 'diffusion' | 'autoregressive' | 'block-diffusion';
 export type TimeSampler = 'uniform' | 'stratified' | 'exact-count';
 
@@ -110,16 +125,19 @@ export function toNativeNoise(config: ModelConfig, options: LossOptions = {}): N
 		objective === 'autoregressive' || config.maskId >= 0,
 		`the objective '${objective}' needs a mask token, and the model has none: pass { config: { maskId } } when loading it`,
 	);
-	const [tMin, tMax] = options.timeRange ?? [1e-3, 1];
+	const range: readonly number[] = options.timeRange ?? [1e-3, 1];
+	const [tMin, tMax] = (Array.isArray(range) ? range : [Number.NaN, Number.NaN]) as [number, number];
 	check(
 		tMin > 0 && tMin <= tMax && tMax <= 1,
-		`timeRange is [${String(tMin)}, ${String(tMax)}], expected 0 < from <= to <= 1`,
+		`timeRange is ${JSON.stringify(range)}, expected [from, to] with 0 < from <= to <= 1`,
 	);
 	const block = objective === 'block-diffusion' ? (options.block ?? 0) : 0;
 	check(
 		objective !== 'block-diffusion' || (Number.isInteger(block) && block > 0),
 		"the objective 'block-diffusion' needs the option block: tokens per block, a positive whole number",
 	);
+	const shift = options.shift ?? config.shift;
+	check(typeof shift === 'boolean', `shift is ${JSON.stringify(shift)}, expected true or false`);
 	const step = options.step ?? 0;
 	check(Number.isInteger(step) && step >= 0 && step < 2 ** 32, `step is ${String(step)}, expected 0 to 2^32 - 1`);
 	const { spindle } = options;
@@ -136,7 +154,7 @@ export function toNativeNoise(config: ModelConfig, options: LossOptions = {}): N
 		timeSampler,
 		normalise,
 		weighted: weight === '1/t',
-		shift: options.shift ?? config.shift,
+		shift,
 		maskId: config.maskId,
 		tMin,
 		tMax,
@@ -157,9 +175,9 @@ export function toNativeNoise(config: ModelConfig, options: LossOptions = {}): N
 export function toNativeTrainBatch(
 	batch: DiffusionBatch,
 	config: Pick<ModelConfig, 'context' | 'vocab'>,
-	place: { firstSequence: number; stepSequences: number } = { firstSequence: 0, stepSequences: batch.tokens.length },
+	place?: { firstSequence: number; stepSequences: number },
 ): NativeTrainBatch {
-	const { tokens, t } = batch;
+	const { tokens, t } = batch ?? {};
 	check(
 		Array.isArray(tokens) && tokens.length > 0,
 		'the batch has no sequences: tokens must hold at least one Int32Array',
@@ -201,7 +219,7 @@ export function toNativeTrainBatch(
 		maskable: flags('maskable', batch.maskable, offsets),
 		mask: flags('mask', batch.mask, offsets),
 		t: t === undefined ? null : Float64Array.from(t),
-		...place,
+		...(place ?? { firstSequence: 0, stepSequences: count }),
 	};
 }
 

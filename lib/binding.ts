@@ -67,6 +67,8 @@ export interface NativeDenoise {
 	counters: Uint32Array;
 	/** Ids whose probability is reported for every row. */
 	watch: Int32Array;
+	/** (K) indices into the listed rows whose raw logits are returned too; null: none. K * V floats are held. */
+	logitRows: Int32Array | null;
 }
 
 export interface NativeStats {
@@ -84,6 +86,8 @@ export interface NativeStats {
 	drawnLogProb: Float32Array;
 	/** (D, watch.length) */
 	watched: Float32Array;
+	/** (K, V) raw logits of `logitRows`; empty when none were asked for. */
+	logits: Float32Array;
 }
 
 /** Clean sequences of one micro-batch and how they are corrupted; see native/core/noise.h. */

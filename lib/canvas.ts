@@ -28,7 +28,10 @@ export class Canvas {
 	holeBegin: number;
 	/** Position after that run. */
 	holeEnd: number;
+	/** First position that a resize moved since whoever caches by position last set this to Infinity. */
+	movedFrom = Number.POSITIVE_INFINITY;
 	#open: number;
+	#generated: Int32Array | undefined;
 
 	/** tokens, open: (T); `hole`: the one run of open positions, or null when they are scattered. */
 	constructor(tokens: Int32Array, open: Uint8Array, hole: { begin: number; end: number } | null, maskId: number) {
@@ -69,11 +72,10 @@ export class Canvas {
 		return Int32Array.from(positions);
 	}
 
-	/** Positions that were or are open, ascending. */
+	/** Positions that were or are open, ascending. Do not write to it: it is kept until the next resize. */
 	generatedPositions(): Int32Array {
-		const positions: number[] = [];
-		for (let i = 0; i < this.length; i++) if (this.state[i] !== State.given) positions.push(i);
-		return Int32Array.from(positions);
+		this.#generated ??= Int32Array.from(this.state.keys()).filter((i) => this.state[i] !== State.given);
+		return this.#generated;
 	}
 
 	commit(position: number, token: number, tentative: boolean): void {
@@ -99,7 +101,9 @@ export class Canvas {
 		this.state = spliced(this.state, at, removed, inserted, State.open);
 		this.tentative = spliced(this.tentative, at, removed, inserted, 0);
 		this.reopened = spliced(this.reopened, at, removed, inserted, 0);
+		this.#generated = undefined;
 		this.holeEnd += inserted - removed;
+		this.movedFrom = Math.min(this.movedFrom, at);
 	}
 }
 

@@ -34,6 +34,9 @@ const gpt2EndOfText = 50256;
 /** Names of the tanh form of GELU. */
 const activations = ['gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'];
 
+/** Fields of `diffusion_native` in config.json. */
+const ownFields = ['family', 'maskId', 'bosId', 'eosId', 'padId', 'shift', 'attention'];
+
 /** Reads and checks `config.json`. @throws `ERR_DN_CHECKPOINT` naming the field. */
 export function readDeclaredConfig(directory: string): DeclaredConfig {
 	const path = join(directory, 'config.json');
@@ -74,10 +77,14 @@ export function readDeclaredConfig(directory: string): DeclaredConfig {
 	must('scale_attn_weights', 'true', (value) => value === true);
 	must('scale_attn_by_inverse_layer_idx', 'false', (value) => value === false);
 	must('add_cross_attention', 'false', (value) => value === false);
+	must('tie_word_embeddings', 'true (the head is the embedding)', (value) => value === true);
+	must('vocab_size', 'a positive whole number', (value) => Number.isInteger(value) && (value as number) > 0);
 
 	const ours = json['diffusion_native'] ?? {};
 	if (typeof ours !== 'object' || Array.isArray(ours)) fail('diffusion_native is not an object');
 	const own = ours as Json;
+	const stray = Object.keys(own).find((key) => !ownFields.includes(key));
+	if (stray !== undefined) fail(`diffusion_native.${stray} is not a known field; expected ${ownFields.join(', ')}`);
 	const id = (key: string, hfKey: string): number | undefined => {
 		const [name, value] = own[key] === undefined ? [hfKey, json[hfKey]] : [`diffusion_native.${key}`, own[key]];
 		if (value === undefined || value === null) return undefined;

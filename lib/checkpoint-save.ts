@@ -10,12 +10,16 @@ import { binding, type NativeModel } from './binding.js';
 import type { ModelConfig } from './config.js';
 import { fromNative } from './errors.js';
 import { replaceDirectory, writeSynced } from './files.js';
+import type { LengthExtras } from './length/extras.js';
+import { lengthFiles, writeLengthFiles } from './length/files.js';
 import type { Tokenizer } from './tokenizer.js';
 
 export interface SaveOptions {
 	native: NativeModel;
 	config: ModelConfig;
 	tokenizer: Tokenizer | undefined;
+	/** Length heads and calibrations that belong to these very weights. @default none */
+	length?: LengthExtras;
 	/** Type of the stored values. F32 is exact. @default 'F32' */
 	dtype?: 'F32' | 'F16' | 'BF16';
 }
@@ -27,7 +31,8 @@ export function isModelFile(name: string): boolean {
 	return (
 		/^(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json$/.test(name) ||
 		/^model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$/.test(name) ||
-		name === 'merges.txt'
+		name === 'merges.txt' ||
+		lengthFiles.includes(name)
 	);
 }
 
@@ -38,7 +43,7 @@ export function isModelFile(name: string): boolean {
  */
 export async function saveCheckpoint(
 	directory: string,
-	{ native, config, tokenizer, dtype = 'F32' }: SaveOptions,
+	{ native, config, tokenizer, length, dtype = 'F32' }: SaveOptions,
 ): Promise<void> {
 	const json = (value: unknown): string => `${JSON.stringify(value, null, 2)}\n`;
 	const fill = async (stage: string): Promise<void> => {
@@ -48,6 +53,7 @@ export async function saveCheckpoint(
 			await writeSynced(join(stage, 'tokenizer.json'), tokenizer.toJSON());
 			await writeSynced(join(stage, 'tokenizer_config.json'), json(tokenizerConfig(config, tokenizer)));
 		}
+		if (length) await writeLengthFiles(stage, length);
 		const tensors = native.parameters.map(({ name, shape }) => ({
 			name: `transformer.${name}`,
 			shape,

@@ -32,7 +32,7 @@ export interface ModelConfig {
 export type ModelConfigInput = Pick<ModelConfig, 'layers' | 'heads' | 'channels' | 'vocab'> & Partial<ModelConfig>;
 
 const sizes = ['layers', 'heads', 'channels', 'context', 'vocab'] as const;
-const ids = ['maskId', 'bosId', 'eosId', 'padId'] as const;
+const ids = ['maskId', 'eosId', 'bosId', 'padId'] as const;
 const fields: ReadonlySet<string> = new Set(['family', 'shift', 'attention', ...sizes, ...ids]);
 
 /**
@@ -43,6 +43,10 @@ const fields: ReadonlySet<string> = new Set(['family', 'shift', 'attention', ...
  * @throws `ERR_DN_ARGUMENT` naming the field.
  */
 export function resolveConfig(input: ModelConfigInput): ModelConfig {
+	check(
+		typeof input === 'object' && input !== null,
+		`the config is ${String(input)}, expected an object with layers, heads, channels and vocab`,
+	);
 	for (const key of Object.keys(input)) check(fields.has(key), `config.${key} is not a known field`);
 	const { layers, heads, channels, vocab } = input;
 	const context = input.context ?? 1024;

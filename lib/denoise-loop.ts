@@ -4,7 +4,7 @@
  */
 import { type Canvas, type Resize, State } from './canvas.js';
 import { check } from './errors.js';
-import type { Look } from './evaluator.js';
+import type { Drift, Look } from './evaluator.js';
 import type { LengthRule } from './length/method.js';
 import type { ResolvedOptions } from './options.js';
 import { decodeCommitted, type TextCodec } from './prompt.js';
@@ -31,6 +31,8 @@ export interface DenoiseStep {
 	provisional?: Int32Array;
 	/** Changes of the canvas, applied one after the other before this step's positions. */
 	resized?: Resize[];
+	/** With `measureDrift`: how far this step's rows are from an exact forward's. */
+	drift?: Drift;
 	/** The generated text so far: committed tokens up to the first end token, open ones left out, whole characters only. */
 	text: string;
 }
@@ -44,8 +46,14 @@ interface Window {
 
 export interface Plan {
 	view: CanvasView;
+	/** What the policy wants to see. */
 	positions: Int32Array;
+	/** What is looked at: `positions`, or every open position when the length method follows them all. */
+	looked: Int32Array;
 	groups: readonly (readonly number[])[];
+	/** Canvas positions [begin, end) that the window spans. */
+	begin: number;
+	end: number;
 	/** The step budget of the window ends here: everything open is committed. */
 	last: boolean;
 }
@@ -99,9 +107,10 @@ export class Loop {
 				if (!this.#grow()) return undefined;
 				continue;
 			}
-			const inside = this.#canvas.generatedPositions().subarray(window.begin, window.end);
-			const open = inside.filter((i) => this.#canvas.isOpen(i));
-			const tentative = inside.filter((i) => this.#canvas.tentative[i] === 1);
+			const inside = part(this.#canvas.generatedPositions(), window.begin, window.end);
+			const { state, tentative: isTentative } = this.#canvas;
+			const open = inside.filter((i) => state[i] === State.open);
+			const tentative = inside.filter((i) => isTentative[i] === 1);
 			if (open.length + tentative.length === 0) {
 				this.#windows.shift();
 				this.#blockStep = 0;
@@ -113,7 +122,12 @@ export class Loop {
 			const { policy } = this.#options;
 			const groups = last ? [] : (policy.verify?.(view) ?? []);
 			const positions = last || !policy.choose ? open : this.#chosen(policy.choose(view), open);
-			if (positions.length + groups.length > 0) return { view, positions, groups, last };
+			if (positions.length + groups.length > 0) {
+				const begin = inside[0] as number;
+				const end = (inside[inside.length - 1] as number) + 1;
+				const looked = this.#rule?.adapt ? this.#canvas.openPositions() : positions;
+				return { view, positions, looked, groups, begin, end, last };
+			}
 			if (last) {
 				// Only tentative tokens are left and the budget is spent: they stand.
 				this.#canvas.tentative.fill(0);
@@ -123,15 +137,17 @@ export class Loop {
 		}
 	}
 
-	/** Applies the policy's decision and describes it. */
-	apply(plan: Plan, look: Look): DenoiseStep {
+	/** Applies the policy's decision and describes it. `all` speaks of `plan.looked`. */
+	apply(plan: Plan, all: Look): DenoiseStep {
 		const canvas = this.#canvas;
-		const stepView: StepView = { ...plan.view, ...pick(look) };
-		const decision = this.#checked(plan, look, this.#options.policy.decide(stepView));
-		const indexOf = new Map(Array.from(look.positions, (position, k) => [position, k]));
+		const look = restrict(all, plan.positions);
+		const decision = this.#checked(plan, look, this.#options.policy.decide(stepView(plan.view, look)));
+		const indexOf = new Map<number, number>();
+		for (let k = 0; k < look.positions.length; k++) indexOf.set(look.positions[k] as number, k);
 		for (const position of decision.reopen ?? []) canvas.reopen(position);
 		for (const position of decision.settle ?? []) canvas.tentative[position] = 0;
-		for (const [j, position] of decision.commit.entries()) {
+		for (let j = 0; j < decision.commit.length; j++) {
+			const position = decision.commit[j] as number;
 			const token = decision.tokens?.[j] ?? (look.drawn[indexOf.get(position) as number] as number);
 			canvas.commit(position, token, decision.tentative ?? false);
 		}
@@ -139,12 +155,12 @@ export class Loop {
 		if (decision.stop) this.#stopped = true;
 		let committed = [...decision.commit].sort((a, b) => a - b);
 		let reopened = [...(decision.reopen ?? [])].sort((a, b) => a - b);
-		const confidence = new Map(committed.map((p) => [p, look.probability[indexOf.get(p) as number] as number]));
-		let guesses: Int32Array | undefined = canvas.tokens.slice();
+		let guesses = canvas.tokens.slice();
 		let guessed = false;
-		for (const [k, position] of look.positions.entries()) {
+		for (let k = 0; k < all.positions.length; k++) {
+			const position = all.positions[k] as number;
 			if (!canvas.isOpen(position)) continue;
-			guesses[position] = look.best[k] as number;
+			guesses[position] = all.best[k] as number;
 			guessed = true;
 		}
 		const cut = this.#cut();
@@ -155,21 +171,33 @@ export class Loop {
 			guesses = Int32Array.from([...guesses.subarray(0, cut.at), ...guesses.subarray(cut.at + cut.removed)]);
 			guessed = canvas.openCount > 0 && guessed;
 		}
+		const confidence = committed.map((position) => look.probability[indexOf.get(position) as number] as number);
+		const change = cut ? undefined : this.#adapt(plan, all);
+		if (change) {
+			const { at, removed, inserted } = change;
+			const moved = (position: number): number => (position < at ? position : position + inserted - removed);
+			committed = committed.map(moved);
+			reopened = reopened.map(moved);
+			const fresh = new Array<number>(inserted).fill(canvas.maskId);
+			guesses = Int32Array.from([...guesses.subarray(0, at), ...fresh, ...guesses.subarray(at + removed)]);
+		}
 		this.#advance();
 		this.#events++;
 		const resized = this.#resized;
 		this.#resized = [];
-		return {
+		const event: DenoiseStep = {
 			step: this.#events,
 			steps: this.#events + this.#stepsLeft(),
 			tokens: canvas.tokens.slice(),
 			committed,
-			confidence: committed.map((position) => confidence.get(position) as number),
+			confidence,
 			reopened,
-			...(guessed ? { provisional: guesses } : {}),
-			...(resized.length > 0 ? { resized } : {}),
-			text: decodeCommitted(canvas, this.#visible(), this.#tokenizer),
+			text: this.#tokenizer ? decodeCommitted(canvas, this.#visible(), this.#tokenizer, this.#growth() > 0) : '',
 		};
+		if (guessed) event.provisional = guesses;
+		if (resized.length > 0) event.resized = resized;
+		if (look.drift) event.drift = look.drift;
+		return event;
 	}
 
 	/** New ids, text, and whether a variable length ended at an end token. */
@@ -191,26 +219,46 @@ export class Loop {
 
 	/** Windows over the generated positions from the `begin`-th on. */
 	#plan(begin: number): void {
-		const { block, steps, isPlanned } = this.#options;
-		const count = this.#canvas.generatedPositions().length - begin;
+		const { steps, isPlanned } = this.#options;
+		const positions = part(this.#canvas.generatedPositions(), begin);
+		const count = positions.length;
 		if (count <= 0) return;
-		const size = Math.min(block ?? count, count);
-		const blocks = Math.ceil(count / size);
+		const bounds = this.#bounds(positions);
+		const blocks = bounds.length - 1;
 		const total = steps ?? (isPlanned ? Math.max(blocks, Math.min(count, 64)) : Number.POSITIVE_INFINITY);
 		for (let b = 0; b < blocks; b++) {
 			this.#windows.push({
-				begin: begin + b * size,
-				end: Math.min(begin + (b + 1) * size, begin + count),
+				begin: begin + (bounds[b] as number),
+				end: begin + (bounds[b + 1] as number),
 				steps: total === Number.POSITIVE_INFINITY ? total : Math.max(1, evenPlan(total, blocks, b)),
 			});
 		}
+	}
+
+	/** Where windows begin among `positions`, and their end: every `block` of them, or with the blocks of the attention. */
+	#bounds(positions: Int32Array): number[] {
+		const { block, blockCausal } = this.#options;
+		const size = Math.min(block ?? positions.length, positions.length);
+		const bounds = [0];
+		for (let k = 1; k < positions.length; k++) {
+			const blockOf = (i: number): number => Math.floor((positions[i] as number) / (blockCausal as number));
+			if (blockCausal === null ? k % size === 0 : blockOf(k) !== blockOf(k - 1)) bounds.push(k);
+		}
+		bounds.push(positions.length);
+		return bounds;
+	}
+
+	/** Open positions that the length rule will add to a canvas that is full. */
+	#growth(): number {
+		const { holeBegin, holeEnd } = this.#canvas;
+		return this.#rule?.grow && this.#endPosition(false) < 0 ? Math.max(0, this.#rule.grow(holeEnd - holeBegin)) : 0;
 	}
 
 	/** Adds open positions when the length rule wants more; false: finished. */
 	#grow(): boolean {
 		const { holeBegin, holeEnd } = this.#canvas;
 		const before = holeEnd - holeBegin;
-		const more = this.#rule?.grow && this.#endPosition(false) < 0 ? this.#rule.grow(before) : 0;
+		const more = this.#growth();
 		if (more <= 0) return false;
 		const resize = { at: holeEnd, removed: 0, inserted: more };
 		this.#canvas.resize(resize);
@@ -221,24 +269,78 @@ export class Loop {
 		return true;
 	}
 
-	/** Early cut: positions after a final end token leave the canvas. */
+	/** Early cut: positions after a final end token leave the canvas, or the tail that the length rule rejects. */
 	#cut(): Resize | undefined {
 		if (!this.#rule) return undefined;
 		const end = this.#endPosition(true);
-		const removed = this.#canvas.holeEnd - (end + 1);
-		if (end < 0 || removed === 0) return undefined;
-		const resize = { at: end + 1, removed, inserted: 0 };
+		const { tokens, holeBegin, holeEnd, openCount, tentative } = this.#canvas;
+		let removed = end < 0 ? 0 : holeEnd - (end + 1);
+		if (end < 0 && openCount === 0 && !tentative.includes(1)) {
+			removed = this.#rule.drop?.(tokens.subarray(holeBegin, holeEnd)) ?? 0;
+			if (removed > 0) this.#stopped = true;
+		}
+		if (removed === 0) return undefined;
+		const resize = { at: holeEnd - removed, removed, inserted: 0 };
 		this.#canvas.resize(resize);
 		this.#resized.push(resize);
 		return resize;
 	}
 
-	/** First committed end token of the gap, -1: none. */
+	/** Lets the length rule change the canvas. The window concerned goes on at the rate of steps it had. */
+	#adapt(plan: Plan, { positions, best, end, probability }: Look): Resize | undefined {
+		const canvas = this.#canvas;
+		const { holeBegin, holeEnd } = canvas;
+		if (!this.#rule?.adapt || this.#endPosition(false) >= 0) return undefined;
+		const change = this.#rule.adapt({
+			positions,
+			open: Uint8Array.from(positions, (position) => Number(canvas.isOpen(position))),
+			isEnd: Uint8Array.from(best, (id) => Number(this.#ends.includes(id))),
+			end,
+			probability,
+			begin: holeBegin,
+			stop: holeEnd,
+			blockBegin: plan.begin,
+			blockEnd: plan.end,
+		});
+		if (!change) return undefined;
+		canvas.resize(change);
+		this.#resized.push(change);
+		this.largest = Math.max(this.largest, canvas.length);
+		this.#fewestOpen = Number.POSITIVE_INFINITY;
+		// What a policy remembers is by position, and positions have moved.
+		for (const key of Object.keys(this.#memory)) delete this.#memory[key];
+		const window = this.#windows[0] as Window;
+		const rate = window.steps / Math.max(1, this.#initialOpen);
+		const delta = change.inserted - change.removed;
+		const inside = change.at - holeBegin < window.end || this.#windows.length === 1;
+		const { block } = this.#options;
+		const following = canvas.holeEnd - holeBegin;
+		if (inside && (change.inserted === 0 || change.at < holeEnd || block === undefined)) {
+			window.end = Math.min(window.end + delta, following);
+		}
+		window.end = Math.min(window.end, following);
+		const open = canvas.openPositions(holeBegin + window.begin, holeBegin + window.end).length;
+		if (inside && window.steps !== Number.POSITIVE_INFINITY) {
+			window.steps = Math.max(1, Math.round(rate * open));
+			// The count of steps begins again with the next one.
+			this.#blockStep = -1;
+		}
+		this.#windows.length = 1;
+		const size = block ?? Math.max(1, following - window.end);
+		for (let begin = window.end; begin < following; begin += size) {
+			const end_ = Math.min(begin + size, following);
+			this.#windows.push({ begin, end: end_, steps: Math.max(1, Math.round(rate * (end_ - begin))) });
+		}
+		return change;
+	}
+
+	/** Committed end token of the gap that closes the text, -1: none. */
 	#endPosition(final: boolean): number {
 		const canvas = this.#canvas;
+		let missing = this.#rule?.ends ?? 1;
 		for (let i = canvas.holeBegin; i >= 0 && i < canvas.holeEnd; i++) {
 			if (canvas.state[i] !== State.committed || (final && canvas.tentative[i])) continue;
-			if (this.#ends.includes(canvas.tokens[i] as number)) return i;
+			if (this.#ends.includes(canvas.tokens[i] as number) && --missing === 0) return i;
 		}
 		return -1;
 	}
@@ -342,18 +444,53 @@ export class Loop {
 	}
 }
 
-/** The fields of a look that a policy sees. */
-function pick(look: Look): Omit<StepView, keyof CanvasView> {
-	const { positions, best, drawn, probability, margin, entropy, drawnLogProb, verified } = look;
+/** What a policy sees after a forward: written out, because it is made at every step. */
+function stepView(view: CanvasView, look: Look): StepView {
 	return {
+		step: view.step,
+		tokens: view.tokens,
+		open: view.open,
+		initialOpen: view.initialOpen,
+		blockStep: view.blockStep,
+		blockSteps: view.blockSteps,
+		tentative: view.tentative,
+		reopened: view.reopened,
+		seed: view.seed,
+		memory: view.memory,
+		positions: look.positions,
+		best: look.best,
+		drawn: look.drawn,
+		probability: look.probability,
+		margin: look.margin,
+		entropy: look.entropy,
+		drawnLogProb: look.drawnLogProb,
+		verified: look.verified,
+		logProbs: look.logProbs,
+	};
+}
+
+/** Entries [begin, end) of an array, itself when these are all. */
+function part(values: Int32Array, begin: number, end = values.length): Int32Array {
+	return begin === 0 && end >= values.length ? values : values.slice(begin, end);
+}
+
+/** The rows of a look that speak of `positions`, all of which were looked at. */
+function restrict(look: Look, positions: Int32Array): Look {
+	if (look.positions.length === positions.length) return look;
+	const indexOf = new Map(Array.from(look.positions, (position, k) => [position, k]));
+	const rows = Array.from(positions, (position) => indexOf.get(position) as number);
+	const ints = (values: Int32Array): Int32Array => Int32Array.from(rows, (k) => values[k] as number);
+	const floats = (values: Float32Array): Float32Array => Float32Array.from(rows, (k) => values[k] as number);
+	return {
+		...look,
 		positions,
-		best,
-		drawn,
-		probability,
-		margin,
-		entropy,
-		drawnLogProb,
-		verified,
-		logProbs: (k) => look.logProbs(k),
+		best: ints(look.best),
+		drawn: ints(look.drawn),
+		probability: floats(look.probability),
+		margin: floats(look.margin),
+		entropy: floats(look.entropy),
+		drawnLogProb: floats(look.drawnLogProb),
+		end: floats(look.end),
+		logProbs: (k) => look.logProbs(rows[k] as number),
 	};
 }

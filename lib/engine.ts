@@ -4,9 +4,10 @@
  * `generate` calls that each await `engine.denoise` are thereby served together, step by step (continuous batching).
  * Nothing here knows what a token means; lib/generate.ts and lib/trainer.ts do.
  */
-import type { NativeBatch, NativeCache, NativeDenoise, NativeMask, NativeModel, NativeParameter } from './binding.js';
+import type { NativeCache, NativeMask, NativeModel, NativeParameter } from './binding.js';
 import type { ModelConfig } from './config.js';
 import { DiffusionNativeError, fromNative } from './errors.js';
+import { logitRowsOf, merge, pickColumns } from './merge.js';
 
 /** One denoising step of one caller: one canvas, or several variants of it (an unconditional twin, verification copies). */
 export interface DenoiseRequest {
@@ -19,12 +20,12 @@ export interface DenoiseRequest {
 	/** One per sequence, or null: no caches. */
 	caches: readonly NativeCache[] | null;
 	mask: NativeMask;
-	/** (R) the sequence of each wanted row. */
-	rowSequence: Int32Array;
+	/** (R) the sequence of each wanted row; null: all of the first. */
+	rowSequence: Int32Array | null;
 	/** (R) network row inside that sequence, 0 .. T - 1. */
 	row: Int32Array;
-	/** (R) the sequence whose same row is the unconditional twin, -1: none. */
-	rowGuide: Int32Array;
+	/** (R) the sequence whose same row is the unconditional twin; null: there are none. */
+	rowGuide: Int32Array | null;
 	/** (R) canvas position that the row speaks of: the counter of its draw. */
 	rowPosition: Int32Array;
 	/** Counter of the draw, together with the position. */
@@ -38,7 +39,7 @@ export interface DenoiseRequest {
 	banned: number;
 	/** Ids whose probability is wanted for every row. */
 	watch: Int32Array;
-	/** Also return the raw network logits of the rows (and of their twins). */
+	/** Also return the raw network logits of the rows (and of their twins): R * V floats. */
 	logits?: boolean;
 }
 
@@ -52,8 +53,9 @@ export interface RowStatistics {
 	drawnLogProb: Float32Array;
 	/** (R, watch.length) */
 	watched: Float32Array;
-	/** (R, V) raw logits, and those of the twins (zeros where there is none), when asked for. */
+	/** (R, V) raw logits, when asked for. */
 	logits?: Float32Array;
+	/** (R, V) those of the twins, when asked for and there are twins. */
 	guideLogits?: Float32Array;
 }
 
@@ -62,6 +64,8 @@ export interface EngineOptions {
 	maxQueued?: number;
 	/** Most packed tokens of one merged batch; a larger single request still runs, alone. @default 8192 */
 	batchTokens?: number;
+	/** Most raw logits that one merged batch returns; a larger single request still runs, alone. @default 2^25, 128 MiB */
+	batchLogits?: number;
 }
 
 interface Waiting {
@@ -82,9 +86,12 @@ export class Engine {
 
 	readonly #native: NativeModel;
 	readonly #maxQueued: number;
-	readonly #batchTokens: number;
+	/** The bound that `EngineOptions.batchTokens` sets. */
+	readonly batchTokens: number;
+	readonly #batchLogits: number;
 	readonly #queue: Waiting[] = [];
-	readonly #caches = new Set<NativeCache>();
+	/** Weak, so that a stream which is dropped half-way does not keep its caches. */
+	readonly #caches = new Set<WeakRef<NativeCache>>();
 	/** Waiting requests by signal: one listener per signal, however many requests share it. */
 	readonly #signals = new Map<AbortSignal, { items: Set<Waiting>; listener: () => void }>();
 	#running: Promise<void> | undefined;
@@ -97,7 +104,8 @@ export class Engine {
 		this.config = config;
 		this.backend = native.backend;
 		this.#maxQueued = options.maxQueued ?? 1024;
-		this.#batchTokens = options.batchTokens ?? 8192;
+		this.batchTokens = options.batchTokens ?? 8192;
+		this.#batchLogits = options.batchLogits ?? 2 ** 25;
 	}
 
 	/** Whether `dispose` was called. */
@@ -149,14 +157,16 @@ export class Engine {
 	createCache(capacity: number): Promise<NativeCache> {
 		return this.run((native) => {
 			const cache = native.createCache(capacity);
-			this.#caches.add(cache);
+			for (const reference of this.#caches) if (!reference.deref()) this.#caches.delete(reference);
+			this.#caches.add(new WeakRef(cache));
 			return cache;
 		});
 	}
 
 	/** Frees a cache; idempotent. No call that uses it may be in flight. */
 	releaseCache(cache: NativeCache): void {
-		if (this.#caches.delete(cache)) cache.dispose();
+		for (const reference of this.#caches) if (reference.deref() === cache) this.#caches.delete(reference);
+		cache.dispose();
 	}
 
 	/** Throws `ERR_DN_DISPOSED` after `dispose`. */
@@ -176,7 +186,7 @@ export class Engine {
 			item.reject(disposedError());
 		}
 		await this.#running;
-		for (const cache of this.#caches) cache.dispose();
+		for (const reference of this.#caches) reference.deref()?.dispose();
 		this.#caches.clear();
 		this.#native.dispose();
 	}
@@ -190,7 +200,7 @@ export class Engine {
 			);
 		}
 		return new Promise((resolve, reject) => {
-			const item: Waiting = { ...work, signal, resolve, reject };
+			const item: Waiting = { request: work.request, call: work.call, signal, resolve, reject };
 			this.#attach(item);
 			this.#queue.push(item);
 			this.#schedule();
@@ -243,21 +253,22 @@ export class Engine {
 		});
 	}
 
-	/** The head of the queue, with the denoising requests right behind it that fit the token budget. */
+	/** The head of the queue, with the denoising requests right behind it that fit the budgets. */
 	#take(): Waiting[] {
 		const items: Waiting[] = [];
 		let tokens = 0;
-		for (;;) {
-			const next = this.#queue[0];
-			if (!next || (items.length > 0 && !next.request)) break;
-			const size = next.request ? next.request.sequences.length * next.request.positions.length : 0;
-			if (items.length > 0 && tokens + size > this.#batchTokens) break;
-			tokens += size;
+		let logits = 0;
+		for (const next of this.#queue) {
+			const { request } = next;
+			if (items.length > 0 && !request) break;
+			tokens += request ? request.sequences.length * request.positions.length : 0;
+			logits += request ? logitRowsOf(request) * this.config.vocab : 0;
+			if (items.length > 0 && (tokens > this.batchTokens || logits > this.#batchLogits)) break;
 			items.push(next);
-			this.#queue.shift();
-			this.#detach(next);
-			if (!next.request) break;
+			if (!request) break;
 		}
+		this.#queue.splice(0, items.length);
+		for (const item of items) this.#detach(item);
 		return items;
 	}
 
@@ -286,155 +297,31 @@ export class Engine {
 	}
 
 	async #denoiseTogether(requests: DenoiseRequest[]): Promise<RowStatistics[]> {
-		const { batch, denoise, rowsOf, watchOf } = merge(requests);
+		const { batch, denoise, parts } = merge(requests);
 		const stats = await this.#native.denoise(batch, denoise);
 		this.counters.batches++;
 		this.counters.requests += requests.length;
 		const W = denoise.watch.length;
-		const results = requests.map((_, i): RowStatistics => {
-			const { begin, end } = rowsOf[i] as Span;
-			const columns = watchOf[i] as number[];
-			const watched = new Float32Array((end - begin) * columns.length);
-			for (let r = begin; r < end; r++) {
-				columns.forEach((column, j) => {
-					watched[(r - begin) * columns.length + j] = stats.watched[r * W + column] as number;
-				});
-			}
-			return {
-				best: stats.best.slice(begin, end),
-				drawn: stats.drawn.slice(begin, end),
-				probability: stats.probability.slice(begin, end),
-				margin: stats.margin.slice(begin, end),
-				entropy: stats.entropy.slice(begin, end),
-				drawnLogProb: stats.drawnLogProb.slice(begin, end),
-				watched,
-			};
-		});
-		if (requests.some((request) => request.logits)) await this.#addLogits(requests, results, batch, denoise, rowsOf);
-		return results;
-	}
-
-	/** Raw logits of the requests that want them: a second native call, because `denoise` keeps none. */
-	async #addLogits(
-		requests: DenoiseRequest[],
-		results: RowStatistics[],
-		batch: NativeBatch,
-		denoise: NativeDenoise,
-		rowsOf: Span[],
-	): Promise<void> {
 		const V = this.config.vocab;
-		const listed = batch.rows as Int32Array;
-		for (const [i, request] of requests.entries()) {
-			if (!request.logits) continue;
-			const { begin, end } = rowsOf[i] as Span;
+		return parts.map(({ begin, end, columns, logitsBegin, guided }): RowStatistics => {
 			const R = end - begin;
-			const rows: number[] = [];
-			for (let r = begin; r < end; r++) rows.push(listed[denoise.row[r] as number] as number);
-			for (let r = begin; r < end; r++) {
-				const guide = denoise.guideRow[r] as number;
-				if (guide >= 0) rows.push(listed[guide] as number);
+			// Views of the batch's arrays, which live for a step: cheaper than thousands of small copies.
+			const result: RowStatistics = {
+				best: stats.best.subarray(begin, end),
+				drawn: stats.drawn.subarray(begin, end),
+				probability: stats.probability.subarray(begin, end),
+				margin: stats.margin.subarray(begin, end),
+				entropy: stats.entropy.subarray(begin, end),
+				drawnLogProb: stats.drawnLogProb.subarray(begin, end),
+				watched: pickColumns(stats.watched, W, begin, end, columns),
+			};
+			if (logitsBegin >= 0) {
+				result.logits = stats.logits.subarray(logitsBegin * V, (logitsBegin + R) * V);
+				if (guided) result.guideLogits = stats.logits.subarray((logitsBegin + R) * V, (logitsBegin + 2 * R) * V);
 			}
-			const all = await this.#native.forward({ ...batch, rows: Int32Array.from(rows) }, 'logits');
-			const guideLogits = new Float32Array(R * V);
-			let next = R;
-			for (let r = 0; r < R; r++) {
-				if ((denoise.guideRow[begin + r] as number) < 0) continue;
-				guideLogits.set(all.subarray(next * V, (next + 1) * V), r * V);
-				next++;
-			}
-			Object.assign(results[i] as RowStatistics, { logits: all.slice(0, R * V), guideLogits });
-		}
-	}
-}
-
-interface Span {
-	begin: number;
-	end: number;
-}
-
-/** Lays the sequences of all requests end to end. `rowsOf` and `watchOf` say where each request finds its results. */
-function merge(requests: DenoiseRequest[]): {
-	batch: NativeBatch;
-	denoise: NativeDenoise;
-	rowsOf: Span[];
-	watchOf: number[][];
-} {
-	let N = 0;
-	let S = 0;
-	let D = 0;
-	for (const request of requests) {
-		N += request.sequences.length * request.positions.length;
-		S += request.sequences.length;
-		D += request.row.length;
-	}
-	const batch: NativeBatch & { rows: Int32Array | null } = {
-		ids: new Int32Array(N),
-		positions: new Int32Array(N),
-		offsets: new Int32Array(S + 1),
-		keyLengths: new Int32Array(S),
-		caches: [],
-		masks: [],
-		rows: null,
-	};
-	const denoise: NativeDenoise = {
-		row: new Int32Array(D),
-		guideRow: new Int32Array(D).fill(-1),
-		scales: new Float32Array(D * 3),
-		limits: new Int32Array(D * 2),
-		seeds: new BigUint64Array(D),
-		counters: new Uint32Array(D * 2),
-		watch: new Int32Array(0),
-	};
-	const listed: number[] = [];
-	const watch: number[] = [];
-	const watchOf: number[][] = [];
-	const rowsOf: Span[] = [];
-	let n = 0;
-	let s = 0;
-	let d = 0;
-	for (const request of requests) {
-		const T = request.positions.length;
-		const base = n;
-		request.sequences.forEach((ids, j) => {
-			batch.ids.set(ids, n);
-			batch.positions.set(request.positions, n);
-			batch.keyLengths[s] = request.keyLength;
-			batch.caches.push(request.caches?.[j] ?? null);
-			batch.masks.push(request.mask);
-			n += T;
-			s++;
-			batch.offsets[s] = n;
+			return result;
 		});
-		const indexOf = new Map<number, number>();
-		const list = (packed: number): number => {
-			const known = indexOf.get(packed);
-			if (known !== undefined) return known;
-			listed.push(packed);
-			indexOf.set(packed, listed.length - 1);
-			return listed.length - 1;
-		};
-		const begin = d;
-		for (let r = 0; r < request.row.length; r++, d++) {
-			const row = request.row[r] as number;
-			const guide = request.rowGuide[r] as number;
-			denoise.row[d] = list(base + (request.rowSequence[r] as number) * T + row);
-			if (guide >= 0) denoise.guideRow[d] = list(base + guide * T + row);
-			denoise.scales.set([request.guidance, request.temperature, request.topP], d * 3);
-			denoise.limits.set([request.topK, request.banned], d * 2);
-			denoise.seeds[d] = request.seed;
-			denoise.counters.set([request.step, request.rowPosition[r] as number], d * 2);
-		}
-		rowsOf.push({ begin, end: d });
-		watchOf.push(
-			Array.from(request.watch, (id) => {
-				const known = watch.indexOf(id);
-				return known >= 0 ? known : watch.push(id) - 1;
-			}),
-		);
 	}
-	batch.rows = Int32Array.from(listed);
-	denoise.watch = Int32Array.from(watch);
-	return { batch, denoise, rowsOf, watchOf };
 }
 
 /** A call whose signal was aborted while it ran rejects once it has ended. */

@@ -10,6 +10,7 @@ import { multipleChoice } from './eval/multiple-choice.js';
 import { nelbo } from './eval/nelbo.js';
 import type { EvaluationData, EvaluationResult, Metric, Metrics } from './eval/options.js';
 import { perplexity } from './eval/perplexity.js';
+import { lengthMetric } from './length/metric.js';
 import { DiffuGPT } from './model.js';
 
 interface Entry<M extends Metric> {
@@ -38,6 +39,13 @@ const metrics: { readonly [M in Metric]: Entry<M> } = {
 		run: generativePerplexity,
 		uses: ['generate', 'concurrency', 'judge', 'samples', 'stride'],
 	},
+	length: {
+		run: lengthMetric,
+		uses: [
+			...(['max', 'methods', 'coverage', 'calibration', 'calibrationLimit', 'generations', 'generate'] as const),
+			...(['seeds', 'batch', 'judge', 'likelihoods', 'samples'] as const),
+		],
+	},
 };
 
 /** Names of the metrics. */
@@ -49,7 +57,7 @@ export const metricNames = Object.keys(metrics) as Metric[];
  * @param data see {@link EvaluationData}; the fields of its records, by metric: 'nelbo' and 'perplexity' { text },
  * { prompt, answer } or { tokens, promptLength? }; 'likelihood' and 'exact-match' { prompt, answer }; 'multiple-choice'
  * { context, endings, label }; 'infilling' { prefix, middle, suffix }; 'lambada' { text }; 'generative-perplexity'
- * { prompt }. Ids may stand for texts except in 'infilling' and 'lambada'.
+ * { prompt }; 'length' { prompt, answer, kind? }. Ids may stand for texts except in 'infilling' and 'lambada'.
  * @throws `ERR_DN_ARGUMENT` naming the record, the option or the kind of model that does not fit; `signal.reason`
  */
 export async function evaluate<M extends Metric>(

@@ -1,12 +1,12 @@
 /**
  * From canvas positions to network rows and back: which row predicts which token (the shift), the unconditional twin of
- * guidance, verification copies, the key-value cache of left-to-right decoding. The one place that knows the shift in
- * generation.
+ * guidance, verification copies, the key-value cache of left-to-right decoding. With lib/block-cache.ts, which does the same
+ * for cached blocks, the one place that knows the shift in generation.
  */
-import type { NativeCache } from './binding.js';
+import type { NativeCache, NativeMask } from './binding.js';
 import { type Canvas, State } from './canvas.js';
 import type { ModelConfig } from './config.js';
-import type { DenoiseRequest, Engine, RowStatistics } from './engine.js';
+import type { Engine, RowStatistics } from './engine.js';
 import type { ResolvedOptions } from './options.js';
 
 /** Statistics of the positions looked at; entry k speaks of `positions[k]`. */
@@ -18,75 +18,131 @@ export interface Look extends RowStatistics {
 	end: Float32Array;
 	/** Probability of the tentative token at each verified position. */
 	verified: Map<number, number>;
+	/** Log probabilities (V) of row k, guided, without the mask id; needs logits. */
 	logProbs(k: number): Float64Array;
+	/** How far the rows are from an exact forward's, when that was measured. */
+	drift?: Drift;
+}
+
+/** KL(exact || cached) of the rows that one forward computed from a cache, nats. */
+export interface Drift {
+	/** Mean over the rows; 0 when there are none. */
+	mean: number;
+	max: number;
+	/** Rows compared; 0 when the forward was an exact one. */
+	rows: number;
+}
+
+/** What is wanted of one forward. */
+export interface LookRequest {
+	/** (R) open positions whose statistics are wanted. */
+	positions: Int32Array;
+	/** Tentative positions to verify, one more sequence per group. */
+	groups: readonly (readonly number[])[];
+	/** Canvas positions [begin, end) of the block being filled. */
+	begin: number;
+	end: number;
+	step: number;
+	/** `logProbs` will be called. */
+	logits: boolean;
 }
 
 export interface Evaluator {
 	/** One forward: statistics of `positions`, and verification of the tentative tokens of each group. */
-	look(positions: Int32Array, groups: readonly (readonly number[])[], step: number, logits: boolean): Promise<Look>;
+	look(request: LookRequest): Promise<Look>;
 	/** Frees what the evaluator holds. No `look` may be in flight. */
 	release(): void;
 }
 
-type Sampling = Pick<ResolvedOptions, 'temperature' | 'topK' | 'topP' | 'guidance' | 'seed' | 'signal'>;
+export type Sampling = Pick<ResolvedOptions, 'temperature' | 'topK' | 'topP' | 'guidance' | 'seed' | 'signal'>;
 
 /** Ids that end a text. */
 export function endIds(config: ModelConfig): Int32Array {
 	return config.padId === config.eosId ? Int32Array.of(config.eosId) : Int32Array.of(config.eosId, config.padId);
 }
 
-/** Full attention over the whole canvas. `pinned`: position 0 was put there by us and stays visible to the twin. */
-export function fullEvaluator(engine: Engine, canvas: Canvas, sampling: Sampling, pinned: boolean): Evaluator {
+/** A canvas with everything masked that the caller gave. `pinned`: position 0 was put there by us and stays visible. */
+export function twinOf(tokens: Int32Array, canvas: Canvas, pinned: boolean): Int32Array {
+	return tokens.map((id, i) => (canvas.state[i] === State.given && !(pinned && i === 0) ? canvas.maskId : id));
+}
+
+/** The whole canvas at once, nothing cached. `mask`: full attention, or block-causal for a model trained that way. */
+export function fullEvaluator(
+	engine: Engine,
+	canvas: Canvas,
+	sampling: Sampling,
+	pinned: boolean,
+	mask: NativeMask = { kind: 'full' },
+): Evaluator {
 	const { config } = engine;
 	const { maskId } = config;
 	const shift = config.shift ? 1 : 0;
 	const ends = endIds(config);
-	const twinOf = (tokens: Int32Array): Int32Array =>
-		tokens.map((id, i) => (canvas.state[i] === State.given && !(pinned && i === 0) ? maskId : id));
+	const { seed, guidance, temperature, topK, topP, signal } = sampling;
+	let indices = new Int32Array(0);
 	return {
-		async look(positions, groups, step, logits) {
-			const guided = sampling.guidance !== 0;
-			const variants = [canvas.tokens.slice()];
+		async look({ positions, groups, step, logits }) {
+			const guided = guidance !== 0;
+			const T = canvas.length;
+			if (indices.length !== T) indices = Int32Array.from({ length: T }, (_, i) => i);
+			const variants = [canvas.tokens];
 			for (const group of groups) {
 				const copy = canvas.tokens.slice();
 				for (const position of group) copy[position] = maskId;
 				variants.push(copy);
 			}
-			const sequences = guided ? variants.flatMap((tokens) => [tokens, twinOf(tokens)]) : variants;
+			const sequences = guided ? variants.flatMap((tokens) => [tokens, twinOf(tokens, canvas, pinned)]) : variants;
 			const stride = guided ? 2 : 1;
-			const where: { position: number; sequence: number }[] = Array.from(positions, (position) => ({
-				position,
-				sequence: 0,
-			}));
-			for (const [g, group] of groups.entries()) {
-				for (const position of group) where.push({ position, sequence: (g + 1) * stride });
+			const verifying = groups.length === 0 ? [] : groups.flat();
+			const R = positions.length + verifying.length;
+			let rowPosition = positions;
+			let rowSequence: Int32Array | null = null;
+			let watch = ends;
+			if (verifying.length > 0) {
+				rowPosition = Int32Array.of(...positions, ...verifying);
+				rowSequence = new Int32Array(R);
+				watch = Int32Array.from(new Set([...ends, ...verifying.map((position) => canvas.tokens[position] as number)]));
+				let next = positions.length;
+				for (const [g, group] of groups.entries()) {
+					rowSequence.fill((g + 1) * stride, next, next + group.length);
+					next += group.length;
+				}
 			}
-			const watch = [...new Set([...ends, ...groups.flat().map((position) => canvas.tokens[position] as number)])];
+			const row = new Int32Array(R);
+			for (let r = 0; r < R; r++) row[r] = (rowPosition[r] as number) - shift;
+			let rowGuide: Int32Array | null = null;
+			if (guided) rowGuide = rowSequence ? rowSequence.map((sequence) => sequence + 1) : new Int32Array(R).fill(1);
+			// Written out: a spread here would make every step's request, and its garbage, several times dearer.
 			const stats = await engine.denoise(
 				{
-					...fixed(sampling, config),
+					seed,
+					guidance,
+					temperature,
+					topK,
+					topP,
+					banned: config.maskId,
 					sequences,
-					positions: Int32Array.from({ length: canvas.length }, (_, i) => i),
-					keyLength: canvas.length,
+					positions: indices,
+					keyLength: T,
 					caches: null,
-					mask: { kind: 'full' },
-					rowSequence: Int32Array.from(where, (row) => row.sequence),
-					row: Int32Array.from(where, (row) => row.position - shift),
-					rowGuide: Int32Array.from(where, (row) => (guided ? row.sequence + 1 : -1)),
-					rowPosition: Int32Array.from(where, (row) => row.position),
+					mask,
+					rowSequence,
+					row,
+					rowGuide,
+					rowPosition,
 					step,
-					watch: Int32Array.from(watch),
+					watch,
 					logits,
 				},
-				sampling.signal,
+				signal,
 			);
 			const verified = new Map<number, number>();
-			for (let r = positions.length; r < where.length; r++) {
-				const { position } = where[r] as { position: number };
+			for (let r = positions.length; r < R; r++) {
+				const position = rowPosition[r] as number;
 				const column = watch.indexOf(canvas.tokens[position] as number);
 				verified.set(position, stats.watched[r * watch.length + column] as number);
 			}
-			return makeLook(positions, stats, watch.length, ends.length, verified, config, sampling.guidance);
+			return makeLook(positions, stats, watch.length, ends.length, verified, config, guidance);
 		},
 		release() {},
 	};
@@ -105,38 +161,42 @@ export async function cachedEvaluator(
 ): Promise<Evaluator> {
 	const { config } = engine;
 	const ends = endIds(config);
-	const guided = sampling.guidance !== 0;
+	const { seed, guidance, temperature, topK, topP, signal } = sampling;
+	const guided = guidance !== 0;
 	const caches: NativeCache[] = [];
 	let cached = 0;
 	for (let i = 0; i < (guided ? 2 : 1); i++) caches.push(await engine.createCache(capacity));
 	return {
-		async look(positions, _groups, step, logits) {
+		async look({ positions, step, logits }) {
 			const position = positions[0] as number;
 			const tokens = canvas.tokens.slice(cached, position);
-			const twin = tokens.map((id, i) =>
-				canvas.state[cached + i] === State.given && !(pinned && cached + i === 0) ? config.maskId : id,
-			);
 			const from = cached;
+			const twin = twinOf(canvas.tokens, canvas, pinned).subarray(from, position);
 			const stats = await engine.denoise(
 				{
-					...fixed(sampling, config),
+					seed,
+					guidance,
+					temperature,
+					topK,
+					topP,
+					banned: config.maskId,
 					sequences: guided ? [tokens, twin] : [tokens],
 					positions: Int32Array.from(tokens, (_, i) => from + i),
 					keyLength: position,
 					caches,
 					mask: { kind: 'causal' },
-					rowSequence: Int32Array.of(0),
+					rowSequence: null,
 					row: Int32Array.of(tokens.length - 1),
-					rowGuide: Int32Array.of(guided ? 1 : -1),
+					rowGuide: guided ? Int32Array.of(1) : null,
 					rowPosition: Int32Array.of(position),
 					step,
 					watch: ends,
 					logits,
 				},
-				sampling.signal,
+				signal,
 			);
 			cached = position;
-			return makeLook(positions, stats, ends.length, ends.length, new Map(), config, sampling.guidance);
+			return makeLook(positions, stats, ends.length, ends.length, new Map(), config, guidance);
 		},
 		release() {
 			for (const cache of caches) engine.releaseCache(cache);
@@ -144,15 +204,8 @@ export async function cachedEvaluator(
 	};
 }
 
-type Fixed = Pick<DenoiseRequest, 'seed' | 'guidance' | 'temperature' | 'topK' | 'topP' | 'banned'>;
-
-function fixed(sampling: Sampling, config: ModelConfig): Fixed {
-	const { seed, guidance, temperature, topK, topP } = sampling;
-	return { seed, guidance, temperature, topK, topP, banned: config.maskId };
-}
-
 /** Cuts the verification rows off and turns watched columns into end probabilities (the first `E` columns). */
-function makeLook(
+export function makeLook(
 	positions: Int32Array,
 	stats: RowStatistics,
 	W: number,
@@ -170,26 +223,36 @@ function makeLook(
 	return {
 		positions,
 		vocab: V,
-		best: stats.best.subarray(0, R),
-		drawn: stats.drawn.subarray(0, R),
-		probability: stats.probability.subarray(0, R),
-		margin: stats.margin.subarray(0, R),
-		entropy: stats.entropy.subarray(0, R),
-		drawnLogProb: stats.drawnLogProb.subarray(0, R),
+		best: firstOf(stats.best, R),
+		drawn: firstOf(stats.drawn, R),
+		probability: firstOf(stats.probability, R),
+		margin: firstOf(stats.margin, R),
+		entropy: firstOf(stats.entropy, R),
+		drawnLogProb: firstOf(stats.drawnLogProb, R),
 		watched: stats.watched,
 		end,
 		verified,
 		logProbs(k) {
 			const { logits, guideLogits } = stats;
-			if (!logits || !guideLogits) throw new TypeError('view.logProbs needs a policy with needsLogits: true');
-			const values = Float64Array.from(logits.subarray(k * V, (k + 1) * V), (l, v) => {
-				if (v === config.maskId) return Number.NEGATIVE_INFINITY;
-				const u = guideLogits[k * V + v] as number;
-				return guidance === 0 ? l : u + (guidance + 1) * (l - u);
-			});
-			const largest = values.reduce((a, b) => Math.max(a, b), Number.NEGATIVE_INFINITY);
-			const logSum = largest + Math.log(values.reduce((sum, value) => sum + Math.exp(value - largest), 0));
-			return values.map((value) => value - logSum);
+			if (!logits) throw new TypeError('view.logProbs needs a policy with needsLogits: true');
+			const values = new Float64Array(V);
+			let largest = Number.NEGATIVE_INFINITY;
+			for (let v = 0; v < V; v++) {
+				const l = logits[k * V + v] as number;
+				const u = guideLogits ? (guideLogits[k * V + v] as number) : 0;
+				const value = v === config.maskId ? Number.NEGATIVE_INFINITY : guideLogits ? u + (guidance + 1) * (l - u) : l;
+				if (value > largest) largest = value;
+				values[v] = value;
+			}
+			let sum = 0;
+			for (let v = 0; v < V; v++) sum += Math.exp((values[v] as number) - largest);
+			const logSum = largest + Math.log(sum);
+			for (let v = 0; v < V; v++) values[v] = (values[v] as number) - logSum;
+			return values;
 		},
 	};
+}
+
+function firstOf<A extends Int32Array | Float32Array>(values: A, count: number): A {
+	return (values.length === count ? values : values.slice(0, count)) as A;
 }

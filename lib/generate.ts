@@ -1,18 +1,17 @@
 /**
- * Generation from checked request to result, and length prediction; the steps in between are lib/denoise-loop.ts. One request is one async generator that awaits one forward per step, so a
- * slow consumer slows only its own request, and concurrent requests meet in the engine's batches.
+ * Generation from checked request to result, and length prediction; the steps in between are lib/denoise-loop.ts. One
+ * request is one async generator that awaits one forward per step, so a slow consumer slows only its own request, and
+ * concurrent requests meet in the engine's batches.
  */
+import { blockEvaluator, maskOf } from './block-cache.js';
+import type { Canvas } from './canvas.js';
 import { type DenoiseStep, Loop } from './denoise-loop.js';
 import type { Engine } from './engine.js';
 import { check } from './errors.js';
-import { cachedEvaluator, type Evaluator, endIds, fullEvaluator } from './evaluator.js';
-import {
-	type LengthMethod,
-	type LengthOptions,
-	type LengthPrediction,
-	type LengthRule,
-	resolveLength,
-} from './length/method.js';
+import { cachedEvaluator, type Drift, type Evaluator, endIds, fullEvaluator } from './evaluator.js';
+import { lengthExtras } from './length/extras.js';
+import { firstCanvas } from './length/look.js';
+import { type LengthOptions, type LengthPrediction, type LengthRule, resolveLength } from './length/method.js';
 import { type GenerateOptions, type ResolvedOptions, resolveOptions } from './options.js';
 import { makeCanvas, type ParsedPrompt, type Prompt, parsePrompt, type TextCodec } from './prompt.js';
 
@@ -42,6 +41,11 @@ export interface GenerateStats {
 	tokensPerForward: number;
 	/** Positions of the largest canvas that was denoised, prompt included. */
 	canvas: number;
+	/**
+	 * With `measureDrift`: over all rows that came from a cache. The exact forwards that measure it are not counted in
+	 * `forwards`.
+	 */
+	drift?: Drift;
 }
 
 /** A checked request. */
@@ -80,8 +84,11 @@ export function prepareRequest(
 		);
 	} else {
 		if (typeof length === 'object') {
-			rule = resolveLength(length);
-			open = rule.predict ? rule.max : rule.initial;
+			rule = resolveLength(length, 'constant', {
+				extras: lengthExtras(engine),
+				infilling: parsed.after.length > 0,
+			});
+			open = rule.looks && !rule.extend ? rule.max : rule.initial;
 		} else {
 			open = length ?? (typeof prompt === 'object' && 'tokens' in prompt ? 0 : Math.min(64, config.context - fixed));
 		}
@@ -95,28 +102,50 @@ export function prepareRequest(
 			"the sampler 'autoregressive' only continues: it cannot fill a gap before a suffix",
 		);
 		check(
-			!options.isAutoregressive || !rule?.predict,
+			!options.isAutoregressive || !(rule?.looks || rule?.adapt),
 			`option length.method: '${rule?.method}' looks at masked positions, which the sampler 'autoregressive' has none of`,
 		);
-		if (options.block !== undefined && largest > 0) {
+		check(
+			options.blockCausal === null || parsed.after.length === 0,
+			'option attention: { blockCausal } only continues: the blocks before a suffix do not see it',
+		);
+		check(
+			options.blockCausal === null || !(rule?.looks || rule?.adapt),
+			`option length.method: '${rule?.method}' looks at the whole canvas, which block-causal attention does not`,
+		);
+		check(
+			!options.cache || !rule?.adapt,
+			`option length.method: '${rule?.method}' follows every open position, of which option cache computes only a part`,
+		);
+		if (options.block !== undefined && options.blockCausal === null && largest > 0) {
 			check(
 				options.block <= largest,
 				`option block is ${options.block}, longer than the ${largest} tokens to generate`,
 			);
 		}
 	}
-	if (options.steps !== undefined && options.block !== undefined && !rule?.predict) {
-		const blocks = Math.ceil(open / options.block);
+	const { blockCausal } = options;
+	const size = blockCausal ?? options.block;
+	if (options.steps !== undefined && size !== undefined && open > 0 && !parsed.open && !(rule?.looks || rule?.adapt)) {
+		const skipped = blockCausal === null ? 0 : parsed.before.length % blockCausal;
+		const blocks = Math.ceil((skipped + open) / size);
 		check(options.steps >= blocks, `option steps is ${options.steps}, fewer than the ${blocks} blocks`);
 	}
 	return { prompt: parsed, options, rule, open };
 }
 
-/** Runs a checked request. */
+/** Tokens that a forward of the whole first canvas takes. */
+export function canvasSize({ prompt, open, options }: GenerationRequest): number {
+	const length = prompt.before.length + prompt.after.length + (prompt.open ? 0 : open);
+	return length * (options.guidance === 0 ? 1 : 2);
+}
+
+/** Runs a checked request. `extras`: what its length rule was made with. */
 export async function* denoise(
 	engine: Engine,
 	tokenizer: TextCodec | null,
 	request: GenerationRequest,
+	extras = lengthExtras(engine),
 ): AsyncGenerator<DenoiseStep, GenerateResult> {
 	const { prompt, options, rule } = request;
 	const { signal } = options;
@@ -124,30 +153,28 @@ export async function* denoise(
 	let resumed = performance.now();
 	let ms = 0;
 	let forwards = 0;
+	const drift = new DriftTotal();
 	let evaluator: Evaluator | undefined;
 	try {
 		let open = request.open;
-		if (rule?.predict) {
-			const look = await lookAtEnds(engine, prompt, open, signal);
-			forwards++;
-			const end = rule.predict(look);
-			open = end < 0 ? open : end + 1;
+		if (rule) {
+			const first = await firstCanvas(engine, prompt, rule, extras.head, signal);
+			forwards += first.forwards;
+			open = first.open;
 		}
 		const canvas = makeCanvas(prompt, open, engine.config);
-		evaluator = options.isAutoregressive
-			? await cachedEvaluator(engine, canvas, options, prompt.pinned, prompt.before.length + (rule?.max ?? open))
-			: fullEvaluator(engine, canvas, options, prompt.pinned);
+		const most = Math.max(canvas.length, prompt.before.length + (rule?.max ?? 0) + prompt.after.length);
+		evaluator = await evaluatorOf(engine, canvas, request, most);
 		const loop = new Loop(canvas, options, rule, endIds(engine.config), tokenizer);
 		for (;;) {
 			const plan = loop.next();
 			if (!plan) break;
-			const look = await evaluator.look(
-				plan.positions,
-				plan.groups,
-				plan.view.step,
-				options.policy.needsLogits ?? false,
-			);
+			const { looked: positions, groups, begin, end, view } = plan;
+			const { step } = view;
+			const logits = options.policy.needsLogits ?? false;
+			const look = await evaluator.look({ positions, groups, begin, end, step, logits });
 			forwards++;
+			if (look.drift) drift.add(look.drift);
 			const event = loop.apply(plan, look);
 			ms += performance.now() - resumed;
 			yield event;
@@ -170,6 +197,7 @@ export async function* denoise(
 				tokensPerSecond: ms > 0 ? (generatedTokens * 1000) / ms : 0,
 				tokensPerForward: forwards > 0 ? generatedTokens / forwards : 0,
 				canvas: loop.largest,
+				...(options.measureDrift ? { drift: drift.total() } : {}),
 			},
 		};
 	} finally {
@@ -177,17 +205,35 @@ export async function* denoise(
 	}
 }
 
-/** P(end) at each of `open` positions in the prompt's gap, from one forward. */
-async function lookAtEnds(
+/** How a request's forwards are run. `most`: positions of the longest canvas to come. */
+async function evaluatorOf(
 	engine: Engine,
-	prompt: ParsedPrompt,
-	open: number,
-	signal: AbortSignal | undefined,
-): Promise<Float32Array> {
-	const canvas = makeCanvas(prompt, open, engine.config);
-	const sampling = { temperature: 0, topK: 0, topP: 1, guidance: 0, seed: 0n, signal };
-	const look = await fullEvaluator(engine, canvas, sampling, prompt.pinned).look(canvas.openPositions(), [], 0, false);
-	return look.end;
+	canvas: Canvas,
+	{ prompt, options }: GenerationRequest,
+	most: number,
+): Promise<Evaluator> {
+	const { pinned } = prompt;
+	const { blockCausal, cache, measureDrift } = options;
+	if (options.isAutoregressive) return cachedEvaluator(engine, canvas, options, pinned, most);
+	if (!cache) return fullEvaluator(engine, canvas, options, pinned, maskOf(blockCausal));
+	return blockEvaluator(engine, canvas, options, pinned, { kind: cache, blockCausal, measureDrift, capacity: most });
+}
+
+/** The drift of a whole generation. */
+class DriftTotal {
+	#sum = 0;
+	#max = 0;
+	#rows = 0;
+
+	add({ mean, max, rows }: Drift): void {
+		this.#sum += mean * rows;
+		this.#max = Math.max(this.#max, max);
+		this.#rows += rows;
+	}
+
+	total(): Drift {
+		return { mean: this.#rows > 0 ? this.#sum / this.#rows : 0, max: this.#max, rows: this.#rows };
+	}
 }
 
 /** Predicts the length of the answer without generating it. */
@@ -206,16 +252,26 @@ export async function predictLength(
 		config.attention === 'bidirectional' && config.maskId >= 0,
 		'predictLength needs a bidirectional model with a mask token',
 	);
-	const rule = resolveLength(length, 'first-step');
-	const method: LengthMethod = rule.method;
 	const parsed = parsePrompt(prompt, config, tokenizer);
 	check(!parsed.open, 'predictLength needs a prompt with one gap, not scattered open positions');
+	const extras = lengthExtras(engine);
+	const rule = resolveLength(length, 'first-step', { extras, infilling: parsed.after.length > 0 });
+	const { method, max } = rule;
+	check(
+		rule.looks || method === 'constant',
+		`predictLength: '${method}' decides on the length while it denoises${rule.infilling ? ' before a suffix' : ''}`,
+	);
 	const fixed = parsed.before.length + parsed.after.length;
 	check(
-		fixed + rule.max <= config.context,
-		`the prompt's ${fixed} tokens and length.max ${rule.max} do not fit the model's context of ${config.context}`,
+		fixed + max <= config.context,
+		`the prompt's ${fixed} tokens and length.max ${max} do not fit the model's context of ${config.context}`,
 	);
-	const probabilities = await lookAtEnds(engine, parsed, rule.max, signal);
-	const end = rule.predict ? rule.predict(probabilities) : -1;
-	return { length: end < 0 ? rule.max : end, method, probabilities };
+	if (!rule.looks) {
+		// The baseline looks at nothing; the probabilities are those that it does without.
+		const look = resolveLength({ max, method: 'first-step' }, 'first-step', { extras, infilling: rule.infilling });
+		const { probabilities } = await firstCanvas(engine, parsed, look, undefined, signal);
+		return { length: rule.initial < max ? rule.initial - 1 : max, method, probabilities };
+	}
+	const { length: predicted = max, probabilities } = await firstCanvas(engine, parsed, rule, extras.head, signal);
+	return { length: predicted, method, probabilities };
 }

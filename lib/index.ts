@@ -1,5 +1,6 @@
 /** The public names of the package; nothing is defined here. */
 export type { AttentionOption, DiffusionBatch, LossOptions, Objective, SpindleSchedule, TimeSampler } from './batch.js';
+export type { CacheKind } from './block-cache.js';
 export type { Resize } from './canvas.js';
 export type { ModelConfig, ModelConfigInput } from './config.js';
 export { type TrainTokenizerOptions, trainTokenizer } from './data/bpe.js';
@@ -14,25 +15,47 @@ export {
 	prepare,
 	validationPath,
 } from './data/prepare.js';
-export type * from './eval/options.js';
-export { evaluate, metricNames } from './evaluate.js';
 export type { DenoiseStep } from './denoise-loop.js';
 export type { Device, DType } from './device.js';
 export { DiffusionNativeError, type ErrorCode } from './errors.js';
+export type * from './eval/options.js';
+export { evaluate, metricNames } from './evaluate.js';
+export type { Drift } from './evaluator.js';
 export type { GenerateResult, GenerateStats } from './generate.js';
 export type { LoadProgress } from './hub.js';
 export { type Info, info } from './info.js';
-export type { LengthMethod, LengthOptions, LengthPrediction } from './length/method.js';
+export {
+	type CalibrateOptions,
+	type CalibrationReport,
+	calibrateLength,
+	type EndSignal,
+} from './length/calibrate.js';
+export {
+	type BoundRow,
+	type EvaluateLengthOptions,
+	evaluateLength,
+	type LengthEvaluation,
+	type LengthProgress,
+	type MethodChoice,
+} from './length/evaluate.js';
+export type { LengthCalibration } from './length/extras.js';
+export type { CompareOptions, GenerationComparison, GenerationRow } from './length/generations.js';
+export { type LengthHeadOptions, type LengthHeadReport, trainLengthHead } from './length/head.js';
+export type { HeadKind, LengthMethod, LengthOptions, LengthPrediction } from './length/method.js';
+export type { BoundMetrics, Difference, Spread } from './length/metrics.js';
+export type { PairData, PairOptions } from './length/pairs.js';
+export { coverageChart, htmlReport, speedChart, textReport } from './length/report.js';
 export type { PretrainedOptions } from './load.js';
 export { JsonlLogger } from './loggers/jsonl.js';
 export { ProgressLogger, type ProgressOptions } from './loggers/progress.js';
 export { TensorBoardLogger } from './loggers/tensorboard.js';
-export { DiffuGPT, type ForwardOptions, type FromConfigOptions, type LossResult } from './model.js';
+export { DiffuGPT, type ForwardOptions, type FromConfigOptions, type LossResult, type SaveOptions } from './model.js';
 export type { GenerateOptions, SamplerName } from './options.js';
 export type { Prompt } from './prompt.js';
 export type { Plan, Score } from './samplers/confidence.js';
 export type { CanvasView, Decision, SamplerPolicy, StepView } from './samplers/policy.js';
 export { type DecodeOptions, type EncodeOptions, type TokenDecoder, Tokenizer } from './tokenizer.js';
+export { type Piece, type PieceKind, traceFrames, traceHtml } from './trace-html.js';
 export { type ResumeOptions, Trainer } from './trainer.js';
 export type { CheckpointOptions, MetricLogger, TrainMetrics, TrainOptions } from './training/options.js';
 export {

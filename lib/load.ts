@@ -3,8 +3,10 @@ import { openCheckpoint } from './checkpoint.js';
 import type { ModelConfig } from './config.js';
 import { type DeviceOptions, type OpenedEngine, openEngine } from './device.js';
 import type { Engine } from './engine.js';
-import { DiffusionNativeError } from './errors.js';
+import { check, checkOptions, DiffusionNativeError } from './errors.js';
 import { type LoadProgress, type ResolveOptions, resolveModelDirectory } from './hub.js';
+import { lengthExtras } from './length/extras.js';
+import { readLengthFiles } from './length/files.js';
 import type { Tokenizer } from './tokenizer.js';
 
 /** Options of `DiffuGPT.fromPretrained`. */
@@ -16,12 +18,26 @@ export interface PretrainedOptions extends DeviceOptions, Omit<ResolveOptions, '
 	readonly signal?: AbortSignal | undefined;
 }
 
+const pretrainedOptionNames = [
+	'device',
+	'dtype',
+	'threads',
+	'config',
+	'revision',
+	'cacheDir',
+	'localFilesOnly',
+	'onProgress',
+	'signal',
+] as const satisfies readonly (keyof PretrainedOptions)[];
+
 /** @throws what `DiffuGPT.fromPretrained` documents */
 export async function loadPretrained(
 	pathOrHubId: string,
 	options: PretrainedOptions,
 ): Promise<{ opened: OpenedEngine; tokenizer: Tokenizer | null }> {
+	checkOptions('fromPretrained', options, pretrainedOptionNames);
 	const { signal, onProgress, config = {} } = options;
+	check(typeof config === 'object' && config !== null, `option config is ${String(config)}, expected an object`);
 	signal?.throwIfAborted();
 	const directory = await resolveModelDirectory(pathOrHubId, options);
 	const checkpoint = openCheckpoint(directory, config);
@@ -30,6 +46,7 @@ export async function loadPretrained(
 		opened = openEngine(checkpoint.config, options);
 		await opened.engine.run((native) => checkpoint.load(native, { onProgress, signal }), signal);
 		await checkDirection(opened.engine, directory);
+		Object.assign(lengthExtras(opened.engine), readLengthFiles(directory, checkpoint.config.channels));
 		return { opened, tokenizer: checkpoint.tokenizer ?? null };
 	} catch (error) {
 		checkpoint.close();

@@ -3,6 +3,7 @@ import {
 	type AttentionOption,
 	type DiffusionBatch,
 	type LossOptions,
+	lossOptionNames,
 	toNativeMask,
 	toNativeNoise,
 	toNativeTrainBatch,
@@ -14,13 +15,21 @@ import { type ModelConfig, type ModelConfigInput, resolveConfig } from './config
 import type { DenoiseStep } from './denoise-loop.js';
 import { type Device, type DType, openEngine } from './device.js';
 import type { Engine } from './engine.js';
-import { check } from './errors.js';
-import { denoise, type GenerateResult, predictLength, prepareRequest } from './generate.js';
+import { check, checkOptions } from './errors.js';
+import {
+	canvasSize,
+	denoise,
+	type GenerateResult,
+	type GenerationRequest,
+	predictLength,
+	prepareRequest,
+} from './generate.js';
+import { forgetLengths, lengthExtras } from './length/extras.js';
 import type { LengthOptions, LengthPrediction } from './length/method.js';
 import { loadPretrained, type PretrainedOptions } from './load.js';
 import type { GenerateOptions } from './options.js';
 import type { Prompt } from './prompt.js';
-import type { Tokenizer } from './tokenizer.js';
+import { Tokenizer } from './tokenizer.js';
 
 /** Options of `DiffuGPT.fromConfig`. */
 export interface FromConfigOptions {
@@ -35,6 +44,14 @@ export interface FromConfigOptions {
 	/** A tokenizer whose ids fit the vocabulary. @default none: prompts are ids */
 	readonly tokenizer?: Tokenizer;
 }
+
+/** Options of `save`. */
+export interface SaveOptions {
+	/** Type of the stored weights; 'fp32' is exact. @default 'fp32' */
+	readonly dtype?: 'fp32' | 'fp16' | 'bf16';
+}
+
+const storedTypes = { fp32: 'F32', fp16: 'F16', bf16: 'BF16' } as const;
 
 /** Options of `forward`. */
 export interface ForwardOptions {
@@ -63,8 +80,8 @@ export interface LossResult {
 	tokens: number;
 }
 
-/** Requests of one `generateBatch` that run at once; the rest follow as these finish. */
-const batchWidth = 256;
+/** Most requests of one `generateBatch` that run at once, however small; the rest follow as these finish. */
+const batchWidth = 128;
 
 /**
  * A GPT-2 shaped language model: a masked diffusion model (bidirectional), or a plain GPT-2 (causal). Methods may be called
@@ -105,9 +122,11 @@ export class DiffuGPT {
 
 	/** A model with GPT-2's random initialisation. @throws `ERR_DN_ARGUMENT`, `ERR_DN_DEVICE`, `ERR_DN_OUT_OF_MEMORY` */
 	static async fromConfig(input: ModelConfigInput, options: FromConfigOptions = {}): Promise<DiffuGPT> {
+		checkOptions('fromConfig', options, ['device', 'dtype', 'seed', 'threads', 'tokenizer']);
 		const config = resolveConfig(input);
 		const seed = toSeed(options.seed ?? 0);
 		const { tokenizer } = options;
+		check(!tokenizer || tokenizer instanceof Tokenizer, 'option tokenizer is not a Tokenizer');
 		check(
 			!tokenizer || tokenizer.vocabSize <= config.vocab,
 			`the tokenizer has ${tokenizer?.vocabSize} ids, more than config.vocab ${config.vocab}`,
@@ -120,6 +139,7 @@ export class DiffuGPT {
 	/** Logits or hidden states, one array per sequence: (rows, V) or (rows, C). */
 	async forward(sequences: Int32Array | readonly Int32Array[], options: ForwardOptions = {}): Promise<Float32Array[]> {
 		this.engine.check();
+		checkOptions('forward', options, ['attention', 'output', 'rows', 'signal']);
 		const { config } = this;
 		const { output = 'logits', signal } = options;
 		const list = sequences instanceof Int32Array ? [sequences] : sequences;
@@ -158,6 +178,7 @@ export class DiffuGPT {
 	/** The training objective on a batch, without gradients. */
 	async loss(batch: DiffusionBatch, options: LossOptions = {}): Promise<LossResult> {
 		this.engine.check();
+		checkOptions('loss', options, lossOptionNames);
 		const noise = toNativeNoise(this.config, options);
 		const packed = toNativeTrainBatch(batch, this.config);
 		const result = await this.engine.run((native) =>
@@ -203,33 +224,44 @@ export class DiffuGPT {
 		check(each.length === prompts.length, `there are ${prompts.length} prompts but ${each.length} options`);
 		const requests = prompts.map((prompt, i) => prepareRequest(this.engine, this.tokenizer, prompt, each[i]));
 		const results: GenerateResult[] = new Array(requests.length);
-		let next = 0;
-		let failed = false;
-		const worker = async (): Promise<void> => {
-			while (next < requests.length && !failed) {
-				const i = next++;
-				const stream = denoise(this.engine, this.tokenizer, requests[i] as (typeof requests)[number]);
-				try {
-					for (;;) {
-						const { done, value } = await stream.next();
-						if (done) {
-							results[i] = value;
-							break;
-						}
-						if (failed) {
-							await stream.return(undefined as never);
-							return;
-						}
+		// As many at once as fill a merged batch: more would only wait, and hold caches meanwhile.
+		const sizes = requests.map(canvasSize);
+		const running = new Set<Promise<void>>();
+		let wake = (): void => {};
+		let tokens = 0;
+		let failure: { reason: unknown } | undefined;
+		const serve = async (i: number): Promise<void> => {
+			const stream = denoise(this.engine, this.tokenizer, requests[i] as GenerationRequest);
+			try {
+				for (;;) {
+					const { done, value } = await stream.next();
+					if (done) {
+						results[i] = value;
+						return;
 					}
-				} catch (error) {
-					failed = true;
-					throw error;
+					if (failure) await stream.return(undefined as never);
 				}
+			} catch (reason) {
+				failure ??= { reason };
 			}
 		};
-		const workers = Array.from({ length: Math.min(batchWidth, requests.length) }, worker);
-		const outcomes = await Promise.allSettled(workers);
-		for (const outcome of outcomes) if (outcome.status === 'rejected') throw outcome.reason;
+		for (const [i, size] of sizes.entries()) {
+			while (running.size > 0 && (running.size >= batchWidth || tokens + size > this.engine.batchTokens)) {
+				await new Promise<void>((resolve) => {
+					wake = resolve;
+				});
+			}
+			if (failure) break;
+			tokens += size;
+			const served: Promise<void> = serve(i).then(() => {
+				tokens -= size;
+				running.delete(served);
+				wake();
+			});
+			running.add(served);
+		}
+		await Promise.all(running);
+		if (failure) throw failure.reason;
 		return results;
 	}
 
@@ -250,7 +282,7 @@ export class DiffuGPT {
 		return this.engine.immediately('getParameter', (native) => native.getParameter(name));
 	}
 
-	/** Replaces one parameter. @throws `ERR_DN_ARGUMENT` for an unknown name or a wrong count, `ERR_DN_BUSY` while computing */
+	/** Replaces one parameter; length heads and calibrations are dropped. @throws `ERR_DN_ARGUMENT` for an unknown name or a wrong count, `ERR_DN_BUSY` while computing */
 	setParameter(name: string, values: Float32Array): void {
 		const { count, shape } = this.#parameter(name);
 		check(values instanceof Float32Array, `setParameter('${name}'): values is not a Float32Array`);
@@ -259,14 +291,33 @@ export class DiffuGPT {
 			`setParameter('${name}'): ${values.length} values given, the shape ${JSON.stringify(shape)} has ${count}`,
 		);
 		this.engine.immediately('setParameter', (native) => native.setParameter(name, values));
+		forgetLengths(this.engine);
 	}
 
-	/** Writes a directory that `fromPretrained` and Hugging Face's GPT-2 loader accept. @throws `ERR_DN_CHECKPOINT` */
-	async save(directory: string): Promise<void> {
+	/**
+	 * Writes a directory that `fromPretrained` and Hugging Face's GPT-2 loader accept; complete, or not at all.
+	 * @throws `ERR_DN_CHECKPOINT` with the path and the system's reason
+	 */
+	async save(directory: string, options: SaveOptions = {}): Promise<void> {
 		this.engine.check();
 		check(typeof directory === 'string' && directory !== '', 'save needs the path of a directory');
+		checkOptions('save', options, ['dtype']);
+		const { dtype = 'fp32' } = options;
+		check(
+			Object.hasOwn(storedTypes, dtype),
+			`option dtype is ${JSON.stringify(dtype)}, expected 'fp32', 'fp16' or 'bf16'`,
+		);
 		const { config, tokenizer } = this;
-		await this.engine.run((native) => saveCheckpoint(directory, { native, config, tokenizer: tokenizer ?? undefined }));
+		const length = lengthExtras(this.engine);
+		await this.engine.run((native) =>
+			saveCheckpoint(directory, {
+				native,
+				config,
+				tokenizer: tokenizer ?? undefined,
+				length,
+				dtype: storedTypes[dtype],
+			}),
+		);
 	}
 
 	/** Waits for the call in flight, rejects what waits with `ERR_DN_DISPOSED` and frees the memory. Idempotent. */

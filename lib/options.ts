@@ -2,6 +2,7 @@
 import { randomBytes } from 'node:crypto';
 
 import { toSeed } from './batch.js';
+import type { CacheKind } from './block-cache.js';
 import type { ModelConfig } from './config.js';
 import { check } from './errors.js';
 import { type LengthOptions, resolveLength } from './length/method.js';
@@ -52,6 +53,23 @@ export interface GenerateOptions {
 	/** Tokens per semi-autoregressive block, filled left to right; the last may be shorter. @default one block */
 	readonly block?: number;
 	/**
+	 * Who sees whom: everybody, or, for a model trained block by block, each block of so many positions only itself and what
+	 * lies before it. Blocks are counted from position 0, and windows follow them in place of `block`. @default 'full'
+	 */
+	readonly attention?: 'full' | { readonly blockCausal: number };
+	/**
+	 * Computes only the rows near the current block and reads the others' keys and values from a cache. With full attention
+	 * an approximation, rebuilt at every block: 'prefix' keeps what lies before the block, 'dual' also what lies after it.
+	 * With block-causal attention both are exact and the same. Needs `block` or `attention: { blockCausal }`.
+	 * @default none: every forward computes the whole canvas
+	 */
+	readonly cache?: CacheKind;
+	/**
+	 * With `cache`: compares every cached forward with an exact one and reports the divergence in `DenoiseStep.drift` and
+	 * `GenerateStats.drift`. Costs a forward of the whole canvas and 2 R * V floats per step. @default false
+	 */
+	readonly measureDrift?: boolean;
+	/**
 	 * Of 'threshold': commit at this probability or above (0.9). Of 'klass': the same (0.9). Of 'revocable': draft at this
 	 * probability or above (0.6).
 	 */
@@ -100,6 +118,10 @@ export interface ResolvedOptions {
 	isAutoregressive: boolean;
 	steps: number | undefined;
 	block: number | undefined;
+	/** Positions per block of block-causal attention; null: full attention. */
+	blockCausal: number | null;
+	cache: CacheKind | null;
+	measureDrift: boolean;
 	temperature: number;
 	topK: number;
 	topP: number;
@@ -127,40 +149,48 @@ const common: readonly (keyof GenerateOptions)[] = [
 	'signal',
 ];
 
+/** Options of every sampler that fills blocks. */
+const blockwise: readonly (keyof GenerateOptions)[] = ['block', 'attention', 'cache', 'measureDrift'];
+
 const samplers: Record<SamplerName, SamplerEntry> = {
-	ancestral: { uses: ['steps', 'block'], temperature: 1, planned: true, make: ancestral },
+	ancestral: { uses: ['steps', ...blockwise], temperature: 1, planned: true, make: ancestral },
 	confidence: {
-		uses: ['steps', 'block', 'score', 'plan'],
+		uses: ['steps', ...blockwise, 'score', 'plan'],
 		temperature: 0,
 		planned: true,
 		make: (o) => confidence(o.score ?? 'probability', o.plan ?? 'even'),
 	},
 	threshold: {
-		uses: ['steps', 'block', 'threshold'],
+		uses: ['steps', ...blockwise, 'threshold'],
 		temperature: 0,
 		planned: false,
 		make: (o) => threshold(o.threshold ?? 0.9),
 	},
-	factor: { uses: ['steps', 'block', 'factor'], temperature: 0, planned: false, make: (o) => factor(o.factor ?? 1) },
+	factor: {
+		uses: ['steps', ...blockwise, 'factor'],
+		temperature: 0,
+		planned: false,
+		make: (o) => factor(o.factor ?? 1),
+	},
 	'entropy-bound': {
-		uses: ['steps', 'block', 'entropyBound'],
+		uses: ['steps', ...blockwise, 'entropyBound'],
 		temperature: 0,
 		planned: false,
 		make: (o) => entropyBound(o.entropyBound ?? 0.1),
 	},
 	klass: {
-		uses: ['steps', 'block', 'threshold', 'divergence', 'stableSteps'],
+		uses: ['steps', ...blockwise, 'threshold', 'divergence', 'stableSteps'],
 		temperature: 0,
 		planned: false,
 		make: (o) => klass(o.threshold ?? 0.9, o.divergence ?? 0.01, o.stableSteps ?? 2),
 	},
 	revocable: {
-		uses: ['steps', 'block', 'threshold', 'verify', 'attempts'],
+		uses: ['steps', ...blockwise, 'threshold', 'verify', 'attempts'],
 		temperature: 0,
 		planned: false,
 		make: (o) => revocable(o.threshold ?? 0.6, o.verify ?? 0.9, o.attempts ?? 2),
 	},
-	'first-hitting': { uses: ['block'], temperature: 1, planned: false, make: firstHitting },
+	'first-hitting': { uses: blockwise, temperature: 1, planned: false, make: firstHitting },
 	autoregressive: { uses: [], temperature: 1, planned: false, make: autoregressive },
 };
 
@@ -183,7 +213,7 @@ export function resolveOptions(options: GenerateOptions, config: ModelConfig): R
 	const sampler = options.sampler ?? (causal ? 'autoregressive' : 'confidence');
 	const isCustom = typeof sampler === 'object' && sampler !== null;
 	let policy: SamplerPolicy;
-	let uses: readonly (keyof GenerateOptions)[] = ['steps', 'block'];
+	let uses: readonly (keyof GenerateOptions)[] = ['steps', ...blockwise];
 	let entry: SamplerEntry | undefined;
 	if (isCustom) {
 		check(typeof sampler.decide === 'function', 'sampler is an object without a method decide(view)');
@@ -214,6 +244,21 @@ export function resolveOptions(options: GenerateOptions, config: ModelConfig): R
 		isAutoregressive || config.maskId >= 0,
 		`the sampler '${samplerName}' needs a mask token, and the model has none: pass { config: { maskId } } when loading it`,
 	);
+	const { attention, cache, block } = options;
+	const blockCausal = typeof attention === 'object' ? attention.blockCausal : null;
+	check(
+		blockCausal === null || block === undefined || block === blockCausal,
+		`option block is ${block}, but attention.blockCausal fixes the blocks at ${blockCausal}`,
+	);
+	check(
+		cache === undefined || block !== undefined || blockCausal !== null,
+		'option cache needs option block: the cache is built anew at every block',
+	);
+	check(
+		cache === undefined || policy.verify === undefined,
+		`option cache cannot be combined with the sampler '${samplerName}', which verifies on copies of the canvas`,
+	);
+	check(!options.measureDrift || cache !== undefined, 'option measureDrift needs option cache');
 	const guidance = options.guidance ?? 0;
 	check(
 		guidance === 0 || config.maskId >= 0,
@@ -227,7 +272,10 @@ export function resolveOptions(options: GenerateOptions, config: ModelConfig): R
 		isPlanned: entry?.planned ?? false,
 		isAutoregressive,
 		steps: options.steps,
-		block: options.block,
+		block,
+		blockCausal,
+		cache: cache ?? null,
+		measureDrift: options.measureDrift ?? false,
 		temperature: options.temperature ?? entry?.temperature ?? 0,
 		topK: options.topK ?? 0,
 		topP: options.topP ?? 1,
@@ -259,11 +307,23 @@ function checkValues(options: GenerateOptions): void {
 			`option ${key} is ${JSON.stringify(value)}, expected ${values.join(', ')}`,
 		);
 	};
-	const { length, topP, signal } = options;
+	const { length, topP, signal, attention, measureDrift } = options;
 	if (typeof length === 'object' && length !== null) resolveLength(length);
 	else whole('length', 0);
 	oneOf('score', ['probability', 'margin', 'entropy', 'random']);
 	oneOf('plan', ['even', 'linear']);
+	oneOf('cache', ['prefix', 'dual']);
+	if (typeof attention === 'object' && attention !== null) {
+		const { blockCausal, ...rest } = attention;
+		check(
+			Number.isSafeInteger(blockCausal) && blockCausal >= 1 && Object.keys(rest).length === 0,
+			`option attention is ${JSON.stringify(attention)}, expected 'full' or { blockCausal: positions per block }`,
+		);
+	} else oneOf('attention', ['full']);
+	check(
+		measureDrift === undefined || typeof measureDrift === 'boolean',
+		`option measureDrift is ${String(measureDrift)}, expected true or false`,
+	);
 	whole('steps', 1);
 	whole('block', 1);
 	whole('topK', 0);

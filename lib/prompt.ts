@@ -124,9 +124,15 @@ function checkIds(ids: Int32Array, config: ModelConfig, name: string): void {
 
 /**
  * Text of the positions that are committed, runs joined, open ones left out. A character whose bytes are not all there
- * yet is left out too: a run's broken first or last character is dropped where the run borders on an open position.
+ * yet is left out too: a run's broken first or last character is dropped where the run borders on an open position, and at
+ * the end when the text goes on there (`growing`).
  */
-export function decodeCommitted(canvas: Canvas, positions: Int32Array, tokenizer: TextCodec | null): string {
+export function decodeCommitted(
+	canvas: Canvas,
+	positions: Int32Array,
+	tokenizer: TextCodec | null,
+	growing = false,
+): string {
 	if (!tokenizer) return '';
 	let text = '';
 	let run: number[] = [];
@@ -148,6 +154,6 @@ export function decodeCommitted(canvas: Canvas, positions: Int32Array, tokenizer
 			run.push(canvas.tokens[position] as number);
 		}
 	}
-	flush(false);
+	flush(growing);
 	return text;
 }

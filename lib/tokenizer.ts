@@ -140,6 +140,7 @@ export class Tokenizer {
 	 * @throws `ERR_DN_CHECKPOINT` naming the missing or malformed file.
 	 */
 	static fromDirectory(directory: string): Tokenizer {
+		check(typeof directory === 'string', `fromDirectory: directory is ${typeof directory}, expected a path`);
 		const whole = join(directory, 'tokenizer.json');
 		if (existsSync(whole)) return Tokenizer.fromFile(whole);
 		const vocabPath = join(directory, 'vocab.json');
@@ -236,6 +237,10 @@ export class Tokenizer {
 
 	/** The bytes that ids stand for; lossless. */
 	decodeBytes(ids: ArrayLike<number>, options: DecodeOptions = {}): Uint8Array {
+		check(
+			typeof ids === 'object' && ids !== null && typeof ids.length === 'number',
+			'decode: ids is not an array of token ids',
+		);
 		const parts: Uint8Array[] = [];
 		let length = 0;
 		for (let i = 0; i < ids.length; i++) {

@@ -11,6 +11,7 @@ import { TokenDataset } from './data/dataset.js';
 import type { Device } from './device.js';
 import type { Engine } from './engine.js';
 import { check, DiffusionNativeError } from './errors.js';
+import { forgetLengths } from './length/extras.js';
 import { JsonlLogger } from './loggers/jsonl.js';
 import { DiffuGPT } from './model.js';
 import {
@@ -69,6 +70,7 @@ export class Trainer implements AsyncDisposable {
 
 	/** @throws `ERR_DN_ARGUMENT` naming the option; `ERR_DN_BUSY` when the model already has a trainer. */
 	constructor(model: DiffuGPT, options: TrainOptions) {
+		check(model instanceof DiffuGPT, 'a Trainer needs a DiffuGPT as its first argument');
 		model.engine.check();
 		this.model = model;
 		this.#options = resolveTrainOptions(options, model.config);
@@ -102,6 +104,7 @@ export class Trainer implements AsyncDisposable {
 	 * @throws `ERR_DN_CHECKPOINT` when nothing can be loaded, saying why.
 	 */
 	static async resume(dir: string, overrides: ResumeOptions = {}): Promise<Trainer> {
+		check(typeof dir === 'string' && dir !== '', 'Trainer.resume needs the path of a checkpoint or run folder');
 		const { directory, state } = findCheckpoint(dir);
 		const { device, threads, ...own } = overrides;
 		const stored = reviveOptions(state, directory, own);
@@ -215,11 +218,14 @@ export class Trainer implements AsyncDisposable {
 
 	/** Loss on a data set as `run` evaluates it: the NELBO per token and the mean cross-entropy of masked tokens, nats. */
 	async evaluate(data: TokenDataset): Promise<{ loss: number; unweighted: number }> {
+		check(data instanceof TokenDataset, 'evaluate needs a TokenDataset');
+		if (this.model.tokenizer) data.checkTokenizer(this.model.tokenizer);
 		return this.#alone(() => this.#validate(data));
 	}
 
 	/** Writes a checkpoint into `dir`, replacing what is there. @throws `ERR_DN_CHECKPOINT` */
 	async save(dir: string): Promise<void> {
+		check(typeof dir === 'string' && dir !== '', 'save needs the path of a directory');
 		await this.#alone(() =>
 			writeCheckpoint(dir, this.model.engine, (directory) => this.model.save(directory), this.#state()),
 		);
@@ -286,6 +292,7 @@ export class Trainer implements AsyncDisposable {
 						step: step + 1,
 					}),
 				);
+				forgetLengths(engine);
 			}
 			this.#step = step + 1;
 			this.#totalTokens += sums.tokens;

@@ -21,6 +21,7 @@ const mayInclude = {
 	'native/addon': ['core', 'addon'],
 	'native/test': ['core', 'cpu', 'test'],
 	'native/bench': ['core', 'cpu', 'bench'],
+	'cuda/test': ['core', 'cpu', 'cuda', 'test'],
 	cuda: ['core', 'cuda'],
 };
 // The addon asks the CPU backend only for what info() reports.
@@ -47,7 +48,7 @@ for (const file of files) {
 		}
 		if (/#\s*include\s+<napi\.h>/.test(text) && owner !== 'native/addon')
 			problems.push(`${file}: napi.h belongs to native/addon`);
-		if (/#\s*include\s+<(cuda|cublas|mma)/.test(text) && owner !== 'cuda')
+		if (/#\s*include\s+<(cuda|cublas|mma)/.test(text) && !owner?.startsWith('cuda'))
 			problems.push(`${file}: CUDA headers belong to cuda/`);
 		continue;
 	}

@@ -1,6 +1,7 @@
 // Builds the core with plain CMake and runs the native tests. --asan: with AddressSanitizer and UBSan. --isa NAME: only
 // that instruction set. Other arguments are passed to the test program (name filters).
 import { spawnSync } from 'node:child_process';
+import { existsSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
@@ -32,3 +33,7 @@ run(`./${folder}/dn_tests`, positionals, {
 	...(values.isa ? { DN_ISA: values.isa } : {}),
 	UBSAN_OPTIONS: 'print_stacktrace=1',
 });
+// The CUDA kernels on the emulator, once: they have no instruction sets, and their fibers confuse the sanitizers.
+if (!values.asan && !values.isa && existsSync(`${root}/${folder}/dn_cuda_emulator`)) {
+	run(`./${folder}/dn_cuda_emulator`, positionals);
+}

@@ -91,6 +91,36 @@ test('generate prints what the library generates', async (t) => {
 	t.deepEqual(last['tokens'], Array.from(expected.tokens));
 });
 
+test('generate writes a page that plays the denoising back, and takes the options of caches', async (t) => {
+	const page = join(folder, 'page.html');
+	const cached = ['--length', '8', '--sampler', 'threshold', '--threshold', '0', '--block', '4', '--cache', 'dual'];
+	const { code, stderr, stdout } = await run([
+		'generate',
+		modelPath,
+		'<b>Hello</b>',
+		...cached,
+		'--measure-drift',
+		'--seed',
+		'7',
+		'--json',
+		'--html',
+		page,
+	]);
+	t.is(code, 0, stderr);
+	const result = JSON.parse(stdout.trimEnd().split('\n').at(-1) as string) as {
+		stats: { forwards: number; drift: { rows: number } };
+	};
+	t.is(result.stats.forwards, 2);
+	t.is(result.stats.drift.rows, 0, 'each block was filled by its first, exact forward');
+	const html = readFileSync(page, 'utf8');
+	t.true(html.startsWith('<!doctype html>') && html.includes('2 forwards') && !html.includes('<b>'));
+	const blocks = await run(['generate', modelPath, 'A', '--length', '6', '--block-causal', '4', '--cache', 'prefix']);
+	t.is(blocks.code, 0, blocks.stderr);
+	const unwritable = await run(['generate', modelPath, 'A', '--html', join(folder, 'no', 'page')]);
+	t.is(unwritable.code, 1);
+	t.regex(unwritable.stderr, /page: cannot write/);
+});
+
 test('generate fills a gap and finds a length', async (t) => {
 	const filled = await run(['generate', modelPath, '--prefix', 'A', '--suffix', ' B', '--length', '3', '--json']);
 	t.is(filled.code, 0, filled.stderr);
@@ -121,6 +151,7 @@ test('wrong usage ends with 2 and names what is wrong', async (t) => {
 		[['generate', modelPath, 'A', '--length', '-1'], /length is -1/],
 		[['generate', modelPath, 'A', '--length', '3', '--max-length', '4'], /--max-length/],
 		[['generate', modelPath, 'A', '--sampler', 'greedy'], /greedy/],
+		[['generate', modelPath, 'A', '--cache', 'dual'], /cache needs option block/],
 		[['generate', modelPath, ''], /empty/],
 		[['fly'], /fly/],
 	] as [string[], RegExp][]) {
@@ -143,7 +174,7 @@ test('a failure ends with 1 and its code', async (t) => {
 test('--help and --version end with 0 and say everything', async (t) => {
 	const help = await run(['generate', '--help']);
 	t.is(help.code, 0);
-	for (const word of ['--sampler', '--temperature', '--json', '--trace', 'Ctrl-C'])
+	for (const word of ['--sampler', '--temperature', '--cache', '--json', '--trace', '--html', 'Ctrl-C'])
 		t.true(help.stdout.includes(word), word);
 	const version = await run(['--version']);
 	t.is(version.stdout.trim(), info().version);

@@ -258,7 +258,10 @@ test('bad input is named', async (t) => {
 	});
 	await bad(file('ragged.csv', 'prompt,answer\n1,2\n3\n'), /ragged\.csv: not a valid CSV.*line 3/, { format: 'pairs' });
 	await bad(file('few.txt', 'a b'), /3 tokens, fewer than one window of 8/);
-	await bad(join(root, 'missing.txt'), /missing\.txt cannot be read/);
+	await t.throwsAsync(prepare(join(root, 'missing.txt'), options({})), {
+		code: 'ERR_DN_CHECKPOINT',
+		message: /missing\.txt cannot be read/,
+	});
 	await bad(file('one.txt', story(30)), /the validation part is empty|the training part is empty/, { validation: 0.5 });
 });
 

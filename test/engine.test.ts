@@ -52,6 +52,10 @@ class FakeNative {
 			entropy: floats,
 			drawnLogProb: floats,
 			watched,
+			logits: Float32Array.from({ length: (denoise.logitRows?.length ?? 0) * config.vocab }, (_, i) => {
+				const row = denoise.logitRows?.[Math.floor(i / config.vocab)] as number;
+				return batch.ids[(batch.rows as Int32Array)[row] as number] as number;
+			}),
 		};
 	}
 
@@ -77,9 +81,9 @@ function request(ids: number[], rows: number[] = [0], watch: number[] = []): Den
 		keyLength: ids.length,
 		caches: null,
 		mask: { kind: 'full' },
-		rowSequence: new Int32Array(rows.length),
+		rowSequence: null,
 		row: Int32Array.from(rows),
-		rowGuide: new Int32Array(rows.length).fill(-1),
+		rowGuide: null,
 		rowPosition: Int32Array.from(rows),
 		step: 0,
 		seed: 1n,
@@ -120,6 +124,38 @@ test('the token budget splits batches, and a larger request runs alone', async (
 	t.deepEqual(
 		native.batches.map((batch) => batch.ids.length),
 		[4, 1, 6, 1],
+	);
+	await engine.dispose();
+});
+
+test('logits come with the statistics, of the right rows, and their bound splits batches', async (t) => {
+	const { native, engine } = make({ batchLogits: 5 * 100 });
+	const guided = {
+		...request([1, 2, 3], [2, 0]),
+		sequences: [Int32Array.of(1, 2, 3), Int32Array.of(4, 5, 6)],
+		rowGuide: Int32Array.of(1, 1),
+		logits: true,
+	};
+	const [a, b, c, d] = await Promise.all([
+		engine.denoise(guided),
+		engine.denoise(request([7, 8], [1])),
+		engine.denoise({ ...request([9], [0]), logits: true }),
+		engine.denoise({ ...request([11, 12], [1, 0]), logits: true }),
+	]);
+	const firsts = (values: Float32Array | undefined): number[] =>
+		Array.from(values ?? []).filter((_, i) => i % 100 === 0);
+	t.deepEqual(
+		[firsts(a?.logits), firsts(a?.guideLogits)],
+		[
+			[3, 1],
+			[6, 4],
+		],
+	);
+	t.deepEqual([b?.logits, b?.guideLogits, c?.guideLogits], [undefined, undefined, undefined]);
+	t.deepEqual([firsts(c?.logits), firsts(d?.logits)], [[9], [12, 11]]);
+	t.deepEqual(
+		native.batches.map((batch) => batch.ids.length),
+		[6 + 2 + 1, 2],
 	);
 	await engine.dispose();
 });

@@ -1,5 +1,7 @@
 /** generate, stream, generateBatch, predictLength: results, events, edges, aborts, bad input. */
 import { getEventListeners } from 'node:events';
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
 
 import test from 'ava';
 import {
@@ -13,6 +15,7 @@ import {
 } from 'diffusion-native';
 
 import { uniform } from '../lib/random.js';
+import { root } from './helpers/fixtures.js';
 import { sharpModel } from './helpers/models.js';
 
 const maskId = 60;
@@ -72,6 +75,8 @@ const everyLength: GenerateOptions['length'][] = [
 	{ max: 14, method: 'quantile', quantile: 0.5 },
 	{ max: 14, method: 'threshold', probability: 0.2 },
 	{ max: 14, method: 'expected', coverage: 0.3 },
+	{ max: 14, method: 'daedal', initial: 4, grow: 3, window: 2 },
+	{ max: 14, method: 'rho-eos', initial: 4, grow: 3, low: 0.1, high: 0.2 },
 ];
 
 /** All combinations that make sense. */
@@ -400,6 +405,34 @@ test("a user's policy is a plain object with one method", async (t) => {
 	await model.dispose();
 });
 
+test('the policy in docs/sampling.md does what it says', async (t) => {
+	const page = readFileSync(join(root, 'docs', 'sampling.md'), 'utf8');
+	const source = /```js\n([\s\S]*?)```/.exec(page)?.[1] ?? '';
+	const spreading = new Function(`${source}; return spreading;`)() as SamplerPolicy;
+	const model = await sharpModel();
+	let together = 0;
+	const watched: SamplerPolicy = {
+		decide(view) {
+			const decision = spreading.decide(view);
+			const best = view.positions[view.probability.indexOf(Math.max(...view.probability))] as number;
+			t.true(decision.commit.includes(best));
+			for (const position of decision.commit) {
+				t.true(Math.abs(position - best) <= 1);
+				if (position === best) continue;
+				t.true((view.probability[view.positions.indexOf(position)] as number) > 0.5);
+				together++;
+			}
+			return decision;
+		},
+	};
+	const options = { length: 40, block: 16, seed: 1 };
+	const result = await model.generate(prompt, { ...options, sampler: watched });
+	t.deepEqual(result.tokens, (await model.generate(prompt, { ...options, sampler: spreading })).tokens);
+	t.is(result.stats.forwards, 40 - together);
+	t.true(together > 0);
+	await model.dispose();
+});
+
 test('a policy that breaks the rules is an error, never a hang', async (t) => {
 	const model = await sharpModel();
 	const fails = (policy: SamplerPolicy, message: RegExp) =>
@@ -518,6 +551,44 @@ test('text is continued and filled in, and characters are never split', async (t
 	await model.dispose();
 });
 
+test('streams of text in many bytes never show a broken character, whatever the order, growth and revisions', async (t) => {
+	const model = await textModel();
+	const { tokenizer } = model as { tokenizer: Tokenizer };
+	const alphabet = ['a', ' b', 'é', 'ß', '漢字', '😀', '👩‍👩‍👧', 'नमस्ते', '\u{1F1EB}\u{1F1F7}', '\n', 'ﬁ', '\u0000'];
+	let hidden = 0;
+	for (let seed = 0; seed < 60; seed++) {
+		const draw = (n: number, i: number): number => uniform(BigInt(seed), 60, n, i);
+		let text = '';
+		for (let i = 0; i < 8; i++) {
+			const next = text + alphabet[Math.floor(draw(0, i) * alphabet.length)];
+			if (tokenizer.encode(next).length <= 40) text = next;
+		}
+		const ids = Array.from(tokenizer.encode(text));
+		const policy: SamplerPolicy = {
+			verify: ({ tentative }) => (tentative.length > 0 ? [Array.from(tentative)] : []),
+			decide({ step, positions, tentative }) {
+				const chosen = Array.from(positions).filter((_, k) => k === 0 || draw(2 + step, k) < 0.3);
+				const commit = draw(1, step) < 0.5 ? chosen : chosen.slice(-1);
+				const reopen = step > 30 ? [] : Array.from(tentative).filter((p) => draw(100 + step, p) < 0.2);
+				const settle = Array.from(tentative).filter((p) => !reopen.includes(p) && draw(200 + step, p) < 0.6);
+				return { commit, tokens: commit.map((p) => ids[p - 1] as number), reopen, settle, tentative: true };
+			},
+		};
+		for (const length of [ids.length, { max: ids.length, method: 'block', block: 5 }] as const) {
+			const { events, result } = await collect(model, { tokens: Int32Array.of(50256) }, { sampler: policy, length });
+			t.is(result.text, text);
+			t.is(events.at(-1)?.text, text);
+			for (const event of events.slice(0, -1)) {
+				t.false(event.text.includes('\uFFFD'), JSON.stringify(event.text));
+				const committed = Array.from(event.tokens.subarray(1)).filter((id) => id !== model.config.maskId);
+				if (tokenizer.decode(Int32Array.from(committed)) !== event.text) hidden++;
+			}
+		}
+	}
+	t.true(hidden > 50, `${hidden} events kept a part of a character back`);
+	await model.dispose();
+});
+
 test("a prompt that spells the mask token's text is plain text", async (t) => {
 	const model = await textModel();
 	const { tokenizer, config } = model as { tokenizer: Tokenizer; config: { maskId: number } };
@@ -570,6 +641,12 @@ test('bad options and prompts are named', async (t) => {
 		[{ seed: 2n ** 64n }, /seed/],
 		[{ signal: {} }, /signal/],
 		[{ stepz: 3 }, /stepz is not known/],
+		[{ temperature: Number.POSITIVE_INFINITY }, /temperature is Infinity/],
+		[{ topP: Number.NaN }, /topP is NaN/],
+		[{ guidance: Number.NaN }, /guidance is NaN/],
+		[{ sampler: 'threshold', threshold: Number.NaN }, /threshold is NaN/],
+		[{ length: Number.NaN }, /length is NaN/],
+		[{ block: 2.5 }, /block is 2.5/],
 		[{ sampler: 'greedy' }, /sampler is "greedy"/],
 		[{ sampler: {} }, /decide/],
 		[{ sampler: 'ancestral', threshold: 0.9 }, /threshold has no meaning for the sampler 'ancestral'/],

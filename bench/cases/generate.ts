@@ -1,8 +1,45 @@
-/** Whole generations of a fixed length: every sampler, one request or a batch, and autoregressive decoding beside them. */
-import type { GenerateOptions } from 'diffusion-native';
+/**
+ * Whole generations of a fixed length: every sampler at batch 1, 4 and 16 with autoregressive decoding beside them, blocks with
+ * and without caches, and concurrent streams against the same ones one after another.
+ */
+import type { DiffuGPT, GenerateOptions, GenerateResult } from 'diffusion-native';
 
-import type { BenchCase } from '../harness.js';
+import type { BenchCase, Work } from '../harness.js';
 import { load, type ShapeName, someTokens } from '../shapes.js';
+
+/** Sums over results: tokens as work; forwards and tokens per forward as figures. */
+function summary(results: readonly GenerateResult[]): Work {
+	const tokens = results.reduce((sum, { stats }) => sum + stats.generatedTokens, 0);
+	const forwards = results.reduce((sum, { stats }) => sum + stats.forwards, 0);
+	return { tokens, extra: { forwards, tokensPerForward: tokens / forwards } };
+}
+
+function prompts(shape: ShapeName, batch: number): { tokens: Int32Array }[] {
+	return Array.from({ length: batch }, (_, i) => ({ tokens: someTokens(shape, 16 + i) }));
+}
+
+function bench(
+	name: string,
+	shape: ShapeName,
+	batch: number,
+	options: GenerateOptions,
+	repeats: number,
+	run: (model: DiffuGPT) => Promise<GenerateResult[]>,
+): BenchCase {
+	return {
+		name,
+		shape: { model: shape, batch, length: options.length as number },
+		dtype: 'fp32',
+		repeats,
+		async setup() {
+			const model = await load(shape);
+			return {
+				run: async () => summary(await run(model)),
+				teardown: () => model.dispose(),
+			};
+		},
+	};
+}
 
 function generate(
 	shape: ShapeName,
@@ -11,40 +48,75 @@ function generate(
 	options: GenerateOptions,
 	repeats: number,
 ): BenchCase {
-	return {
-		name: `generate/${shape}/${label}/B${batch}`,
-		shape: { model: shape, batch, length: options.length as number },
-		dtype: 'fp32',
-		repeats,
-		async setup() {
-			const model = await load(shape);
-			const prompts = Array.from({ length: batch }, (_, i) => ({ tokens: someTokens(shape, 16 + i) }));
-			return {
-				async run() {
-					const results = await model.generateBatch(prompts, options);
-					return { tokens: results.reduce((sum, { stats }) => sum + stats.generatedTokens, 0) };
-				},
-				teardown: () => model.dispose(),
-			};
-		},
-	};
+	const name = `generate/${shape}/${label}/B${batch}`;
+	return bench(name, shape, batch, options, repeats, (model) => model.generateBatch(prompts(shape, batch), options));
 }
 
+/** `count` streams at once, or the same ones one after another. */
+function streams(shape: ShapeName, count: number, options: GenerateOptions, repeats: number): BenchCase[] {
+	const each = (model: DiffuGPT) =>
+		prompts(shape, count).map((prompt) => async (): Promise<GenerateResult> => {
+			const stream = model.stream(prompt, options);
+			for (;;) {
+				const { done, value } = await stream.next();
+				if (done) return value;
+			}
+		});
+	const sampler = String(options.sampler);
+	return [
+		bench(`streams/${shape}/${sampler}/sequential-${count}`, shape, count, options, repeats, async (model) => {
+			const results: GenerateResult[] = [];
+			for (const run of each(model)) results.push(await run());
+			return results;
+		}),
+		bench(`streams/${shape}/${sampler}/concurrent-${count}`, shape, count, options, repeats, (model) =>
+			Promise.all(each(model).map((run) => run())),
+		),
+	];
+}
+
+/** The adaptive samplers are bounded: random weights are never sure, and would commit one token per forward. */
 const samplers: [string, GenerateOptions][] = [
 	['ancestral-64', { sampler: 'ancestral', steps: 64 }],
 	['ancestral-64-top-p', { sampler: 'ancestral', steps: 64, topP: 0.9 }],
 	['confidence-64', { sampler: 'confidence', steps: 64 }],
-	['threshold', { sampler: 'threshold', threshold: 0.9 }],
-	['entropy-bound', { sampler: 'entropy-bound' }],
+	['confidence-64-blocks', { sampler: 'confidence', steps: 64, block: 32 }],
+	['threshold-64', { sampler: 'threshold', steps: 64 }],
+	['factor-64', { sampler: 'factor', steps: 64 }],
+	['entropy-bound-64', { sampler: 'entropy-bound', steps: 64 }],
+	['klass-64', { sampler: 'klass', steps: 64 }],
+	['revocable-64', { sampler: 'revocable', steps: 64 }],
 	['first-hitting', { sampler: 'first-hitting' }],
 	['autoregressive', { sampler: 'autoregressive' }],
+];
+
+/** The same decoding of blocks, exact and with each cache. */
+const caches: [string, GenerateOptions][] = [
+	['blocks', {}],
+	['blocks-prefix', { cache: 'prefix' }],
+	['blocks-dual', { cache: 'dual' }],
 ];
 
 export const generateCases: BenchCase[] = [
 	...samplers.flatMap(([label, options]) =>
 		[1, 4, 16].map((batch) => generate('tiny', label, batch, { ...options, length: 256, seed: 1 }, 3)),
 	),
-	generate('gpt2', 'ancestral-64', 1, { sampler: 'ancestral', steps: 64, length: 240, seed: 1 }, 1),
-	generate('gpt2', 'ancestral-64-top-p', 1, { sampler: 'ancestral', steps: 64, topP: 0.9, length: 240, seed: 1 }, 1),
-	generate('gpt2', 'autoregressive', 1, { sampler: 'autoregressive', length: 64, seed: 1 }, 1),
+	...caches.map(([label, cache]) =>
+		generate('tiny', label, 1, { sampler: 'confidence', steps: 256, block: 32, ...cache, length: 256, seed: 1 }, 3),
+	),
+	...streams('tiny', 8, { sampler: 'ancestral', steps: 64, length: 256, seed: 1 }, 3),
+	...streams('tiny', 8, { sampler: 'autoregressive', length: 64, seed: 1 }, 3),
+	...samplers.flatMap(([label, options]) =>
+		[1, 4, 16].map(
+			(batch): BenchCase => ({
+				...generate('gpt2', label, batch, { ...options, length: 256, seed: 1 }, 1),
+				onlyIfNamed: batch > 1,
+			}),
+		),
+	),
+	...caches.map(([label, cache]) =>
+		generate('gpt2', label, 1, { sampler: 'confidence', steps: 64, block: 32, ...cache, length: 256, seed: 1 }, 1),
+	),
+	...streams('gpt2', 8, { sampler: 'autoregressive', length: 64, seed: 1 }, 1),
+	...streams('gpt2', 8, { sampler: 'ancestral', steps: 64, length: 256, seed: 1 }, 1),
 ];

@@ -16,7 +16,7 @@ import { DiffuGPT } from '../model.js';
 import { action, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
 
 interface Flags {
-	metric: string;
+	metric?: string;
 	samples?: number;
 	enumerate?: number;
 	endToken?: boolean;
@@ -41,6 +41,9 @@ interface Flags {
 	json?: boolean;
 }
 
+/** Metrics without a command of their own. */
+const names = metricNames.filter((name) => name !== 'length');
+
 /** Adds the command and returns it, so that evaluations with options of their own can be its subcommands. */
 export function register(program: Command): Command {
 	return program
@@ -48,7 +51,7 @@ export function register(program: Command): Command {
 		.description('Score a model on data of your own')
 		.argument('<model>', 'a model directory, a Hugging Face id, or diffusion-native/tiny')
 		.argument('[data]', 'a .jsonl file; a .bin file for nelbo and perplexity; a .txt file for lambada')
-		.requiredOption('-m, --metric <name>', metricNames.join(', '))
+		.option('-m, --metric <name>', names.join(', '))
 		.option('--samples <n>', 'draws per sequence; generative-perplexity: texts', number('samples'))
 		.option(
 			'--enumerate <n>',
@@ -101,6 +104,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.`,
 }
 
 async function run(path: string, data: string | undefined, flags: Flags): Promise<void> {
+	if (flags.metric === undefined) throw new UsageError(`--metric is needed: ${names.join(', ')}`);
 	const options = toOptions(flags);
 	if (data === undefined && flags.metric !== 'generative-perplexity') throw new UsageError('a data file is needed');
 	const interrupt = interruptible();

@@ -5,6 +5,7 @@
 
 import { once } from 'node:events';
 import { createWriteStream } from 'node:fs';
+import { open } from 'node:fs/promises';
 import type { Command } from 'commander';
 import type { DenoiseStep } from '../denoise-loop.js';
 import type { Device, DType } from '../device.js';
@@ -14,6 +15,7 @@ import type { LengthMethod, LengthOptions } from '../length/method.js';
 import { DiffuGPT } from '../model.js';
 import { type GenerateOptions, type SamplerName, samplerNames } from '../options.js';
 import type { Prompt } from '../prompt.js';
+import { traceHtml } from '../trace-html.js';
 import { action, interruptible, isTerminal, number, Redraw, style, toJson, UsageError } from './terminal.js';
 
 interface Flags {
@@ -31,6 +33,9 @@ interface Flags {
 	plan?: GenerateOptions['plan'];
 	steps?: number;
 	block?: number;
+	blockCausal?: number;
+	cache?: GenerateOptions['cache'];
+	measureDrift?: boolean;
 	threshold?: number;
 	factor?: number;
 	entropyBound?: number;
@@ -51,6 +56,7 @@ interface Flags {
 	localFilesOnly?: boolean;
 	json?: boolean;
 	trace?: string;
+	html?: string;
 }
 
 export function register(program: Command): void {
@@ -77,6 +83,9 @@ export function register(program: Command): void {
 			number('steps'),
 		)
 		.option('--block <n>', 'tokens per semi-autoregressive block', number('block'))
+		.option('--block-causal <n>', 'for a model trained block by block: block-causal attention', number('block-causal'))
+		.option('--cache <kind>', 'with --block or --block-causal: keep keys and values, prefix or dual')
+		.option('--measure-drift', 'with --cache: compare with exact forwards, at their cost')
 		.option('--threshold <p>', 'of threshold, klass (default: 0.9) and revocable (default: 0.6)', number('threshold'))
 		.option('--factor <f>', 'of factor (default: 1)', number('factor'))
 		.option('--entropy-bound <nats>', 'of entropy-bound (default: 0.1)', number('entropy-bound'))
@@ -101,6 +110,7 @@ export function register(program: Command): void {
 		.option('--local-files-only', 'never ask the network')
 		.option('--json', 'print every step and then the result as a line of JSON')
 		.option('--trace <file>', 'save every step and then the result as lines of JSON')
+		.option('--html <file>', 'save a page that plays the denoising back')
 		.addHelpText(
 			'after',
 			'\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Ctrl-C stops after the current step; a second one at once.',
@@ -131,6 +141,7 @@ async function show(model: DiffuGPT, prompt: Prompt, options: GenerateOptions, f
 	const out = process.stdout;
 	const live = !flags.json && isTerminal(out);
 	const trace = flags.trace === undefined ? undefined : await Trace.open(flags.trace);
+	const html = flags.html === undefined ? undefined : await Page.open(flags.html);
 	const view = live ? new Redraw(out) : undefined;
 	const stream = model.stream(prompt, options);
 	let result: GenerateResult;
@@ -143,13 +154,17 @@ async function show(model: DiffuGPT, prompt: Prompt, options: GenerateOptions, f
 			}
 			if (flags.json) out.write(`${toJson({ type: 'step', ...value })}\n`);
 			await trace?.write({ type: 'step', ...value });
+			html?.events.push(value);
 			view?.draw(`${render(model, value)}\n${style.dim(`step ${value.step} of at most ${value.steps}`)}`);
 		}
 		if (flags.json) out.write(`${toJson({ type: 'result', ...result })}\n`);
 		await trace?.write({ type: 'result', ...result });
+		await html?.write(model, result);
 		if (view) {
 			const { forwards, tokensPerSecond, tokensPerForward, generatedTokens } = result.stats;
-			const last = `${generatedTokens} tokens, ${forwards} forwards, ${tokensPerForward.toFixed(2)} tokens per forward, ${tokensPerSecond.toFixed(1)} tokens/s, seed ${result.seed}`;
+			const { drift } = result.stats;
+			const measured = drift ? `, drift ${drift.mean.toPrecision(3)} nats (max ${drift.max.toPrecision(3)})` : '';
+			const last = `${generatedTokens} tokens, ${forwards} forwards, ${tokensPerForward.toFixed(2)} tokens per forward, ${tokensPerSecond.toFixed(1)} tokens/s, seed ${result.seed}${measured}`;
 			view.draw(`${around(prompt, result.text)}\n${style.dim(last)}`);
 		} else if (!flags.json) {
 			out.write(`${result.text}\n`);
@@ -157,6 +172,7 @@ async function show(model: DiffuGPT, prompt: Prompt, options: GenerateOptions, f
 	} finally {
 		view?.end();
 		await trace?.close();
+		await html?.close();
 	}
 }
 
@@ -222,6 +238,32 @@ class Trace {
 	}
 }
 
+/** The playback, written at the end into a file that is opened at the beginning, where a wrong path should be noticed. */
+class Page {
+	readonly events: DenoiseStep[] = [];
+
+	private constructor(private readonly file: Awaited<ReturnType<typeof open>>) {}
+
+	static async open(path: string): Promise<Page> {
+		try {
+			return new Page(await open(path, 'w'));
+		} catch (cause) {
+			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path}: cannot write: ${(cause as Error).message}`, {
+				cause,
+			});
+		}
+	}
+
+	async write({ config, tokenizer }: DiffuGPT, result: GenerateResult): Promise<void> {
+		const decode = tokenizer ? (ids: Int32Array): string => tokenizer.decode(ids) : null;
+		await this.file.writeFile(traceHtml(this.events, result, config.maskId, decode));
+	}
+
+	close(): Promise<void> {
+		return this.file.close();
+	}
+}
+
 function toPrompt(text: string | undefined, { prefix, suffix }: Flags): Prompt {
 	if (prefix === undefined && suffix === undefined) {
 		if (text === undefined) throw new UsageError('a prompt, --prefix or --suffix is needed');
@@ -245,11 +287,13 @@ function toOptions(flags: Flags): GenerateOptions {
 	if (maxLength !== undefined && length !== undefined)
 		throw new UsageError('--length cannot be combined with --max-length');
 	const variable: LengthOptions | undefined = maxLength === undefined ? undefined : { max: maxLength, ...details };
+	const { blockCausal, cache, measureDrift } = flags;
 	const { sampler, score, plan, steps, block, threshold, factor, entropyBound, divergence, stableSteps } = flags;
 	const { verify, attempts, temperature, topK, topP, guidance, seed: chosen } = flags;
 	return given({
 		length: variable ?? length,
 		...{ sampler, score, plan, steps, block, threshold, factor, entropyBound, divergence, stableSteps },
+		...{ attention: blockCausal === undefined ? undefined : { blockCausal }, cache, measureDrift },
 		...{ verify, attempts, temperature, topK, topP, guidance, seed: chosen },
 	});
 }

@@ -4,6 +4,7 @@ import { Command, CommanderError } from 'commander';
 
 import { version } from '../info.js';
 import * as evaluate from './eval.js';
+import * as evaluateLength from './eval-length.js';
 import * as generate from './generate.js';
 import * as info from './info.js';
 import * as prepare from './prepare.js';
@@ -15,9 +16,13 @@ const program = new Command()
 	.description('Masked diffusion language models: generate, train, prepare data, evaluate')
 	.version(version())
 	.showHelpAfterError('(add --help for all options)')
+	// Options belong to the command that they follow, also where a subcommand has one of the same name.
+	.enablePositionalOptions()
 	.exitOverride();
 
-for (const command of [generate, prepare, train, evaluate, info]) command.register(program);
+for (const command of [generate, prepare, train]) command.register(program);
+evaluateLength.register(evaluate.register(program));
+info.register(program);
 for (const command of program.commands) command.exitOverride();
 
 try {

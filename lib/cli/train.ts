@@ -112,7 +112,7 @@ function readConfig(path: string): { config: RunConfig; mapped: string[] } {
 		json = JSON.parse(readFileSync(path, 'utf8'));
 	} catch (cause) {
 		const reason = cause instanceof Error ? cause.message : String(cause);
-		throw new DiffusionNativeError('ERR_DN_ARGUMENT', `${path} cannot be read as JSON: ${reason}`, { cause });
+		throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path} cannot be read as JSON: ${reason}`, { cause });
 	}
 	return parseRunConfig(json);
 }

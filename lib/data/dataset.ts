@@ -77,8 +77,13 @@ export class TokenDataset implements Disposable {
 			}
 			const range = options.range ?? ([0, header.sequences] as const);
 			check(
-				range.every(Number.isInteger) && range[0] >= 0 && range[0] < range[1] && range[1] <= header.sequences,
-				`range is [${range.join(', ')}], expected two numbers from 0 to ${header.sequences}, the second one larger`,
+				Array.isArray(range) &&
+					range.length === 2 &&
+					range.every(Number.isInteger) &&
+					range[0] >= 0 &&
+					range[0] < range[1] &&
+					range[1] <= header.sequences,
+				`range is ${JSON.stringify(range)}, expected two numbers from 0 to ${header.sequences}, the second one larger`,
 			);
 			dataset = new TokenDataset(path, fd, header, range);
 		} catch (error) {

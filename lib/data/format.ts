@@ -6,7 +6,7 @@
  */
 import { crc32 } from 'node:zlib';
 
-import { DiffusionNativeError } from '../errors.js';
+import { check, DiffusionNativeError } from '../errors.js';
 
 /** What a sequence of a token file is: a window of a stream, a whole document, or a prompt with its answer. */
 export type DataFormat = 'packed' | 'documents' | 'pairs';
@@ -24,6 +24,20 @@ export type Padding =
 	| { readonly multiple: number }
 	| { readonly random: number }
 	| { readonly logUniform: number };
+
+/** @throws `ERR_DN_ARGUMENT` unless it is one of the kinds, with a positive whole number where one belongs to it. */
+export function checkPadding(padding: unknown): asserts padding is Padding {
+	const [[kind, amount] = [], ...more] = typeof padding === 'object' && padding !== null ? Object.entries(padding) : [];
+	check(
+		padding === 'none' ||
+			padding === 'context' ||
+			(more.length === 0 &&
+				['multiple', 'random', 'logUniform'].includes(String(kind)) &&
+				Number.isInteger(amount) &&
+				(amount as number) > 0),
+		`padding is ${JSON.stringify(padding)}, expected 'none', 'context', { multiple: n }, { random: n } or { logUniform: n }`,
+	);
+}
 
 /** Kinds of padding as a number in the header and its amount, and back. */
 export function encodePadding(padding: Padding): [kind: number, amount: number] {

@@ -4,9 +4,9 @@
  */
 import { createHash } from 'node:crypto';
 
-import { check, DiffusionNativeError } from '../errors.js';
+import { check, checkOptions, DiffusionNativeError } from '../errors.js';
 import { TokenDataset } from './dataset.js';
-import { type DataFormat, encodePadding, type Padding } from './format.js';
+import { checkPadding, type DataFormat, type Padding } from './format.js';
 import { encodeDocument, encodePair } from './pack.js';
 import {
 	fileKind,
@@ -132,6 +132,10 @@ export async function prepare(input: PrepareInput, options: PrepareOptions): Pro
 			bytes += count;
 		},
 	};
+	check(
+		typeof input === 'string' || (typeof input === 'object' && input !== null),
+		`the input is ${String(input)}, expected a path, a list of paths, or records`,
+	);
 	const paths = typeof input === 'string' ? [input] : isPaths(input) ? input : undefined;
 	const files = paths ? await listFiles(paths) : [];
 	const totalBytes = files.reduce((sum, file) => sum + file.bytes, 0);
@@ -195,9 +199,33 @@ export async function prepare(input: PrepareInput, options: PrepareOptions): Pro
 	}
 }
 
+const prepareOptionNames = [
+	'tokenizer',
+	'out',
+	'format',
+	'context',
+	'eosId',
+	'bosId',
+	'padId',
+	'padding',
+	'separator',
+	'splitText',
+	'columns',
+	'overlong',
+	'validation',
+	'validationOut',
+	'splitSeed',
+	'container',
+	'maxLine',
+	'onProgress',
+	'signal',
+] as const satisfies readonly (keyof PrepareOptions)[];
+
 type Settings = ReturnType<typeof resolve>;
 
 function resolve(options: PrepareOptions) {
+	check(options !== undefined, 'prepare needs the options tokenizer and out');
+	checkOptions('prepare', options, prepareOptionNames);
 	const { tokenizer, out } = options;
 	check(tokenizer && typeof tokenizer.encode === 'function', 'prepare needs the option tokenizer');
 	check(typeof out === 'string' && out.length > 0, 'prepare needs the option out, the path of the token file');
@@ -205,6 +233,15 @@ function resolve(options: PrepareOptions) {
 	check(
 		['packed', 'documents', 'pairs'].includes(format),
 		`format is ${JSON.stringify(format)}, expected 'packed', 'documents' or 'pairs'`,
+	);
+	const { container = 'own', maxLine = 1 } = options;
+	check(
+		container === 'own' || container === 'nanogpt',
+		`container is ${JSON.stringify(container)}, expected 'own' or 'nanogpt'`,
+	);
+	check(
+		Number.isSafeInteger(maxLine) && maxLine > 0,
+		`maxLine is ${String(maxLine)}, expected a positive whole number of characters`,
 	);
 	const context = options.context ?? 1024;
 	check(
@@ -221,13 +258,7 @@ function resolve(options: PrepareOptions) {
 	);
 	const bosId = options.bosId ?? (format === 'documents' ? eosId : false);
 	const padding = options.padding ?? 'none';
-	const amount = typeof padding === 'object' ? encodePadding(padding)[1] : 1;
-	check(
-		(typeof padding === 'object' || padding === 'none' || padding === 'context') &&
-			Number.isInteger(amount) &&
-			amount > 0,
-		`padding is ${JSON.stringify(padding)}, expected 'none', 'context', { multiple: n }, { random: n } or { logUniform: n }`,
-	);
+	checkPadding(padding);
 	return {
 		tokenizer,
 		format,
@@ -287,6 +318,10 @@ async function* recordItems(input: Iterable<DataRecord> | AsyncIterable<DataReco
 	let number = 0;
 	for await (const given of input) {
 		const record = typeof given === 'string' ? { text: given } : given;
+		check(
+			typeof record === 'object' && record !== null && (!('text' in record) || typeof record.text === 'string'),
+			`record ${number}: expected text, { text }, { tokens } or { prompt, answer }`,
+		);
 		yield { record, begins: true, ends: true, where: `record ${number++}`, file: '' };
 	}
 }
@@ -363,7 +398,12 @@ function write(writer: TokenWriter, item: Item, settings: Settings): number {
 			);
 			pair = encodePair(record.prompt, settings.separator + record.answer, tokenizer);
 		} else if (!(record instanceof Int32Array) && 'tokens' in record && record.promptLength !== undefined) {
-			pair = { tokens: record.tokens, promptLength: record.promptLength };
+			const { tokens, promptLength } = record;
+			check(
+				Number.isInteger(promptLength) && promptLength >= 0 && promptLength <= tokens.length,
+				`${where}: promptLength is ${String(promptLength)}, expected 0 to the ${tokens.length} tokens`,
+			);
+			pair = { tokens, promptLength };
 		} else {
 			throw new DiffusionNativeError(
 				'ERR_DN_ARGUMENT',

@@ -53,12 +53,12 @@ export async function listFiles(paths: readonly string[]): Promise<{ path: strin
 	const files: { path: string; bytes: number }[] = [];
 	for (const path of paths) {
 		const found = await stat(path).catch((cause: unknown) => {
-			throw new DiffusionNativeError(
-				'ERR_DN_ARGUMENT',
-				`input ${path} cannot be read (${cause instanceof Error ? cause.message : String(cause)}); ` +
-					'an array of strings is taken as paths: pass texts as { text } objects or from a generator',
-				{ cause },
-			);
+			// An array of strings is paths; whoever passed texts sees their own text in the message.
+			const advice = /\s/.test(path) ? '; pass texts as { text } objects or from a generator' : '';
+			const reason = cause instanceof Error ? cause.message : String(cause);
+			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `input ${path} cannot be read (${reason})${advice}`, {
+				cause,
+			});
 		});
 		if (!found.isDirectory()) {
 			files.push({ path, bytes: found.size });

@@ -1,6 +1,7 @@
 /** The options and results of `evaluate`, metric by metric, and what every metric is given to work with. */
 import type { TokenDataset } from '../data/dataset.js';
 import type { Padding } from '../data/format.js';
+import type { EvaluateLengthOptions, LengthEvaluation } from '../length/evaluate.js';
 import type { DiffuGPT } from '../model.js';
 import type { GenerateOptions } from '../options.js';
 import type { Interval } from './statistics.js';
@@ -248,6 +249,11 @@ export interface GenerativePerplexityResult extends EvaluationResult, Generation
 }
 
 /** Options and result of each metric. */
+/** Of 'length': those of `evaluateLength`; the seeds of its generations are `seeds`. */
+export type LengthMetricOptions = EvaluationOptions & Omit<EvaluateLengthOptions, keyof EvaluationOptions>;
+
+export type LengthMetricResult = EvaluationResult & Omit<LengthEvaluation, 'ms'> & { readonly metric: 'length' };
+
 export interface Metrics {
 	nelbo: { options: NelboOptions; result: NelboResult };
 	perplexity: { options: PerplexityOptions; result: PerplexityResult };
@@ -257,6 +263,7 @@ export interface Metrics {
 	infilling: { options: InfillingOptions; result: InfillingResult };
 	lambada: { options: LambadaOptions; result: LambadaResult };
 	'generative-perplexity': { options: GenerativePerplexityOptions; result: GenerativePerplexityResult };
+	length: { options: LengthMetricOptions; result: LengthMetricResult };
 }
 
 export type Metric = keyof Metrics;

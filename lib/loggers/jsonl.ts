@@ -1,8 +1,8 @@
 /** One JSON object per line and step. Survives a kill: a half-written last line is dropped when a run continues. */
-import { appendFileSync, mkdirSync, readFileSync } from 'node:fs';
+import { appendFileSync, readFileSync } from 'node:fs';
 import { dirname } from 'node:path';
 
-import { isMissing, writeFileAtomic } from '../files.js';
+import { isMissing, makeDirectories, writeFileAtomic } from '../files.js';
 import type { MetricLogger, TrainMetrics } from '../training/options.js';
 
 /** Appends metrics to a file. A run that continues from an earlier step first drops the lines beyond it. */
@@ -14,7 +14,7 @@ export class JsonlLogger implements MetricLogger {
 	}
 
 	async start({ step }: { readonly step: number }): Promise<void> {
-		mkdirSync(dirname(this.path), { recursive: true });
+		await makeDirectories(dirname(this.path));
 		let text: string;
 		try {
 			text = readFileSync(this.path, 'utf8');

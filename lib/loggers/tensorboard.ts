@@ -5,10 +5,11 @@
  * Event: 1 wall_time double, 2 step varint, 3 file_version string, 5 summary; Summary: 1 repeated value;
  * Value: 1 tag string, 2 simple_value float.
  */
-import { appendFileSync, mkdirSync } from 'node:fs';
+import { appendFileSync } from 'node:fs';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
 
+import { makeDirectories } from '../files.js';
 import type { MetricLogger, TrainMetrics } from '../training/options.js';
 
 const table = Uint32Array.from({ length: 256 }, (_, byte) => {
@@ -86,11 +87,11 @@ export class TensorBoardLogger implements MetricLogger {
 		return this.#path;
 	}
 
-	log(metrics: TrainMetrics): void {
+	async log(metrics: TrainMetrics): Promise<void> {
 		const now = Date.now() / 1000;
 		const messages: Buffer[] = [];
 		if (this.#path === undefined) {
-			mkdirSync(this.dir, { recursive: true });
+			await makeDirectories(this.dir);
 			this.#path = join(
 				this.dir,
 				`events.out.tfevents.${Math.floor(now)}.${hostname()}.${process.pid}.${metrics.step}`,

@@ -7,7 +7,7 @@ import type { SamplerPolicy } from './policy.js';
 export function autoregressive(): SamplerPolicy {
 	return {
 		name: 'autoregressive',
-		choose: ({ open }) => open.subarray(0, 1),
+		choose: ({ open }) => open.slice(0, 1),
 		decide: ({ positions }) => ({ commit: Array.from(positions) }),
 	};
 }

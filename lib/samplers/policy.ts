@@ -90,7 +90,7 @@ export interface SamplerPolicy {
 	 * canvas in which the group is masked again.
 	 */
 	verify?(view: CanvasView): readonly (readonly number[])[];
-	/** `view.logProbs` will be called. Costs a second forward and R * V floats. @default false */
+	/** `view.logProbs` will be called. Costs R * V floats a step. @default false */
 	needsLogits?: boolean;
 }
 
@@ -99,6 +99,16 @@ export function ranked(scores: ArrayLike<number>): number[] {
 	return Array.from({ length: scores.length }, (_, k) => k).sort(
 		(a, b) => (scores[b] as number) - (scores[a] as number) || a - b,
 	);
+}
+
+/** KL(p || q) of two rows of log probabilities (V), nats; where p is 0 nothing is added. */
+export function divergence(p: Float64Array, q: Float64Array): number {
+	let sum = 0;
+	for (let v = 0; v < p.length; v++) {
+		const log = p[v] as number;
+		if (log > Number.NEGATIVE_INFINITY) sum += Math.exp(log) * (log - (q[v] as number));
+	}
+	return sum;
 }
 
 /** LLaDA's plan: n tokens over `steps` steps, n div steps each, the remainder first (algorithms.md 3.4). */

@@ -4,14 +4,14 @@
  * of a checkpoint can be loaded; the newest is found by looking, not by a pointer.
  */
 import { readdirSync, statSync } from 'node:fs';
-import { mkdir, readdir, rename, rm, rmdir, stat } from 'node:fs/promises';
+import { readdir, rename, rm, rmdir, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 
 import { binding, type NativeTensorSource } from '../binding.js';
 import { isModelFile } from '../checkpoint-save.js';
 import type { Engine } from '../engine.js';
 import { check, DiffusionNativeError } from '../errors.js';
-import { isMissing, readJsonObject, replaceDirectory, temporaryName, writeSynced } from '../files.js';
+import { isMissing, makeDirectories, readJsonObject, replaceDirectory, temporaryName, writeSynced } from '../files.js';
 import type { DataPosition } from './order.js';
 
 /** Facts about a data set, to find it again and to see that it is the same. */
@@ -169,7 +169,7 @@ export async function prune(runDirectory: string, keep: number, keepBest: number
  */
 export async function prepareRunDirectory(runDirectory: string, step: number): Promise<void> {
 	try {
-		await mkdir(runDirectory, { recursive: true });
+		await makeDirectories(runDirectory);
 	} catch (cause) {
 		const reason = cause instanceof Error ? cause.message : String(cause);
 		throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${runDirectory} cannot be made: ${reason}`, { cause });

@@ -2,8 +2,8 @@
 import type { Objective, SpindleSchedule, TimeSampler } from '../batch.js';
 import { toSeed } from '../batch.js';
 import type { ModelConfig } from '../config.js';
-import type { TokenDataset } from '../data/dataset.js';
-import type { Padding } from '../data/format.js';
+import { TokenDataset } from '../data/dataset.js';
+import { checkPadding, type Padding } from '../data/format.js';
 import { check } from '../errors.js';
 import { type AttentionAnnealing, checkSchedule, type Schedule } from './schedules.js';
 import { suggest } from './suggest.js';
@@ -146,6 +146,7 @@ export type ResolvedTrainOptions = ReturnType<typeof resolveTrainOptions>;
 
 /** Fills defaults and checks everything that can be checked before the first step. @throws `ERR_DN_ARGUMENT` naming the option. */
 export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) {
+	check(typeof options === 'object' && options !== null, 'Trainer needs an object of options');
 	for (const key of Object.keys(options)) {
 		check(
 			(trainOptionNames as readonly string[]).includes(key),
@@ -153,6 +154,16 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 		);
 	}
 	const { data, validation, checkpoint, earlyStop } = options;
+	for (const [name, set] of [
+		['data', data],
+		['validation', validation],
+	] as const) {
+		check(set === undefined || set instanceof TokenDataset, `${name} is not a TokenDataset`);
+	}
+	known('checkpoint', checkpoint, ['dir', 'every', 'keep', 'keepBest']);
+	known('earlyStop', earlyStop, ['patience', 'minDelta']);
+	known('attentionAnnealing', options.attentionAnnealing, ['steps', 'kind']);
+	known('spindle', options.spindle, ['lambda', 'information']);
 	check(
 		options.batchSize === undefined || options.batchTokens === undefined,
 		'batchSize and batchTokens exclude each other: give one of them',
@@ -172,6 +183,7 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 	notNegative('earlyStop.minDelta', earlyStop?.minDelta);
 	notNegative('checkpoint.keepBest', checkpoint?.keepBest);
 	check(!checkpoint || (typeof checkpoint.dir === 'string' && checkpoint.dir), 'checkpoint.dir is missing');
+	check(!earlyStop || earlyStop.patience !== undefined, 'earlyStop.patience is missing');
 	check(!earlyStop || validation, 'earlyStop needs validation data');
 	const betas = options.betas ?? ([0.9, 0.95] as const);
 	check(
@@ -185,7 +197,10 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 	);
 	const annealing = options.attentionAnnealing;
 	if (annealing) {
-		notNegative('attentionAnnealing.steps', annealing.steps);
+		check(
+			Number.isSafeInteger(annealing.steps) && annealing.steps >= 0,
+			`attentionAnnealing.steps is ${String(annealing.steps)}, expected a whole number >= 0`,
+		);
 		const { kind = 'diffullama' } = annealing;
 		check(
 			kind === 'diffullama' || kind === 'seed',
@@ -205,6 +220,13 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 		'the learning rate schedule needs the length of the run: give maxSteps, or learningRate.steps',
 	);
 	const padding = options.padding ?? data?.padding ?? 'none';
+	checkPadding(padding);
+	const { recompute = false, loggers = [] } = options;
+	check(typeof recompute === 'boolean', `recompute is ${JSON.stringify(recompute)}, expected true or false`);
+	check(
+		Array.isArray(loggers) && loggers.every((logger) => typeof logger?.log === 'function'),
+		'loggers is not a list of objects with a method log',
+	);
 	for (const [name, set] of [
 		['data', data],
 		['validation', validation],
@@ -223,11 +245,11 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 		eps: options.eps ?? 1e-8,
 		gradClip: options.gradClip ?? 1,
 		padding,
-		recompute: options.recompute ?? false,
+		recompute,
 		precision,
 		evalSequences: options.evalSequences ?? 256,
 		seed: toSeed(options.seed ?? 0),
-		loggers: options.loggers ?? [],
+		loggers: loggers as readonly MetricLogger[],
 	};
 }
 
@@ -243,6 +265,15 @@ function fits(name: string, data: TokenDataset, config: ModelConfig): void {
 		data.vocab <= config.vocab,
 		`${name} was prepared for a vocabulary of ${data.vocab}, the model has ${config.vocab} entries`,
 	);
+}
+
+/** An option that is an object of its own: an object, and no keys but these. */
+function known(name: string, value: object | undefined, keys: readonly string[]): void {
+	if (value === undefined) return;
+	check(typeof value === 'object' && value !== null, `${name} is ${JSON.stringify(value)}, expected an object`);
+	for (const key of Object.keys(value)) {
+		check(keys.includes(key), `${name}.${key} is not an option of Trainer${suggest(key, keys)}`);
+	}
 }
 
 function positive(name: string, value: number | undefined): void {

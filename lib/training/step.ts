@@ -18,11 +18,11 @@ export interface LossSums {
 
 /** Packs micro-batches; sequences are numbered through the whole step. */
 export function packStep(batches: readonly DiffusionBatch[], config: ModelConfig): NativeTrainBatch[] {
-	const stepSequences = batches.reduce((sum, batch) => sum + batch.tokens.length, 0);
+	const stepSequences = batches.reduce((sum, batch) => sum + sequencesIn(batch), 0);
 	let firstSequence = 0;
 	return batches.map((batch) => {
 		const packed = toNativeTrainBatch(batch, config, { firstSequence, stepSequences });
-		firstSequence += batch.tokens.length;
+		firstSequence += sequencesIn(batch);
 		return packed;
 	});
 }
@@ -54,4 +54,9 @@ export function lossOf(sums: LossSums): { loss: number; unweighted: number } {
 		loss: sums.denominator > 0 ? sums.weighted / sums.denominator : 0,
 		unweighted: sums.masked > 0 ? sums.unweighted / sums.masked : 0,
 	};
+}
+
+/** Sequences of a batch; 0 for what is none, which toNativeTrainBatch then refuses. */
+function sequencesIn(batch: DiffusionBatch | null | undefined): number {
+	return batch?.tokens?.length ?? 0;
 }

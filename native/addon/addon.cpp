@@ -146,21 +146,29 @@ Napi::Value cpu_info(const Napi::CallbackInfo& info) {
   return result;
 }
 
-// Without CUDA in the build there is nothing to ask; with it, the backend lists its devices.
 Napi::Value cuda_info(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Napi::Object result = Napi::Object::New(env);
-  result.Set("devices", Napi::Array::New(env, 0));
 #ifdef DN_WITH_CUDA
   result.Set("compiled", true);
 #else
   result.Set("compiled", false);
 #endif
-  try {
-    make_cuda_backend(0);
-  } catch (const Error& e) {
-    result.Set("reason", e.what());
-  }
+  guarded(env, [&] {
+    std::string reason;
+    const std::vector<CudaDevice> devices = cuda_devices(&reason);
+    const Napi::Array list = Napi::Array::New(env, devices.size());
+    for (size_t i = 0; i < devices.size(); ++i) {
+      Napi::Object device = Napi::Object::New(env);
+      device.Set("name", devices[i].name);
+      device.Set("memory", static_cast<double>(devices[i].memory));
+      device.Set("capability", devices[i].capability);
+      device.Set("products", devices[i].products);
+      list.Set(static_cast<uint32_t>(i), device);
+    }
+    result.Set("devices", list);
+    if (devices.empty()) result.Set("reason", reason);
+  });
   return result;
 }
 

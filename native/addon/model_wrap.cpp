@@ -269,15 +269,22 @@ Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
   auto request = to_denoise(object_argument(info, 1, "denoise"), batch->row_count());
   auto stats = std::make_shared<std::vector<DenoiseStats>>(request->rows.size());
   auto watched = std::make_shared<std::vector<float>>(request->rows.size() * request->watch.size());
+  // Written in place by the pool thread, like the result of forward.
+  const int64_t K = static_cast<int64_t>(request->logit_rows.size());
+  Napi::Float32Array values =
+      Napi::Float32Array::New(env, static_cast<size_t>(K) * static_cast<size_t>(m.config().vocab));
+  float* logits = values.Data();
+  auto kept = std::make_shared<Napi::ObjectReference>(Napi::Persistent(values.As<Napi::Object>()));
   return start(
       info, {},
-      [&m, batch, request, stats, watched] {
+      [&m, batch, request, stats, watched, logits, K] {
         m.forward(batch->batch, batch->rows);
         m.denoise(stats->data(), watched->data(), request->rows.data(),
                   static_cast<int64_t>(request->rows.size()), request->watch.data(),
                   static_cast<int64_t>(request->watch.size()));
+        if (K > 0) m.logits(logits, request->logit_rows.data(), K);
       },
-      [stats, watched](Napi::Env e) -> Napi::Value {
+      [stats, watched, kept](Napi::Env e) -> Napi::Value {
         const size_t D = stats->size();
         auto best = Napi::Int32Array::New(e, D), drawn = Napi::Int32Array::New(e, D);
         auto probability = Napi::Float32Array::New(e, D), margin = Napi::Float32Array::New(e, D);
@@ -299,6 +306,7 @@ Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
         result.Set("entropy", entropy);
         result.Set("drawnLogProb", drawn_log_prob);
         result.Set("watched", to_array<Napi::Float32Array>(e, *watched));
+        result.Set("logits", kept->Value());
         return result;
       });
 }

@@ -111,6 +111,12 @@ std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t r
     r.step = counters[2 * i];
     r.position = counters[2 * i + 1];
   }
+  if (!absent(object, "logitRows")) {
+    for (const int32_t listed : int32_field(object, "logitRows")) {
+      expect(env, listed >= 0 && listed < row_count, "a row of logitRows is outside the batch");
+      request->logit_rows.push_back(listed);
+    }
+  }
   return request;
 }
 

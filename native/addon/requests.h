@@ -26,6 +26,7 @@ struct BatchRequest {
 struct DenoiseRequest {
   std::vector<DenoiseRow> rows;
   std::vector<int32_t> watch;
+  std::vector<int64_t> logit_rows;  // rows kept by the forward whose raw logits are returned too
 };
 
 struct TrainRequest {

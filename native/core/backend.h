@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "core/attention_mask.h"
 #include "core/tensor.h"
@@ -177,7 +178,17 @@ class Backend {
 
 // threads 0: every core this process may use. The pool is process-wide: concurrent callers take turns.
 std::unique_ptr<Backend> make_cpu_backend(int threads);
-// Throws Error(kDevice) with the reason when there is no CUDA in this build or no usable device.
-std::unique_ptr<Backend> make_cuda_backend(int device);
+// activations: kBF16, or kF32 to check against the CPU. Throws Error(kDevice) with the reason when there is
+// no CUDA in this build or no usable device.
+std::unique_ptr<Backend> make_cuda_backend(int device, Dtype activations = Dtype::kBF16);
+
+struct CudaDevice {
+  std::string name;
+  size_t memory = 0;       // bytes
+  std::string capability;  // "9.0"
+  std::string products;    // what computes products: "cuBLASLt 130100", or "own kernels" and why
+};
+// Devices by number; none, and why, when there is no CUDA in this build or no usable driver. Never throws.
+std::vector<CudaDevice> cuda_devices(std::string* reason);
 
 }  // namespace dn

@@ -7,7 +7,7 @@
 
 namespace dn {
 
-enum class Code { kArgument, kCheckpoint, kDevice, kOutOfMemory, kAborted, kInternal };
+enum class Code { kArgument, kCheckpoint, kDevice, kOutOfMemory, kDiverged, kInternal };
 
 // The stable string users switch on, for example "ERR_DN_ARGUMENT".
 inline const char* code_name(Code code) {
@@ -16,7 +16,7 @@ inline const char* code_name(Code code) {
     case Code::kCheckpoint: return "ERR_DN_CHECKPOINT";
     case Code::kDevice: return "ERR_DN_DEVICE";
     case Code::kOutOfMemory: return "ERR_DN_OUT_OF_MEMORY";
-    case Code::kAborted: return "ERR_DN_ABORTED";
+    case Code::kDiverged: return "ERR_DN_DIVERGED";
     case Code::kInternal: return "ERR_DN_INTERNAL";
   }
   return "ERR_DN_INTERNAL";

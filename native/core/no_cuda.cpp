@@ -7,7 +7,12 @@
 
 namespace dn {
 
-std::unique_ptr<Backend> make_cuda_backend(int device) {
+std::vector<CudaDevice> cuda_devices(std::string* reason) {
+  *reason = "this build has no CUDA support";
+  return {};
+}
+
+std::unique_ptr<Backend> make_cuda_backend(int device, Dtype) {
   throw Error(Code::kDevice,
               "this build has no CUDA support, so device cuda:" + std::to_string(device) +
                   " cannot be used; build with npm run build:cuda where the CUDA toolkit is installed");

@@ -197,8 +197,8 @@ void head_denoise(const Cpu& cpu, DenoiseStats* stats, float* watched, Tensor hi
     for (int64_t r = begin; r < end; ++r) {
       const int64_t id = not_finite[static_cast<size_t>(r - begin)];
       if (id < 0) continue;
-      throw Error(Code::kInternal, "head_denoise: logits of row " + std::to_string(r) +
-                                       " are not finite: id " + std::to_string(id) + " has " +
+      throw Error(Code::kDiverged, "logits of row " + std::to_string(r) + " are not finite: id " +
+                                       std::to_string(id) + " has " +
                                        std::to_string(row_logits[static_cast<size_t>(r - begin)][id]) +
                                        " (hidden row " + std::to_string(rows[r].row) + ", position " +
                                        std::to_string(rows[r].position) + ")");

@@ -338,7 +338,7 @@ DN_TEST(head_denoise_names_the_row_whose_logits_are_not_finite) {
       std::vector<DenoiseStats> stats(3);
       CHECK_THROWS(cpu::head_denoise({2, isa}, stats.data(), nullptr, p.inputs(), rows.data(), 3, nullptr, 0,
                                      p.weight()),
-                   Code::kInternal, "logits of row 2 are not finite");
+                   Code::kDiverged, "logits of row 2 are not finite");
     }
   }
 }

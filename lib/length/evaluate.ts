@@ -1,0 +1,302 @@
+/**
+ * `evaluateLength`: every length method on held-out pairs, against constant bounds at the same coverage and against the
+ * whole canvas. First the bounds, from looks that the methods share (one forward per pair); then whole generations, timed
+ * in turns: every batch of prompts goes through all methods before the next one, in rotating order, so that a drift of the
+ * machine touches all alike.
+ *
+ * No figure is fitted on the pairs that are scored: margins come from other pairs.
+ */
+import { check } from '../errors.js';
+import type { DiffuGPT } from '../model.js';
+import { boundOf, type EndSignal, endSignal, fitMargins, lookOf, warningsOf } from './calibrate.js';
+import { type LengthCalibration, type LengthExtras, lengthExtras } from './extras.js';
+import { type CompareOptions, compareGenerations, type GenerationComparison } from './generations.js';
+import { type HeadKind, type LengthMethod, type LengthOptions, resolveLength } from './method.js';
+import {
+	type BoundMetrics,
+	bestConstant,
+	bootstrapDifference,
+	boundMetrics,
+	type Difference,
+	pinballLosses,
+} from './metrics.js';
+import { inParallel, type LengthPair, type PairData, type PairOptions, readPairs } from './pairs.js';
+import type { LengthLook } from './rules.js';
+
+/** A method with options of its own; the coverage is the evaluation's. */
+export type MethodChoice = LengthMethod | Omit<LengthOptions, 'max' | 'coverage'>;
+
+/** Options of {@link evaluateLength}. */
+export interface EvaluateLengthOptions extends PairOptions, CompareOptions {
+	/** The whole canvas: most new tokens. */
+	readonly max: number;
+	/** @default all that the model has what they need for */
+	readonly methods?: readonly MethodChoice[];
+	/** Target shares of answers that fit; generations are run at the last one. @default [0.8, 0.9, 0.95] */
+	readonly coverage?: readonly number[];
+	/**
+	 * Where the margins come from: pairs that are not scored; 'stored', the model's own calibrations; 'split', every other
+	 * pair, the rest being scored. @default 'stored' when the model has one for `max`, else 'split'
+	 */
+	readonly calibration?: PairData | 'stored' | 'split';
+	/** Most calibration pairs. @default all */
+	readonly calibrationLimit?: number;
+	readonly onProgress?: (progress: LengthProgress) => void;
+}
+
+export interface LengthProgress {
+	readonly stage: 'looks' | 'generations' | 'likelihoods';
+	readonly fraction: number;
+}
+
+/** Bounds of one method at one setting on one kind of pairs. */
+export interface BoundRow extends BoundMetrics {
+	readonly method: string;
+	/** Target share; null: uncalibrated, with the method's own defaults. */
+	readonly coverage: number | null;
+	/** '' is all kinds together. */
+	readonly kind: string;
+	/** Mean pinball loss at the target; null when uncalibrated. */
+	readonly pinball: number | null;
+	/** Pinball loss minus that of the constant that is best on these very pairs; negative is better. */
+	readonly versusConstant: Difference | null;
+}
+
+/** What {@link evaluateLength} finds. */
+export interface LengthEvaluation {
+	readonly max: number;
+	readonly pairs: number;
+	readonly kinds: Readonly<Record<string, number>>;
+	readonly meanLength: number;
+	readonly tooLong: number;
+	readonly calibration: { readonly source: 'data' | 'stored' | 'split'; readonly pairs: number };
+	readonly coverage: readonly number[];
+	/** Of the first step's end probabilities, by kind; '' is all. */
+	readonly signal: Readonly<Record<string, EndSignal>>;
+	readonly bounds: readonly BoundRow[];
+	/** Coverage against looseness, all kinds together. */
+	readonly frontier: readonly {
+		readonly method: string;
+		readonly coverage: number;
+		readonly correct: number;
+		readonly slack: number;
+	}[];
+	/** Null when none were asked for. */
+	readonly generations: GenerationComparison | null;
+	readonly warnings: readonly string[];
+	readonly ms: number;
+}
+
+/** One method to be evaluated. */
+export interface Candidate {
+	readonly name: string;
+	readonly method: LengthMethod;
+	readonly options: Omit<LengthOptions, 'max' | 'coverage'>;
+}
+
+const frontierCoverages = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99];
+
+/** @throws `ERR_DN_ARGUMENT` naming the option, the line of a bad record, the missing head or calibration; `signal.reason` */
+export async function evaluateLength(
+	model: DiffuGPT,
+	data: PairData,
+	options: EvaluateLengthOptions,
+): Promise<LengthEvaluation> {
+	const begin = performance.now();
+	model.engine.check();
+	const { max, signal, onProgress } = options;
+	const coverage = options.coverage ?? [0.8, 0.9, 0.95];
+	check(
+		Array.isArray(coverage) && coverage.length > 0 && coverage.every((c) => c > 0 && c < 1),
+		`option coverage is ${JSON.stringify(coverage)}, expected numbers between 0 and 1`,
+	);
+	const own = lengthExtras(model.engine);
+	const candidates = candidatesOf(options.methods, own, max);
+	const read = await readPairs(model, data, max, options);
+	const source = options.calibration ?? (own.calibrations.some((entry) => entry.max === max) ? 'stored' : 'split');
+	const fromStored = source === 'stored';
+	const fromSplit = source === 'split';
+	let pairs = read.pairs;
+	let fitting: LengthPair[] = [];
+	if (fromSplit) {
+		check(pairs.length >= 2, "option calibration 'split' needs at least two pairs");
+		fitting = pairs.filter((_, i) => i % 2 === 0);
+		pairs = pairs.filter((_, i) => i % 2 === 1);
+	} else if (!fromStored) {
+		const { calibrationLimit: limit, limit: _, ...rest } = options;
+		fitting = (await readPairs(model, source as PairData, max, { ...rest, ...(limit ? { limit } : {}) })).pairs;
+	}
+	const looking = candidates.filter(({ method }) => method !== 'block' && method !== 'rho-eos');
+	const total = looking.length * (pairs.length + fitting.length);
+	let done = 0;
+	const shared = new Map<string, LengthLook[]>();
+	const looksOf = async (list: readonly LengthPair[], name: string, candidate: Candidate): Promise<LengthLook[]> => {
+		// Methods that read the same probabilities share one look.
+		const { method, options: given } = candidate;
+		const group = method === 'head' || method === 'daedal' ? candidate.name : method === 'constant' ? 'none' : 'end';
+		const known = shared.get(`${name} ${group}`);
+		done += list.length;
+		if (known) return known;
+		const rule = resolveLength({ ...given, max }, method, { extras: own, infilling: false });
+		const before = done - list.length;
+		let seen = 0;
+		const looks = await inParallel(list, 64, async (pair) => {
+			signal?.throwIfAborted();
+			const look = await lookOf(model, pair, rule, signal);
+			onProgress?.({ stage: 'looks', fraction: (before + ++seen) / total });
+			return look;
+		});
+		shared.set(`${name} ${group}`, looks);
+		return looks;
+	};
+	const lengths = pairs.map((pair) => pair.answer.length);
+	const kinds = [...new Set(pairs.map((pair) => pair.kind))].sort();
+	const groups = new Map<string, number[]>([['', pairs.map((_, i) => i)]]);
+	if (kinds.some((kind) => kind !== '')) {
+		for (const kind of kinds)
+			groups.set(
+				kind || 'none',
+				pairs.flatMap((pair, i) => (pair.kind === kind ? [i] : [])),
+			);
+	}
+	const calibrations: LengthCalibration[] = [];
+	const bounds: BoundRow[] = [];
+	const frontier: { method: string; coverage: number; correct: number; slack: number }[] = [];
+	const row = (name: string, all: readonly number[], target: number | null): void => {
+		for (const [kind, list] of groups) {
+			const mine = list.map((i) => all[i] as number);
+			const truth = list.map((i) => lengths[i] as number);
+			let versus: { pinball: number | null; versusConstant: Difference | null } = {
+				pinball: null,
+				versusConstant: null,
+			};
+			if (target !== null) {
+				const losses = pinballLosses(mine, truth, target);
+				const best = bestConstant(truth, target);
+				const baseline = pinballLosses(
+					truth.map(() => best),
+					truth,
+					target,
+				);
+				versus = {
+					pinball: losses.reduce((a, b) => a + b, 0) / losses.length,
+					versusConstant: bootstrapDifference(losses, baseline),
+				};
+			}
+			bounds.push({ method: name, coverage: target, kind, ...boundMetrics(mine, truth, max), ...versus });
+		}
+	};
+	for (const candidate of looking) {
+		const { name, method, options: given } = candidate;
+		const looks = await looksOf(pairs, 'scored', candidate);
+		const rule = resolveLength({ ...given, max }, method, { extras: own, infilling: false });
+		row(
+			name,
+			looks.map((look) => boundWithout(rule.predict?.(look) ?? -1, max)),
+			null,
+		);
+		const stored = storedSettings(candidate);
+		const targets = [...new Set([...coverage, ...frontierCoverages])].sort((a, b) => a - b);
+		const fitted = fromStored
+			? own.calibrations.find(
+					(entry) => entry.method === method && entry.max === max && entry.settings.head === stored.head,
+				)
+			: fitMargins(
+					await looksOf(fitting, 'fitting', candidate),
+					fitting.map((pair) => pair.answer.length),
+					{ method, max, settings: stored, coverages: targets },
+				);
+		if (!fitted) continue;
+		calibrations.push(fitted);
+		for (const { coverage: target } of fitted.levels) {
+			const all = looks.map((look) => boundOf(fitted, target, look));
+			if (coverage.includes(target)) row(name, all, target);
+			const { correct } = boundMetrics(all, lengths, max);
+			const slack = all.reduce((sum, bound, i) => sum + bound - (lengths[i] as number), 0) / all.length;
+			frontier.push({ method: name, coverage: target, correct, slack });
+		}
+	}
+	const endLooks =
+		shared.get('scored end') ??
+		(await looksOf(pairs, 'scored', { name: 'first-step', method: 'first-step', options: {} }));
+	const signals: Record<string, EndSignal> = {};
+	for (const [kind, list] of groups) {
+		signals[kind] = endSignal(
+			list.map((i) => endLooks[i] as LengthLook),
+			list.map((i) => lengths[i] as number),
+		);
+	}
+	shared.clear();
+	const generations =
+		options.generations === 0
+			? null
+			: await compareGenerations(
+					model,
+					pairs,
+					{ head: own.head, calibrations },
+					candidates,
+					coverage[coverage.length - 1] as number,
+					options,
+				);
+	return {
+		max,
+		pairs: pairs.length,
+		kinds: Object.fromEntries([...groups].map(([kind, list]) => [kind, list.length])),
+		meanLength: lengths.reduce((a, b) => a + b, 0) / lengths.length,
+		tooLong: read.tooLong,
+		calibration: {
+			source: fromStored ? 'stored' : fromSplit ? 'split' : 'data',
+			pairs: fromStored ? Math.max(0, ...calibrations.map((entry) => entry.pairs)) : fitting.length,
+		},
+		coverage,
+		signal: signals,
+		bounds,
+		frontier,
+		generations,
+		warnings: [
+			...warningsOf(signals[''] as EndSignal),
+			...(read.tooLong > 0 ? [`${read.tooLong} pairs do not fit max ${max} or the context and were left out`] : []),
+		],
+		ms: performance.now() - begin,
+	};
+}
+
+/** Room that an uncalibrated prediction leaves. */
+function boundWithout(end: number, max: number): number {
+	return end < 0 ? max : Math.min(end, max);
+}
+
+function storedSettings({ method, options }: Candidate): LengthCalibration['settings'] {
+	const settings: Record<string, unknown> = {};
+	for (const key of ['initial', 'grow', 'window', 'low', 'high'] as const) {
+		if (method === 'daedal' && options[key] !== undefined) settings[key] = options[key];
+	}
+	return method === 'head' ? { head: options.head ?? ('token' satisfies HeadKind) } : settings;
+}
+
+/** The methods asked for, checked; by default all but those that need what the model has not. */
+function candidatesOf(methods: readonly MethodChoice[] | undefined, extras: LengthExtras, max: number): Candidate[] {
+	const plain: MethodChoice[] = [
+		'constant',
+		'first-step',
+		'quantile',
+		'threshold',
+		'expected',
+		'daedal',
+		'rho-eos',
+		'block',
+	];
+	const heads = (['token', 'pooled', 'quantile'] as const).map((head) => ({ method: 'head' as const, head }));
+	const wanted = methods ?? [...plain, ...(extras.head ? heads : [])];
+	check(Array.isArray(wanted) && wanted.length > 0, 'option methods is not a list of length methods');
+	return wanted.map((choice) => {
+		const { method = 'constant', ...options } = typeof choice === 'string' ? { method: choice } : choice;
+		resolveLength({ ...options, max, method }, method, { extras, infilling: false });
+		const facts = Object.values(options).filter((value) => value !== undefined);
+		return {
+			name: facts.length > 0 ? `${method} ${facts.join(' ')}` : method,
+			method,
+			options: { ...options, method },
+		};
+	});
+}

@@ -1,0 +1,60 @@
+/**
+ * What a model has besides its weights for choosing lengths: trained heads and calibrations. Kept beside the engine, so
+ * that every way to a generation finds it; saved and loaded with the model.
+ */
+import type { Engine } from '../engine.js';
+import type { LengthHead } from './head.js';
+import type { HeadKind, LengthMethod } from './method.js';
+
+/** A fitted safety margin; see `calibrateLength`. */
+export interface LengthCalibration {
+	readonly method: LengthMethod;
+	/** Canvas it was fitted on: it holds for this `max` only. */
+	readonly max: number;
+	/**
+	 * What a margin is: 'level', the method's own knob (a probability, a quantile, -log of the survival product);
+	 * 'additive', tokens added; 'multiplicative', a factor of length + 1.
+	 */
+	readonly form: 'level' | 'additive' | 'multiplicative';
+	/** Options of the method that it was fitted with. */
+	readonly settings: {
+		readonly head?: HeadKind;
+		readonly initial?: number;
+		readonly grow?: number;
+		readonly window?: number;
+		readonly low?: number;
+		readonly high?: number;
+		readonly form?: 'multiplicative';
+	};
+	/** Held-out pairs it was fitted on. */
+	readonly pairs: number;
+	/**
+	 * Prompts are told apart by how sharply the end probabilities rise (`spreadOfEnds`): a spread of at most `edges[0]` is
+	 * group 0, and so on. None: one group.
+	 */
+	readonly edges: readonly number[];
+	/** One margin per group; null: too few pairs for that coverage, the canvas stays whole. */
+	readonly levels: readonly { readonly coverage: number; readonly margins: readonly (number | null)[] }[];
+}
+
+export interface LengthExtras {
+	head: LengthHead | undefined;
+	calibrations: LengthCalibration[];
+}
+
+const extras = new WeakMap<Engine, LengthExtras>();
+
+/** Drops heads and calibrations: the weights they were fitted on have changed. */
+export function forgetLengths(engine: Engine): void {
+	extras.delete(engine);
+}
+
+/** The extras of a model's engine; made empty at the first call. */
+export function lengthExtras(engine: Engine): LengthExtras {
+	let found = extras.get(engine);
+	if (!found) {
+		found = { head: undefined, calibrations: [] };
+		extras.set(engine, found);
+	}
+	return found;
+}

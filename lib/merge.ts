@@ -1,0 +1,131 @@
+/** From the denoising requests that wait to one packed native batch, and where each finds its results. */
+import type { NativeBatch, NativeDenoise } from './binding.js';
+import type { DenoiseRequest } from './engine.js';
+
+/** Where one request finds its results in those of the merged batch. */
+export interface Part {
+	/** Its rows. */
+	begin: number;
+	end: number;
+	/** Columns of `watched` that hold its watched ids. */
+	columns: number[];
+	/** First of its rows of logits, the twins' behind its own; -1: none were asked for. */
+	logitsBegin: number;
+	/** Whether the rows have twins. */
+	guided: boolean;
+}
+
+/** Rows of raw logits that a request asks for. */
+export function logitRowsOf(request: DenoiseRequest): number {
+	return request.logits ? request.row.length * (request.rowGuide ? 2 : 1) : 0;
+}
+
+/** (rows, columns) of a (D, W) matrix. */
+export function pickColumns(
+	from: Float32Array,
+	W: number,
+	begin: number,
+	end: number,
+	columns: number[],
+): Float32Array {
+	if (columns.length === W && columns.every((column, j) => column === j)) return from.subarray(begin * W, end * W);
+	const picked = new Float32Array((end - begin) * columns.length);
+	let next = 0;
+	for (let r = begin; r < end; r++) {
+		for (const column of columns) picked[next++] = from[r * W + column] as number;
+	}
+	return picked;
+}
+
+/** Lays the sequences of all requests end to end. Runs once a step for every request: plain loops, few allocations. */
+export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise: NativeDenoise; parts: Part[] } {
+	let N = 0;
+	let S = 0;
+	let D = 0;
+	for (const request of requests) {
+		N += request.sequences.length * request.positions.length;
+		S += request.sequences.length;
+		D += request.row.length;
+	}
+	const batch: NativeBatch & { rows: Int32Array | null } = {
+		ids: new Int32Array(N),
+		positions: new Int32Array(N),
+		offsets: new Int32Array(S + 1),
+		keyLengths: new Int32Array(S),
+		caches: [],
+		masks: [],
+		rows: null,
+	};
+	const denoise: NativeDenoise = {
+		row: new Int32Array(D),
+		guideRow: new Int32Array(D).fill(-1),
+		scales: new Float32Array(D * 3),
+		limits: new Int32Array(D * 2),
+		seeds: new BigUint64Array(D),
+		counters: new Uint32Array(D * 2),
+		watch: new Int32Array(0),
+		logitRows: null,
+	};
+	// Packed row to its index among the listed ones, -1: not listed yet. Rows that several statistics share are listed once.
+	const indexOf = new Int32Array(N).fill(-1);
+	const rows = new Int32Array(2 * D);
+	let listed = 0;
+	const list = (packed: number): number => {
+		if (indexOf[packed] === -1) {
+			rows[listed] = packed;
+			indexOf[packed] = listed++;
+		}
+		return indexOf[packed] as number;
+	};
+	const watch: number[] = [];
+	const logitRows: number[] = [];
+	const parts: Part[] = [];
+	let n = 0;
+	let s = 0;
+	let d = 0;
+	for (const request of requests) {
+		const T = request.positions.length;
+		const R = request.row.length;
+		const base = n;
+		for (const [j, ids] of request.sequences.entries()) {
+			batch.ids.set(ids, n);
+			batch.positions.set(request.positions, n);
+			batch.keyLengths[s] = request.keyLength;
+			batch.caches.push(request.caches?.[j] ?? null);
+			batch.masks.push(request.mask);
+			n += T;
+			s++;
+			batch.offsets[s] = n;
+		}
+		const begin = d;
+		for (let r = 0; r < R; r++, d++) {
+			const row = request.row[r] as number;
+			const sequence = request.rowSequence ? (request.rowSequence[r] as number) : 0;
+			denoise.row[d] = list(base + sequence * T + row);
+			if (request.rowGuide) denoise.guideRow[d] = list(base + (request.rowGuide[r] as number) * T + row);
+			denoise.scales[3 * d] = request.guidance;
+			denoise.scales[3 * d + 1] = request.temperature;
+			denoise.scales[3 * d + 2] = request.topP;
+			denoise.limits[2 * d] = request.topK;
+			denoise.limits[2 * d + 1] = request.banned;
+			denoise.seeds[d] = request.seed;
+			denoise.counters[2 * d] = request.step;
+			denoise.counters[2 * d + 1] = request.rowPosition[r] as number;
+		}
+		const guided = request.rowGuide !== null;
+		const logitsBegin = request.logits ? logitRows.length : -1;
+		if (request.logits) {
+			for (let r = begin; r < d; r++) logitRows.push(denoise.row[r] as number);
+			for (let r = begin; guided && r < d; r++) logitRows.push(denoise.guideRow[r] as number);
+		}
+		const columns = Array.from(request.watch, (id) => {
+			const known = watch.indexOf(id);
+			return known >= 0 ? known : watch.push(id) - 1;
+		});
+		parts.push({ begin, end: d, columns, logitsBegin, guided });
+	}
+	batch.rows = rows.slice(0, listed);
+	denoise.watch = Int32Array.from(watch);
+	if (logitRows.length > 0) denoise.logitRows = Int32Array.from(logitRows);
+	return { batch, denoise, parts };
+}
