@@ -1,0 +1,236 @@
+// The head: rows are gathered, projected in chunks whose fp32 logits fit a bounded piece of memory, and
+// consumed there.
+
+#include <algorithm>
+#include <vector>
+
+#include "core/error.h"
+#include "cuda/backend_cuda.h"
+#include "cuda/gemm.h"
+#include "cuda/head.h"
+
+namespace dn::cuda {
+namespace {
+
+// Training: a chunk's products add to dwte (V, C) in memory, which only many rows pay for. Sampling: few
+// enough that the logits are still in the cache when they are read.
+constexpr int64_t kTrainingRows = 4096;
+constexpr int64_t kSamplingRows = 512;
+constexpr int64_t kFewestRows = 16;
+
+[[noreturn]] void refuse(const char* op, const std::string& what) {
+  throw Error(Code::kArgument, std::string(op) + ": " + what);
+}
+
+void check_row(const char* op, int64_t r, int64_t row, const Tensor& hidden) {
+  if (row < 0 || row >= hidden.rows)
+    refuse(op, "row " + std::to_string(r) + " of the list is " + std::to_string(row) + ", outside hidden " +
+                   hidden.shape());
+}
+
+void check_id(const char* op, const char* what, int64_t r, int32_t id, int64_t V) {
+  if (id < 0 || id >= V)
+    refuse(op, std::string(what) + " " + std::to_string(r) + " is id " + std::to_string(id) +
+                   ", outside the vocabulary of " + std::to_string(V));
+}
+
+int64_t logits_stride(int64_t V) { return (V + 63) / 64 * 64; }
+
+// Rows of a chunk: at most `most`, and no more than a thirty-second of the device's memory.
+int64_t chunk_rows(int64_t V, int64_t most, size_t device_memory) {
+  const int64_t fit = static_cast<int64_t>(device_memory / 32 / sizeof(float)) / logits_stride(V);
+  return std::max(kFewestRows, std::min(most, fit));
+}
+
+// logits (rows, V) fp32 = inp * wte^T.
+Product projection(float* logits, int64_t stride, const Tensor& inp, const Operand& wte, int64_t V) {
+  Product p;
+  p.M = inp.rows;
+  p.N = V;
+  p.K = inp.cols;
+  p.input = inp.dtype;
+  p.output = Dtype::kF32;
+  p.a = {inp.data, inp.stride, false};
+  p.b = wte;
+  p.c = logits;
+  p.c_stride = stride;
+  return p;
+}
+
+}  // namespace
+
+Tensor CudaBackend::gather_hidden(const char* op, Tensor hidden, const int64_t* rows, int64_t R) {
+  for (int64_t r = 0; r < R; ++r) check_row(op, r, rows[r], hidden);
+  void* const data = hidden_rows_.reserve(static_cast<size_t>(R * hidden.cols) * dtype_bytes(dtype_));
+  const Tensor gathered(data, dtype_, R, hidden.cols);
+  if (R > 0) gather_rows(gathered, hidden, staging_.list(rows, R), state_->stream());
+  return gathered;
+}
+
+void CudaBackend::head_logits(Tensor logits, Tensor hidden, const int64_t* rows, int64_t R,
+                              const Weight& wte) {
+  begin();
+  check("head_logits", "hidden", hidden, hidden.rows, wte.K, dtype_);
+  if (logits.rows < R || logits.cols != wte.N || logits.dtype != Dtype::kF32)
+    refuse("head_logits", "logits are " + logits.shape() + ", expected (" + std::to_string(R) + ", " +
+                              std::to_string(wte.N) + ") in fp32");
+  if (R == 0) return;
+  const Tensor inp = gather_hidden("head_logits", hidden, rows, R);
+  multiply(projection(static_cast<float*>(logits.data), logits.stride, inp, operand(wte), wte.N));
+}
+
+void CudaBackend::head_denoise(DenoiseStats* stats, float* watched, Tensor hidden, const DenoiseRow* rows,
+                               int64_t R, const int32_t* watch, int64_t watch_count, const Weight& wte) {
+  const Stream stream = begin();
+  const char* const op = "head_denoise";
+  const int64_t V = wte.N, stride = logits_stride(V), capacity = chunk_rows(V, kSamplingRows, device_memory_);
+  check(op, "hidden", hidden, hidden.rows, wte.K, dtype_);
+  for (int64_t r = 0; r < R; ++r) {
+    const DenoiseRow& row = rows[r];
+    if (row.guide_row >= 0) check_row(op, r, row.guide_row, hidden);
+    if (!(row.temperature >= 0) || !(row.top_p >= 0) || row.top_k < 0 || row.banned < -1 || row.banned >= V)
+      refuse(op, "row " + std::to_string(r) + " has options out of range (temperature " +
+                     std::to_string(row.temperature) + ", top_p " + std::to_string(row.top_p) + ", top_k " +
+                     std::to_string(row.top_k) + ", banned " + std::to_string(row.banned) + ")");
+    if (V == 1 && row.banned == 0) refuse(op, "the vocabulary has no id that is not banned");
+  }
+  for (int64_t w = 0; w < watch_count; ++w) check_id(op, "watched id", w, watch[w], V);
+  if (R == 0) return;
+
+  const Operand head = operand(wte);
+  DenoiseResult* const results = results_.take<DenoiseResult>(R);
+  // Kept for the whole call: chunks only differ in their rows.
+  float* const device_watched = partial_.take<float>(R * std::max<int64_t>(watch_count, 1));
+  const int32_t* device_watch = nullptr;
+  std::vector<DenoiseRow> chunk;
+  std::vector<int64_t> inputs;
+  for (int64_t begin_row = 0, end = 0; begin_row < R; begin_row = end) {
+    chunk.clear();
+    inputs.clear();
+    for (end = begin_row; end < R; ++end) {
+      const bool guided = rows[end].guide_row >= 0;
+      if (static_cast<int64_t>(inputs.size()) + (guided ? 2 : 1) > capacity) break;
+      chunk.push_back(rows[end]);
+      chunk.back().row = static_cast<int64_t>(inputs.size());
+      inputs.push_back(rows[end].row);
+      if (!guided) continue;
+      chunk.back().guide_row = static_cast<int64_t>(inputs.size());
+      inputs.push_back(rows[end].guide_row);
+    }
+    const int64_t count = end - begin_row, logit_rows = static_cast<int64_t>(inputs.size());
+    float* const logits = logits_.take<float>(logit_rows * stride);
+    const Tensor inp = gather_hidden(op, hidden, inputs.data(), logit_rows);
+    multiply(projection(logits, stride, inp, head, V));
+    if (watch_count > 0) device_watch = staging_.list(watch, watch_count);
+    DenoiseCall call;
+    call.logits = logits;
+    call.stride = stride;
+    call.V = V;
+    call.rows = staging_.list(chunk.data(), count);
+    call.R = count;
+    call.tile_mass = tile_mass_.take<double>(count * head_tiles(V));
+    call.watch = device_watch;
+    call.watch_count = watch_count;
+    call.watched = device_watched + begin_row * watch_count;
+    call.results = results + begin_row;
+    denoise(call, stream);
+  }
+  std::vector<DenoiseResult> host(static_cast<size_t>(R));
+  copy_to_host(host.data(), results, host.size() * sizeof(DenoiseResult), stream);
+  if (watch_count > 0)
+    copy_to_host(watched, device_watched, static_cast<size_t>(R * watch_count) * sizeof(float), stream);
+  cuda::synchronize(stream);
+  for (int64_t r = 0; r < R; ++r) {
+    const DenoiseResult& result = host[static_cast<size_t>(r)];
+    if (result.not_finite >= 0) {
+      throw Error(Code::kInternal, "head_denoise: logits of row " + std::to_string(r) +
+                                       " are not finite: id " + std::to_string(result.not_finite) + " has " +
+                                       std::to_string(result.value) + " (hidden row " +
+                                       std::to_string(rows[r].row) + ", position " +
+                                       std::to_string(rows[r].position) + ")");
+    }
+    stats[r] = result.stats;
+  }
+}
+
+void CudaBackend::head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte, Tensor hidden,
+                                     const int64_t* rows, const int32_t* targets, const float* weights,
+                                     int64_t R, const Weight& wte, MatmulPrecision) {
+  const Stream stream = begin();
+  const char* const op = "head_cross_entropy";
+  const int64_t V = wte.N, C = wte.K, stride = logits_stride(V);
+  const bool with_gradients = static_cast<bool>(dhidden);
+  check(op, "hidden", hidden, hidden.rows, C, dtype_);
+  for (int64_t r = 0; r < R; ++r) check_id(op, "target", r, targets[r], V);
+  if (with_gradients) {
+    check(op, "dhidden", dhidden, hidden.rows, C, dtype_);
+    check(op, "dwte", dwte, V, C, Dtype::kF32);
+    if (dhidden.stride != C) refuse(op, "dhidden " + dhidden.shape() + " must be contiguous");
+    // Rows are scattered by parallel threads, so none may be listed twice.
+    std::vector<uint8_t> seen(static_cast<size_t>(hidden.rows), 0);
+    for (int64_t r = 0; r < R; ++r) {
+      check_row(op, r, rows[r], hidden);
+      if (seen[static_cast<size_t>(rows[r])]++)
+        refuse(op, "row " + std::to_string(rows[r]) + " is listed twice");
+    }
+    fill_zero(dhidden.data, static_cast<size_t>(dhidden.rows * C) * dtype_bytes(dtype_), stream);
+  }
+  if (R == 0) return;
+
+  const int64_t chunk = std::min(R, chunk_rows(V, kTrainingRows, device_memory_));
+  const Operand head = operand(wte);
+  float* const device_losses = results_.take<float>(R);
+  float* const logits = logits_.take<float>(chunk * stride);
+  for (int64_t begin_row = 0; begin_row < R; begin_row += chunk) {
+    const int64_t count = std::min(chunk, R - begin_row);
+    const Tensor inp = gather_hidden(op, hidden, rows + begin_row, count);
+    multiply(projection(logits, stride, inp, head, V));
+    CrossEntropyCall call;
+    call.logits = logits;
+    call.stride = stride;
+    call.rows = count;
+    call.V = V;
+    call.targets = staging_.list(targets + begin_row, count);
+    call.weights = staging_.list(weights + begin_row, count);
+    call.losses = device_losses + begin_row;
+    call.gradients = with_gradients;
+    call.gradient = dtype_;
+    cross_entropy(call, stream);
+    if (!with_gradients) continue;
+
+    // dlogits (count, V) lie where the logits were.
+    const Operand dlogits{logits, dtype_ == Dtype::kBF16 ? 2 * stride : stride, false};
+    const Tensor drows(gradient_rows_.reserve(static_cast<size_t>(count * C) * dtype_bytes(dtype_)), dtype_,
+                       count, C);
+    Product to_hidden;  // dlogits (count, V) wte (V, C)
+    to_hidden.M = count;
+    to_hidden.N = C;
+    to_hidden.K = V;
+    to_hidden.input = to_hidden.output = dtype_;
+    to_hidden.a = dlogits;
+    to_hidden.b = head;
+    to_hidden.b.transposed = !to_hidden.b.transposed;
+    to_hidden.c = drows.data;
+    to_hidden.c_stride = C;
+    to_hidden.padded_k = true;
+    multiply(to_hidden);
+    scatter_rows(dhidden, drows, staging_.list(rows + begin_row, count), stream);
+    Product to_weight;  // dlogits^T (V, count) rows (count, C)
+    to_weight.M = V;
+    to_weight.N = C;
+    to_weight.K = count;
+    to_weight.input = dtype_;
+    to_weight.output = Dtype::kF32;
+    to_weight.a = dlogits;
+    to_weight.a.transposed = true;
+    to_weight.b = {inp.data, inp.stride, false};
+    to_weight.c = dwte.data;
+    to_weight.c_stride = dwte.stride;
+    to_weight.accumulate = true;
+    multiply(to_weight);
+  }
+  copy_to_host(losses, device_losses, static_cast<size_t>(R) * sizeof(float), stream);
+  cuda::synchronize(stream);
+}
+
+}  // namespace dn::cuda

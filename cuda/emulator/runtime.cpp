@@ -1,0 +1,144 @@
+// The host's side of the emulated device: memory that the host cannot touch outside of launches and copies.
+// New memory is NaN, and every piece is fenced: a write beyond its end is found when it is freed. memory.h
+// limits it, to test running out.
+
+#include "cuda/runtime.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+
+#include "core/error.h"
+#include "cuda/emulator/emulator.h"
+#include "cuda/emulator/memory.h"
+
+namespace dn::emulator {
+namespace {
+
+// All device memory there is: address space, of which only what is written becomes memory.
+constexpr size_t kArenaBytes = size_t{1} << 32;
+
+unsigned char* arena() {
+  static unsigned char* const base = [] {
+    void* const p = mmap(nullptr, kArenaBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw Fault("the emulator cannot reserve its device memory");
+    return static_cast<unsigned char*>(p);
+  }();
+  return base;
+}
+
+int access_depth = 0;
+
+}  // namespace
+
+MemoryState& memory() {
+  static MemoryState state;
+  return state;
+}
+
+DeviceAccess::DeviceAccess() {
+  if (access_depth++ == 0) mprotect(arena(), kArenaBytes, PROT_READ | PROT_WRITE);
+}
+DeviceAccess::~DeviceAccess() {
+  if (--access_depth == 0) mprotect(arena(), kArenaBytes, PROT_NONE);
+}
+
+}  // namespace dn::emulator
+
+namespace dn::cuda {
+namespace {
+
+constexpr size_t kFence = 256;
+constexpr unsigned char kFenceByte = 0xA5;
+
+size_t padded_bytes(size_t bytes) { return (bytes + 2 * kFence + 255) / 256 * 256; }
+
+}  // namespace
+
+std::vector<Device> list_devices(std::string*) {
+  Device device;
+  device.name = "emulator";
+  device.memory = size_t{1} << 34;
+  device.major = 8;
+  device.multiprocessors = 4;
+  return {device};
+}
+
+void select_device(int) {}
+Stream create_stream() { return nullptr; }
+void destroy_stream(Stream) {}
+void synchronize(Stream) {}
+
+void* device_alloc(size_t bytes) {
+  emulator::MemoryState& state = emulator::memory();
+  if (state.used + bytes > state.limit) {
+    throw Error(Code::kOutOfMemory, "the device has " + std::to_string(state.limit - state.used) + " of " +
+                                        std::to_string(state.limit) + " bytes free, " +
+                                        std::to_string(bytes) + " were asked for");
+  }
+  // The first gap between pieces that is large enough.
+  unsigned char* raw = emulator::arena();
+  for (const auto& [piece, size] : state.pieces) {
+    unsigned char* const begin = static_cast<unsigned char*>(piece) - kFence;
+    if (static_cast<size_t>(begin - raw) >= padded_bytes(bytes)) break;
+    raw = begin + padded_bytes(size);
+  }
+  if (raw + padded_bytes(bytes) > emulator::arena() + emulator::kArenaBytes)
+    throw Error(Code::kOutOfMemory, "the emulator's device memory is full");
+  const emulator::DeviceAccess access;
+  std::memset(raw, kFenceByte, kFence);
+  std::memset(raw + kFence, 0xFF, bytes);
+  std::memset(raw + kFence + bytes, kFenceByte, padded_bytes(bytes) - kFence - bytes);
+  state.pieces[raw + kFence] = bytes;
+  state.used += bytes;
+  return raw + kFence;
+}
+
+void device_free(void* p) {
+  emulator::MemoryState& state = emulator::memory();
+  const auto piece = state.pieces.find(p);
+  if (piece == state.pieces.end()) throw emulator::Fault("freeing device memory that is not allocated");
+  const emulator::DeviceAccess access;
+  unsigned char* const begin = static_cast<unsigned char*>(p);
+  for (size_t i = 0; i < kFence; ++i) {
+    if (begin[piece->second + i] != kFenceByte) ++state.overruns;
+    if (begin[-1 - static_cast<ptrdiff_t>(i)] != kFenceByte) ++state.overruns;
+  }
+  state.used -= piece->second;
+  state.pieces.erase(piece);
+}
+
+void free_memory(size_t* free_bytes, size_t* total_bytes) {
+  *total_bytes = emulator::memory().limit;
+  *free_bytes = *total_bytes - emulator::memory().used;
+}
+void* pinned_alloc(size_t bytes) { return std::malloc(bytes > 0 ? bytes : 1); }
+void pinned_free(void* p) { std::free(p); }
+
+void copy_to_device(void* dst, const void* host, size_t bytes, Stream) {
+  const emulator::DeviceAccess access;
+  std::memcpy(dst, host, bytes);
+}
+void copy_to_host(void* host, const void* src, size_t bytes, Stream) {
+  const emulator::DeviceAccess access;
+  std::memcpy(host, src, bytes);
+}
+void copy_on_device(void* dst, const void* src, size_t bytes, Stream) {
+  const emulator::DeviceAccess access;
+  std::memmove(dst, src, bytes);
+}
+void copy_rows_on_device(void* dst, size_t dst_pitch, const void* src, size_t src_pitch, size_t width,
+                         size_t rows, Stream) {
+  const emulator::DeviceAccess access;
+  for (size_t r = 0; r < rows; ++r)
+    std::memmove(static_cast<char*>(dst) + r * dst_pitch, static_cast<const char*>(src) + r * src_pitch,
+                 width);
+}
+void fill_zero(void* dst, size_t bytes, Stream) {
+  const emulator::DeviceAccess access;
+  std::memset(dst, 0, bytes);
+}
+
+}  // namespace dn::cuda

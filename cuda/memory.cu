@@ -1,0 +1,169 @@
+// The memory of a device: what buffers, their bf16 copies and the backend's scratch take and give back, and
+// the ring through which small lists travel.
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/error.h"
+#include "cuda/backend_cuda.h"
+
+namespace dn::cuda {
+namespace {
+
+constexpr size_t kStagingBytes = size_t{1} << 20;  // at first; grows with what calls send
+
+}  // namespace
+
+DeviceState::DeviceState(int device) : device_(device) {
+  select_device(device);
+  stream_ = create_stream();
+}
+
+DeviceState::~DeviceState() {
+  try {
+    use();
+    destroy_stream(stream_);
+  } catch (const Error&) {
+    // The device is gone, and its memory with it.
+  }
+}
+
+void DeviceState::use() {
+  select_device(device_);
+  std::vector<void*> released;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    released.swap(released_);
+  }
+  if (!released.empty() && stream_) synchronize(stream_);  // kernels that read it may still run
+  for (void* p : released) device_free(p);
+}
+
+void* DeviceState::alloc(size_t bytes, const std::string& what) {
+  use();
+  try {
+    return device_alloc(bytes);
+  } catch (const Error& e) {
+    if (e.code() != Code::kOutOfMemory) throw;
+    throw Error(Code::kOutOfMemory,
+                "cuda:" + std::to_string(device_) + ": no memory for " + what + ": " + e.what() +
+                    "; lower the batch size or the sequence length, or recompute activations");
+  }
+}
+
+void DeviceState::release(void* p) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  released_.push_back(p);
+}
+
+void DeviceState::add_buffer(void* p, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  pieces_[static_cast<const char*>(p)].bytes = bytes;
+}
+
+void DeviceState::remove_buffer(void* p) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto piece = pieces_.find(static_cast<const char*>(p));
+  if (piece->second.shadow) released_.push_back(piece->second.shadow);
+  pieces_.erase(piece);
+  released_.push_back(p);
+}
+
+std::map<const char*, DeviceState::Piece>::iterator DeviceState::find(const void* p) {
+  auto piece = pieces_.upper_bound(static_cast<const char*>(p));
+  if (piece == pieces_.begin()) return pieces_.end();
+  --piece;
+  return static_cast<const char*>(p) < piece->first + piece->second.bytes ? piece : pieces_.end();
+}
+
+void DeviceState::touch(const void* p) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto piece = find(p);
+  if (piece != pieces_.end()) piece->second.fresh = false;
+}
+
+void* DeviceState::fresh_shadow(const void* p) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto piece = find(p);
+  if (piece == pieces_.end() || !piece->second.fresh) return nullptr;
+  return static_cast<char*>(piece->second.shadow) + (static_cast<const char*>(p) - piece->first) / 2;
+}
+
+void* DeviceState::shadow(const void* p) {
+  if (void* const fresh = fresh_shadow(p)) return fresh;
+  const char* begin = nullptr;
+  size_t bytes = 0;
+  void* memory = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto piece = find(p);
+    if (piece == pieces_.end())
+      throw Error(Code::kInternal, "a weight lies outside of the memory that this backend allocated");
+    begin = piece->first;
+    bytes = piece->second.bytes;
+    memory = piece->second.shadow;
+  }
+  // Outside of the lock: alloc() takes it. The buffer is in use by the caller and cannot go away.
+  if (!memory) memory = alloc(bytes / 2, "the bf16 copy of " + std::to_string(bytes / 4) + " parameters");
+  round_to_bf16(memory, reinterpret_cast<const float*>(begin), static_cast<int64_t>(bytes / 4), stream_);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Piece& piece = pieces_[begin];
+  piece.shadow = memory;
+  piece.fresh = true;
+  return static_cast<char*>(memory) + (static_cast<const char*>(p) - begin) / 2;
+}
+
+void* Scratch::reserve(size_t bytes) {
+  if (bytes <= bytes_ && data_) return data_;
+  if (data_) state_->release(data_);
+  data_ = nullptr;
+  bytes_ = 0;
+  const size_t wanted = bytes + bytes / 8;
+  data_ = state_->alloc(wanted, what_);
+  bytes_ = wanted;
+  return data_;
+}
+
+Staging::~Staging() {
+  begin_op();
+  if (twin_) state_->release(twin_);
+  if (host_) pinned_free(host_);
+}
+
+void Staging::begin_op() {
+  op_begin_ = used_;
+  wrapped_ = false;
+  for (void* twin : retired_) state_->release(twin);
+  retired_.clear();
+}
+
+void* Staging::send(const void* host, size_t bytes, void* device) {
+  const size_t padded = (std::max<size_t>(bytes, 1) + 255) / 256 * 256;
+  if (used_ + padded > (wrapped_ ? op_begin_ : bytes_)) {
+    if (host_) synchronize(state_->stream());  // what the ring holds of earlier ops has been read
+    used_ = 0;
+    if (!wrapped_ && padded <= op_begin_) {
+      wrapped_ = true;
+    } else {
+      const size_t wanted = std::max(kStagingBytes, 2 * (bytes_ + padded));
+      char* const twin = static_cast<char*>(state_->alloc(wanted, "lists of a call"));
+      if (twin_) retired_.push_back(twin_);
+      if (host_) pinned_free(host_);
+      twin_ = twin;
+      host_ = nullptr;
+      bytes_ = op_begin_ = 0;
+      wrapped_ = false;
+      host_ = static_cast<char*>(pinned_alloc(wanted));
+      bytes_ = wanted;
+    }
+  }
+  void* const target = device ? device : twin_ + used_;
+  if (bytes > 0) {
+    std::memcpy(host_ + used_, host, bytes);
+    copy_to_device(target, host_ + used_, bytes, state_->stream());
+  }
+  used_ += padded;
+  return target;
+}
+
+}  // namespace dn::cuda

@@ -1,0 +1,105 @@
+// Tests of the tests: each of these mistakes is planted in a kernel (DN_PLANTED) and must be caught, by the
+// emulator or by a wrong result. Only under the emulator.
+
+#ifdef DN_CUDA_EMULATOR
+
+#include <functional>
+
+#include "cuda/test/attention_case.h"
+
+namespace dn::cuda_test {
+namespace {
+
+// Whether a run ends well: no fault, right results.
+using Run = std::function<bool()>;
+
+bool attention_is_right() {
+  AttentionCase c(Dtype::kBF16, 1, 32, {150}, {MaskKind::kFull});
+  const AttentionCase::Reference r = c.reference();
+  c.forward();
+  return relative_error(c.out->get(), r.out) <= tolerance(Dtype::kBF16);
+}
+
+bool product_is_right() {
+  Backend& device = backend(Dtype::kBF16);
+  const int64_t n = 136;
+  std::vector<float> values = random_values(n * n, 1);
+  for (float& x : values) x = bf16_to_f32(f32_to_bf16(x));
+  Array w(device, Dtype::kF32, n, n, values), inp(device, Dtype::kBF16, n, n, random_values(n * n, 2)),
+      out(device, Dtype::kBF16, n, n);
+  Weight weight;
+  weight.data = w.data();
+  weight.K = weight.N = n;
+  device.matmul_forward(out.tensor(), inp.tensor(), weight, Tensor(), Epilogue::kNone, Tensor(),
+                        MatmulPrecision::kBF16);
+  Doubles expected(idx(n * n), 0);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t k = 0; k < n; ++k) {
+      for (int64_t j = 0; j < n; ++j)
+        expected[idx(i * n + j)] +=
+            static_cast<double>(inp.host()[idx(i * n + k)]) * static_cast<double>(values[idx(k * n + j)]);
+    }
+  }
+  return relative_error(out.get(), expected) <= tolerance(Dtype::kBF16);
+}
+
+// wte is the identity: logits are the listed rows themselves.
+bool listed_rows_are_right() {
+  Backend& device = backend(Dtype::kF32);
+  const int64_t C = 8, N = 5;
+  std::vector<float> identity(idx(C * C), 0);
+  for (int64_t c = 0; c < C; ++c) identity[idx(c * C + c)] = 1;
+  Array wte(device, Dtype::kF32, C, C, identity), hidden(device, Dtype::kF32, N, C, random_values(N * C, 2));
+  Array out(device, Dtype::kF32, 3, C);
+  Weight head;
+  head.data = wte.data();
+  head.order = WeightOrder::kOutIn;
+  head.K = head.N = C;
+  const int64_t rows[] = {4, 0, 2};
+  device.head_logits(out.tensor(), hidden.tensor(), rows, 3, head);
+  Doubles expected;
+  for (const int64_t row : rows) {
+    for (int64_t c = 0; c < C; ++c) expected.push_back(static_cast<double>(hidden.host()[idx(row * C + c)]));
+  }
+  return relative_error(out.get(), expected) <= 1e-6;
+}
+
+void check_planted(const char* what, int number, const Run& run) {
+  emulator::set_seed(1);
+  CHECK_MSG(run(), std::string(what) + ": the kernel without the mistake is not right");
+  bool caught = false;
+  for (uint64_t seed = 1; seed <= 3 && !caught; ++seed) {
+    emulator::set_seed(seed);
+    emulator::planted = number;
+    try {
+      caught = !run();
+    } catch (const emulator::Fault&) {
+      caught = true;
+    }
+    emulator::planted = 0;
+  }
+  CHECK_MSG(caught, std::string(what) + ": not caught");
+}
+
+DN_TEST(cuda_planted_mistakes_are_caught) {
+  check_planted("copies are read without waiting for them", 1, attention_is_right);
+  check_planted("no barrier between the wait and the first read", 2, attention_is_right);
+  check_planted("a fragment is read from the wrong lanes' rows", 3, attention_is_right);
+  check_planted("keys beyond the end are not masked", 4, attention_is_right);
+  check_planted("one lane leaves out a shuffle", 5, attention_is_right);
+  check_planted("a row list is read one entry late", 6, listed_rows_are_right);
+  check_planted("no barrier before a buffer is filled again", 7, attention_is_right);
+  check_planted("the ring waits for one group too few", 8, product_is_right);
+  check_planted("a fragment is read from the wrong lanes' rows, in a product's transposed operand", 9,
+                product_is_right);
+  check_planted("sums of a block are read before all warps have written theirs", 10, [] {
+    Backend& device = backend(Dtype::kF32);
+    Array x(device, Dtype::kF32, 1, 3000, std::vector<float>(3000, 1));
+    return device.sum_of_squares(x.data(), 3000) == 3000;
+  });
+}
+
+}  // namespace
+}  // namespace dn::cuda_test
+
+#endif
