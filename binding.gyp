@@ -39,14 +39,14 @@
       'sources': ['<@(cpu_amx_sources)'],
       'conditions': [['target_arch=="x64" and OS!="win"', {
         'cflags_cc': ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma', '-mavx512bf16', '-mamx-tile',
-                      '-mamx-bf16', '-mprefer-vector-width=512']
+                      '-mamx-bf16', '-mamx-int8', '-mprefer-vector-width=512']
       }]]
     },
     {
       'target_name': 'dn_core',
       'type': 'static_library',
       'dependencies': ['dn_cpu_avx2', 'dn_cpu_avx512', 'dn_cpu_amx'],
-      'sources': ['<@(core_sources)', '<@(cpu_sources)']
+      'sources': ['<@(core_sources)', '<@(no_cuda_sources)', '<@(cpu_sources)']
     },
     {
       'target_name': 'diffusion_native',

@@ -11,6 +11,10 @@ export interface Work {
 	flops?: number;
 	/** Further figures of the last repeat. */
 	extra?: Record<string, number>;
+	/** Time of this repeat, when the call also did other things. */
+	ms?: number;
+	/** Peak memory, when it is another process's. */
+	peakRssBytes?: number;
 }
 
 export interface BenchCase {
@@ -20,7 +24,7 @@ export interface BenchCase {
 	dtype: string;
 	/** Prepares once; `run` is one timed repeat and says what it did. */
 	setup(): Promise<{ run(): Promise<Work>; teardown(): Promise<void> }>;
-	/** Timed repeats after one warm-up. */
+	/** Timed repeats, after an untimed one when there are several. */
 	repeats: number;
 	/** Takes minutes: runs only when an argument names it. */
 	onlyIfNamed?: boolean;
@@ -48,17 +52,17 @@ export function quantile(sorted: readonly number[], q: number): number {
 	return (sorted[low] as number) + ((sorted[high] as number) - (sorted[low] as number)) * (position - low);
 }
 
-/** Runs one case: a warm-up, then `repeats` timed ones. */
+/** Runs one case: a warm-up when it has several repeats, then the timed ones. */
 export async function measure(bench: BenchCase): Promise<BenchResult> {
 	const { run, teardown } = await bench.setup();
 	try {
-		await run();
+		if (bench.repeats > 1) await run();
 		const times: number[] = [];
 		let work: Work = { tokens: 0 };
 		for (let i = 0; i < bench.repeats; i++) {
 			const started = performance.now();
 			work = await run();
-			times.push(performance.now() - started);
+			times.push(work.ms ?? performance.now() - started);
 		}
 		times.sort((a, b) => a - b);
 		const median = quantile(times, 0.5);
@@ -70,7 +74,7 @@ export async function measure(bench: BenchCase): Promise<BenchResult> {
 			tokensPerSecond: (work.tokens * 1000) / median,
 			ms: { median, p10: quantile(times, 0.1), p90: quantile(times, 0.9) },
 			gflops: work.flops === undefined ? null : work.flops / median / 1e6,
-			peakRssBytes: process.resourceUsage().maxRSS * 1024,
+			peakRssBytes: work.peakRssBytes ?? process.resourceUsage().maxRSS * 1024,
 			repeats: bench.repeats,
 			...(work.extra ? { extra: work.extra } : {}),
 		};

@@ -1,6 +1,7 @@
 /**
  * `npm run bench [-- part of a name] [--json FILE]`: runs the cases whose name contains one of the arguments, prints a table
  * and, with --json, writes { machine, results }. Cases that take minutes run only when named.
+ * With --peers it runs the cases of the machine and of memory, and then compares with other engines; bench/peers/README.md.
  */
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
@@ -9,35 +10,62 @@ import { parseArgs } from 'node:util';
 import { eventLoopCase, timerDelays } from './cases/event-loop.js';
 import { forwardCases } from './cases/forward.js';
 import { generateCases } from './cases/generate.js';
+import { machineCases } from './cases/machine.js';
+import { memoryCases } from './cases/memory.js';
+import { operationCases } from './cases/operations.js';
+import { scalingCases } from './cases/scaling.js';
 import { trainStepCases } from './cases/train-step.js';
 import { type BenchResult, machine, measure } from './harness.js';
+import { type ComparisonResult, compare } from './peers/compare.js';
+import { missing } from './peers/installed.js';
+import { header, legend, line } from './peers/table.js';
 
 const { values, positionals } = parseArgs({
-	options: { json: { type: 'string' }, list: { type: 'boolean', default: false } },
+	options: {
+		json: { type: 'string' },
+		list: { type: 'boolean', default: false },
+		peers: { type: 'boolean', default: false },
+		quick: { type: 'boolean', default: false },
+		models: { type: 'string' },
+		rounds: { type: 'string' },
+	},
 	allowPositionals: true,
 });
-const all = [...forwardCases, ...trainStepCases, ...generateCases, eventLoopCase];
-const wanted = all.filter(({ name, onlyIfNamed }) =>
+const ofMachine = [...machineCases, ...scalingCases, ...memoryCases, ...operationCases];
+const all = [...ofMachine, ...forwardCases, ...trainStepCases, ...generateCases, eventLoopCase];
+const offered = values.peers ? ofMachine : all;
+const wanted = offered.filter(({ name, onlyIfNamed }) =>
 	positionals.length === 0 ? values.list || !onlyIfNamed : positionals.some((part) => name.includes(part)),
 );
 if (values.list) {
 	for (const { name } of wanted) console.log(name);
 	process.exit(0);
 }
-if (wanted.length === 0) {
+if (wanted.length === 0 && !values.peers) {
 	console.error(`no case matches ${positionals.join(', ')}; --list shows all`);
 	process.exit(2);
 }
 
 const columns = ['tokens/s', 'ms', 'p10', 'p90', 'GFLOP/s', 'RSS MB'];
-console.log('case'.padEnd(44) + columns.map((column) => column.padStart(11)).join(''));
 const results: BenchResult[] = [];
+const unavailable: { name: string; dtype: string; reason: string }[] = [];
+if (wanted.length > 0) {
+	console.log('case'.padEnd(44) + columns.map((column) => column.padStart(11)).join(''));
+}
 for (const bench of wanted) {
-	const result = await measure(bench);
+	let result: BenchResult;
+	try {
+		result = await measure(bench);
+	} catch (error) {
+		const reason = (error as Error).message;
+		unavailable.push({ name: bench.name, dtype: bench.dtype, reason });
+		console.log(`${bench.name.padEnd(44)} not measured: ${reason}`);
+		continue;
+	}
 	if (bench === eventLoopCase) result.extra = { ...timerDelays };
 	results.push(result);
 	const cells = [
-		result.tokensPerSecond.toFixed(1),
+		result.tokensPerSecond > 0 ? result.tokensPerSecond.toFixed(1) : '-',
 		result.ms.median.toFixed(1),
 		result.ms.p10.toFixed(1),
 		result.ms.p90.toFixed(1),
@@ -48,12 +76,36 @@ for (const bench of wanted) {
 	if (result.extra) console.log(`  ${JSON.stringify(result.extra)}`);
 }
 
+let comparisons: ComparisonResult[] = [];
+if (values.peers) {
+	for (const engine of ['onnxruntime', 'llama', 'torch'] as const) {
+		const reason = missing(engine);
+		if (reason !== undefined) console.log(reason);
+	}
+	console.log(`\n${header()}`);
+	comparisons = await compare({
+		names: positionals,
+		quick: values.quick,
+		folder: values.models,
+		rounds: values.rounds === undefined ? undefined : Number(values.rounds),
+		onRow: (row) => console.log(line(row)),
+	});
+	console.log(`\n${legend}`);
+}
+
 if (values.json) {
 	let commit = 'unknown';
 	try {
 		commit = execFileSync('git', ['rev-parse', '--short', 'HEAD'], { encoding: 'utf8' }).trim();
+		if (execFileSync('git', ['status', '--porcelain'], { encoding: 'utf8' }).trim() !== '') commit += ', changed';
 	} catch {
 		// Not a git checkout: the results say so.
 	}
-	writeFileSync(values.json, `${JSON.stringify({ machine: { ...machine(), commit }, results }, null, '\t')}\n`);
+	const report = {
+		machine: { ...machine(), commit },
+		results,
+		...(unavailable.length > 0 ? { unavailable } : {}),
+		...(values.peers ? { comparisons } : {}),
+	};
+	writeFileSync(values.json, `${JSON.stringify(report, null, '\t')}\n`);
 }

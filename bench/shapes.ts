@@ -3,7 +3,7 @@ import { DiffuGPT, type ModelConfigInput } from 'diffusion-native';
 
 export const shapes = {
 	/** GPT-2 124M. */
-	gpt2: { layers: 12, heads: 12, channels: 768, vocab: 50257, context: 1024 },
+	gpt2: { layers: 12, heads: 12, channels: 768, vocab: 50257, context: 1024, maskId: 10541, eosId: 50256 },
 	/** The size used for comparison with other engines. */
 	small: { layers: 6, heads: 6, channels: 384, vocab: 8192, context: 1024, maskId: 1, eosId: 0 },
 	/** The shape of the model that ships. */
@@ -12,8 +12,12 @@ export const shapes = {
 
 export type ShapeName = keyof typeof shapes;
 
-export function load(shape: ShapeName): Promise<DiffuGPT> {
-	return DiffuGPT.fromConfig({ ...shapes[shape], attention: 'bidirectional' }, { seed: 1 });
+/** Random weights; int8 are the same ones, quantised. threads: all cores when left out. */
+export function load(shape: ShapeName, dtype: 'fp32' | 'int8' = 'fp32', threads = 0): Promise<DiffuGPT> {
+	return DiffuGPT.fromConfig(
+		{ ...shapes[shape], attention: 'bidirectional' },
+		{ device: 'cpu', dtype, seed: 1, threads },
+	);
 }
 
 /** Floating-point operations of one forward over T tokens with `rows` rows through the head. */

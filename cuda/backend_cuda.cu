@@ -14,7 +14,6 @@ namespace {
 
 constexpr size_t kSmallCopy = size_t{64} << 10;  // bytes that one block copies in good time
 constexpr int kLowestMajor = 8;                  // sm_80: the first with bf16 tensor cores
-constexpr int32_t kRunPiece = 256;  // embedding backward: tokens added one after the other by one thread
 
 class CudaBuffer : public Buffer {
  public:
@@ -89,6 +88,13 @@ std::unique_ptr<Buffer> CudaBackend::alloc(size_t bytes) {
   auto buffer = std::make_unique<CudaBuffer>(state_, bytes);
   fill_zero(buffer->data(), bytes, stream);
   return buffer;
+}
+
+size_t CudaBackend::free_bytes() {
+  state_->use();
+  size_t free = 0, total = 0;
+  free_memory(&free, &total);
+  return free;
 }
 
 void CudaBackend::upload(void* dst, const void* host, size_t bytes) {
@@ -425,10 +431,11 @@ namespace dn {
 std::vector<CudaDevice> cuda_devices(std::string* reason) {
   std::vector<CudaDevice> result;
   for (const cuda::Device& d : cuda::list_devices(reason))
-    result.push_back({d.name, d.memory, std::to_string(d.major) + "." + std::to_string(d.minor),
-                      cuda::CublasLt::describe()});
+    result.push_back({d.name, d.memory, std::to_string(d.major) + "." + std::to_string(d.minor)});
   return result;
 }
+
+std::string cuda_products() { return cuda::CublasLt::describe(); }
 
 std::unique_ptr<Backend> make_cuda_backend(int device, Dtype activations) {
   std::string reason;

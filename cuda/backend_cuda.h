@@ -76,8 +76,12 @@ class Scratch {
   T* take(int64_t n) {
     return static_cast<T*>(reserve(static_cast<size_t>(n) * sizeof(T)));
   }
+  // Bytes that reserve(bytes) would take beyond what is held.
+  size_t growth(size_t bytes) const { return bytes <= bytes_ ? 0 : with_slack(bytes) - bytes_; }
 
  private:
+  static size_t with_slack(size_t bytes) { return bytes + bytes / 8; }
+
   DeviceState* state_;
   const char* what_;
   void* data_ = nullptr;
@@ -120,6 +124,9 @@ class CudaBackend : public Backend {
   std::string name() const override { return name_; }
   Dtype activation_dtype() const override { return dtype_; }
   std::unique_ptr<Buffer> alloc(size_t bytes) override;
+  size_t free_bytes() override;
+  size_t step_bytes(const StepShape& shape) const override;  // memory.cu
+  size_t parameter_bytes(size_t bytes) const override { return dtype_ == Dtype::kBF16 ? bytes / 2 : 0; }
   void upload(void* dst, const void* host, size_t bytes) override;
   void download(void* host, const void* src, size_t bytes) override;
   void zero(void* dst, size_t bytes) override;
@@ -177,6 +184,8 @@ class CudaBackend : public Backend {
   void multiply(const struct Product& product);
   AttentionCall plan_attention(const char* op, const AttentionSequence* sequences, int64_t S, int64_t rows,
                                const int32_t* query_positions, int64_t NH, int64_t C, bool backward);
+  // Rows of logits that are held at once: bounded, and at most a thirty-second of the device's memory.
+  int64_t head_chunk_rows(int64_t V, bool training) const;
   // Rows of the head's input, gathered: (R, C).
   Tensor gather_hidden(const char* op, Tensor hidden, const int64_t* rows, int64_t R);
   void add_embedding_gradient(Tensor dtable, Tensor dout, const int32_t* rows, const char* what);

@@ -34,14 +34,6 @@ void check_id(const char* op, const char* what, int64_t r, int32_t id, int64_t V
                    ", outside the vocabulary of " + std::to_string(V));
 }
 
-int64_t logits_stride(int64_t V) { return (V + 63) / 64 * 64; }
-
-// Rows of a chunk: at most `most`, and no more than a thirty-second of the device's memory.
-int64_t chunk_rows(int64_t V, int64_t most, size_t device_memory) {
-  const int64_t fit = static_cast<int64_t>(device_memory / 32 / sizeof(float)) / logits_stride(V);
-  return std::max(kFewestRows, std::min(most, fit));
-}
-
 // logits (rows, V) fp32 = inp * wte^T.
 Product projection(float* logits, int64_t stride, const Tensor& inp, const Operand& wte, int64_t V) {
   Product p;
@@ -58,6 +50,11 @@ Product projection(float* logits, int64_t stride, const Tensor& inp, const Opera
 }
 
 }  // namespace
+
+int64_t CudaBackend::head_chunk_rows(int64_t V, bool training) const {
+  const int64_t fit = static_cast<int64_t>(device_memory_ / 32 / sizeof(float)) / logits_stride(V);
+  return std::max(kFewestRows, std::min(training ? kTrainingRows : kSamplingRows, fit));
+}
 
 Tensor CudaBackend::gather_hidden(const char* op, Tensor hidden, const int64_t* rows, int64_t R) {
   for (int64_t r = 0; r < R; ++r) check_row(op, r, rows[r], hidden);
@@ -83,7 +80,7 @@ void CudaBackend::head_denoise(DenoiseStats* stats, float* watched, Tensor hidde
                                int64_t R, const int32_t* watch, int64_t watch_count, const Weight& wte) {
   const Stream stream = begin();
   const char* const op = "head_denoise";
-  const int64_t V = wte.N, stride = logits_stride(V), capacity = chunk_rows(V, kSamplingRows, device_memory_);
+  const int64_t V = wte.N, stride = logits_stride(V), capacity = head_chunk_rows(V, false);
   check(op, "hidden", hidden, hidden.rows, wte.K, dtype_);
   for (int64_t r = 0; r < R; ++r) {
     const DenoiseRow& row = rows[r];
@@ -177,7 +174,7 @@ void CudaBackend::head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte,
   }
   if (R == 0) return;
 
-  const int64_t chunk = std::min(R, chunk_rows(V, kTrainingRows, device_memory_));
+  const int64_t chunk = std::min(R, head_chunk_rows(V, true));
   const Operand head = operand(wte);
   float* const device_losses = results_.take<float>(R);
   float* const logits = logits_.take<float>(chunk * stride);

@@ -68,10 +68,12 @@ bool CublasLt::load(Functions* functions, std::string* reason) {
   }
   std::vector<std::string> names;
   if (setting && *setting) names.push_back(setting);
+#ifndef DN_CUDA_EMULATOR  // NVIDIA's library cannot see the emulator's memory
   for (const char* version : {"13", "12"}) {
     names.push_back(std::string("libcublasLt.so.") + version);
     names.push_back(std::string("/usr/local/cuda/lib64/libcublasLt.so.") + version);
   }
+#endif
   Functions& f = *functions;
   for (const std::string& name : names) {
     f.library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);

@@ -14,6 +14,9 @@ namespace dn::cuda {
 constexpr int64_t kTileIds = 256;
 DN_HD inline int64_t head_tiles(int64_t V) { return (V + kTileIds - 1) / kTileIds; }
 
+// Elements from one row of logits to the next.
+inline int64_t logits_stride(int64_t V) { return (V + 63) / 64 * 64; }
+
 struct CrossEntropyCall {
   float* logits = nullptr;  // (rows, stride), overwritten by the gradients when they are asked for
   int64_t stride = 0;       // a multiple of 8

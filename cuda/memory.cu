@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "cuda/backend_cuda.h"
+#include "cuda/head.h"
 
 namespace dn::cuda {
 namespace {
@@ -118,10 +119,46 @@ void* Scratch::reserve(size_t bytes) {
   if (data_) state_->release(data_);
   data_ = nullptr;
   bytes_ = 0;
-  const size_t wanted = bytes + bytes / 8;
+  const size_t wanted = with_slack(bytes);
   data_ = state_->alloc(wanted, what_);
   bytes_ = wanted;
   return data_;
+}
+
+// The sizes that the ops ask their scratch for. Left out: matrices of masks, watched ids and the lists' ring,
+// which are small or rare; running out there is still an error that leaves the model usable.
+size_t CudaBackend::step_bytes(const StepShape& s) const {
+  size_t total = 0;
+  const auto add = [&](const Scratch& scratch, int64_t count, size_t bytes) {
+    total += scratch.growth(static_cast<size_t>(count) * bytes);
+  };
+  const size_t element = dtype_bytes(dtype_);
+  if (s.N > 0) {
+    const int64_t tiles = s.N / kQueryTile + s.S;
+    add(spans_, tiles, sizeof(Spans));
+    total += plan_.growth(static_cast<size_t>(s.S) * sizeof(AttentionItem) + 64 +
+                          static_cast<size_t>(tiles) * (s.training ? 2 : 1) * sizeof(AttentionTile) +
+                          static_cast<size_t>(s.N) * sizeof(int32_t));
+  }
+  if (s.N > 0 && s.training) {
+    add(delta_, s.N * s.NH, sizeof(float));
+    const int64_t column_sums = std::max(2 * layernorm_partial_rows(s.N), 4 * column_partial_rows(s.N)) * s.C;
+    // An embedding row with more than kRunPiece tokens has pieces, the last of which may be short.
+    add(partial_, std::max(column_sums, 2 * (s.N / kRunPiece) * s.C), sizeof(float));
+  }
+  if (s.R > 0) {
+    const int64_t rows = std::min(s.R, head_chunk_rows(s.V, s.training));
+    add(logits_, rows * logits_stride(s.V), sizeof(float));
+    add(hidden_rows_, rows * s.C, element);
+    add(results_, s.R, s.training ? sizeof(float) : sizeof(DenoiseResult));
+    if (s.training) {
+      add(gradient_rows_, rows * s.C, element);
+    } else {
+      add(tile_mass_, rows * head_tiles(s.V), sizeof(double));
+      add(partial_, s.R, sizeof(float));
+    }
+  }
+  return total;
 }
 
 Staging::~Staging() {

@@ -44,6 +44,7 @@ void add_partial_rows(float* sums, const float* partial, int64_t rows, int64_t c
 // embedding.cu
 void embedding_forward(Tensor out, const int32_t* ids, const int32_t* positions, const float* wte, Tensor wpe,
                        Stream stream);
+constexpr int32_t kRunPiece = 256;  // entries of a piece, added one after the other by one thread
 // A run of `order` entries that add into one row of the table. Long runs are cut into pieces, each with a row
 // of scratch.
 struct EmbeddingRun {

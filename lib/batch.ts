@@ -3,8 +3,9 @@
  * takes. Nothing is drawn here; the noise process (native/core/noise.h) draws what a batch does not give.
  */
 import type { NativeMask, NativeNoise, NativeTrainBatch } from './binding.js';
-import type { ModelConfig } from './config.js';
+import { checkMask, type ModelConfig } from './config.js';
 import { check } from './errors.js';
+import { suggest } from './option-checks.js';
 
 /** Clean sequences, ragged. With `mask` and `t` given nothing is drawn. */
 export interface DiffusionBatch {
@@ -17,6 +18,8 @@ export interface DiffusionBatch {
 	/** Diffusion time of each sequence, in (0, 1]. @default drawn */
 	readonly t?: readonly number[];
 }
+
+const batchNames: readonly string[] = ['tokens', 'maskable', 'mask', 't'] satisfies (keyof DiffusionBatch)[];
 
 /** Who attends to whom inside one sequence. A matrix is (T, T) of 0/1, row = query. */
 export type AttentionOption = 'full' | 'causal' | { readonly blockCausal: number } | { readonly matrix: Uint8Array };
@@ -121,10 +124,7 @@ export function toNativeNoise(config: ModelConfig, options: LossOptions = {}): N
 	oneOf('normalise', normalise, ['tokens', 'masked', 'answer']);
 	const weight = options.weight ?? '1/t';
 	oneOf('weight', weight, ['1/t', 'none']);
-	check(
-		objective === 'autoregressive' || config.maskId >= 0,
-		`the objective '${objective}' needs a mask token, and the model has none: pass { config: { maskId } } when loading it`,
-	);
+	if (objective !== 'autoregressive') checkMask(config, `the objective '${objective}'`);
 	const range: readonly number[] = options.timeRange ?? [1e-3, 1];
 	const [tMin, tMax] = (Array.isArray(range) ? range : [Number.NaN, Number.NaN]) as [number, number];
 	check(
@@ -140,8 +140,20 @@ export function toNativeNoise(config: ModelConfig, options: LossOptions = {}): N
 	check(typeof shift === 'boolean', `shift is ${JSON.stringify(shift)}, expected true or false`);
 	const step = options.step ?? 0;
 	check(Number.isInteger(step) && step >= 0 && step < 2 ** 32, `step is ${String(step)}, expected 0 to 2^32 - 1`);
+	check(
+		objective !== 'autoregressive' || shift,
+		"the objective 'autoregressive' predicts the next token: it needs shift true (config.shift)",
+	);
 	const { spindle } = options;
 	if (spindle) {
+		check(
+			spindle.information instanceof Float32Array,
+			'spindle.information is not a Float32Array of one entry per token of the vocabulary',
+		);
+		check(
+			timeSampler !== 'exact-count',
+			"timeSampler 'exact-count' cannot be combined with spindle, which gives every token a probability of its own",
+		);
 		check(
 			spindle.information.length === config.vocab,
 			`spindle.information has ${spindle.information.length} entries, expected one per token of the vocabulary, ${config.vocab}`,
@@ -177,7 +189,17 @@ export function toNativeTrainBatch(
 	config: Pick<ModelConfig, 'context' | 'vocab'>,
 	place?: { firstSequence: number; stepSequences: number },
 ): NativeTrainBatch {
-	const { tokens, t } = batch ?? {};
+	check(
+		typeof batch === 'object' && batch !== null,
+		`the batch is ${String(batch)}, expected an object with tokens, and perhaps maskable, mask and t`,
+	);
+	for (const key of Object.keys(batch)) {
+		check(
+			batchNames.includes(key),
+			`batch.${key} is not known${suggest(key, batchNames) || `, expected ${batchNames.join(', ')}`}`,
+		);
+	}
+	const { tokens, t } = batch;
 	check(
 		Array.isArray(tokens) && tokens.length > 0,
 		'the batch has no sequences: tokens must hold at least one Int32Array',
@@ -208,16 +230,24 @@ export function toNativeTrainBatch(
 		ids.set(sequence, offsets[s]);
 	}
 	if (t !== undefined) {
+		check(Array.isArray(t), `batch.t is ${typeof t}, expected a list of one number per sequence`);
 		check(t.length === count, `batch.t has ${t.length} entries for ${count} sequences`);
 		for (const [s, time] of t.entries()) {
 			check(time > 0 && time <= 1, `batch.t[${s}] is ${String(time)}, expected a number in (0, 1]`);
 		}
 	}
+	const maskable = flags('maskable', batch.maskable, offsets);
+	const mask = flags('mask', batch.mask, offsets);
+	if (mask && maskable) {
+		const wrong = mask.findIndex((masked, i) => masked === 1 && maskable[i] === 0);
+		const s = offsets.findIndex((end) => end > wrong) - 1;
+		check(wrong < 0, `batch.mask[${s}][${wrong - (offsets[s] ?? 0)}] is 1 where batch.maskable is 0`);
+	}
 	return {
 		ids,
 		offsets,
-		maskable: flags('maskable', batch.maskable, offsets),
-		mask: flags('mask', batch.mask, offsets),
+		maskable,
+		mask,
 		t: t === undefined ? null : Float64Array.from(t),
 		...(place ?? { firstSequence: 0, stepSequences: count }),
 	};
@@ -226,10 +256,12 @@ export function toNativeTrainBatch(
 function flags(name: string, rows: readonly Uint8Array[] | undefined, offsets: Int32Array): Uint8Array | null {
 	if (rows === undefined) return null;
 	const count = offsets.length - 1;
+	check(Array.isArray(rows), `batch.${name} is ${typeof rows}, expected a list of one Uint8Array per sequence`);
 	check(rows.length === count, `batch.${name} has ${rows.length} entries for ${count} sequences`);
 	const packed = new Uint8Array(offsets[count] as number);
 	for (let s = 0; s < count; s++) {
-		const row = rows[s] as Uint8Array;
+		const row = rows[s];
+		check(row instanceof Uint8Array, `batch.${name}[${s}] is not a Uint8Array`);
 		const length = (offsets[s + 1] as number) - (offsets[s] as number);
 		check(row.length === length, `batch.${name}[${s}] has ${row.length} entries, its sequence has ${length} tokens`);
 		for (let i = 0; i < length; i++) {

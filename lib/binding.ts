@@ -175,8 +175,11 @@ export interface NativeTensorSource {
 	/** Name in the file. */
 	name: string;
 	shape: number[];
-	dtype: 'F32' | 'F16' | 'BF16';
-	source: { model: NativeModel; parameter: string; kind: 'value' | 'moment1' | 'moment2' } | { values: Float32Array };
+	/** I8 goes with kind 'int8': the values of a matrix as int8; its scales, kind 'scale', are the next tensor. */
+	dtype: 'F32' | 'F16' | 'BF16' | 'I8';
+	source:
+		| { model: NativeModel; parameter: string; kind: 'value' | 'moment1' | 'moment2' | 'int8' | 'scale' }
+		| { values: Float32Array };
 }
 
 export interface NativeTensorEntry {
@@ -206,8 +209,8 @@ export interface NativeModel {
 	initialise(seed: bigint): Promise<void>;
 	getParameter(name: string): Float32Array;
 	setParameter(name: string, values: Float32Array): void;
-	/** Converts a tensor of an open file into a parameter; the counts must agree. */
-	loadParameter(name: string, file: NativeSafetensors, tensor: string): Promise<void>;
+	/** Converts a tensor of an open file into a parameter; the counts must agree. scales: of an I8 tensor, in the same file. */
+	loadParameter(name: string, file: NativeSafetensors, tensor: string, scales?: string): Promise<void>;
 	/** Restores an AdamW moment from an open file. */
 	loadMoment(name: string, which: 'moment1' | 'moment2', file: NativeSafetensors, tensor: string): Promise<void>;
 	/** Packs the weights for inference; forward does it by itself when needed. */
@@ -233,16 +236,30 @@ export interface NativeModel {
 	dispose(): void;
 }
 
+/** See `Info` (lib/info.ts). */
+export interface NativeCudaInfo {
+	compiled: boolean;
+	devices: { name: string; memory: number; capability: string }[];
+	products?: string;
+	reason?: string;
+}
+
 export interface Binding {
-	/** device: 'cpu' or 'cuda:N'. threads 0: all cores. */
-	createModel(config: NativeConfig, options: { device: string; threads: number }): NativeModel;
+	/**
+	 * device: 'cpu' or 'cuda:N'. threads 0: all cores. dtype: of activations, 'bf16' only on CUDA; 'int8' only on the CPU:
+	 * int8 weights, fp32 activations.
+	 */
+	createModel(
+		config: NativeConfig,
+		options: { device: string; threads: number; dtype: 'fp32' | 'bf16' | 'int8' },
+	): NativeModel;
 	openSafetensors(path: string): NativeSafetensors;
 	/** Writes, fsyncs and renames one file. */
 	writeSafetensors(path: string, tensors: NativeTensorSource[], metadata: Record<string, string>): Promise<void>;
 	/** Four 32-bit words of (seed, stream, step, index). */
 	philox(seed: bigint, stream: number, step: number, index: bigint): Uint32Array;
-	cpuInfo(): { isa: string; detected: string; threads: number };
-	cudaInfo(): { compiled: boolean; devices: { name: string; memory: number; capability: string }[]; reason?: string };
+	cpuInfo(): { isa: string; detected: string; int8: string; threads: number };
+	cudaInfo(): NativeCudaInfo;
 	/** Bytes reported to V8 with AdjustExternalMemory by live objects. */
 	externalMemory(): number;
 }

@@ -34,6 +34,9 @@ const gpt2EndOfText = 50256;
 /** Names of the tanh form of GELU. */
 const activations = ['gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'];
 
+/** `quantization_config.quant_method` of this package's int8 directories; other loaders refuse what they do not know. */
+export const quantMethod = 'diffusion_native';
+
 /** Fields of `diffusion_native` in config.json. */
 const ownFields = ['family', 'maskId', 'bosId', 'eosId', 'padId', 'shift', 'attention'];
 
@@ -79,6 +82,12 @@ export function readDeclaredConfig(directory: string): DeclaredConfig {
 	must('add_cross_attention', 'false', (value) => value === false);
 	must('tie_word_embeddings', 'true (the head is the embedding)', (value) => value === true);
 	must('vocab_size', 'a positive whole number', (value) => Number.isInteger(value) && (value as number) > 0);
+
+	must(
+		'quantization_config',
+		`a quantisation of this package ({ quant_method: '${quantMethod}', bits: 8 })`,
+		(value) => (value as Json)['quant_method'] === quantMethod && (value as Json)['bits'] === 8,
+	);
 
 	const ours = json['diffusion_native'] ?? {};
 	if (typeof ours !== 'object' || Array.isArray(ours)) fail('diffusion_native is not an object');

@@ -2,11 +2,13 @@
  * Writing a model directory that this package and Hugging Face's GPT2LMHeadModel both read: `config.json`,
  * `generation_config.json`, `model.safetensors`, `tokenizer.json`, `tokenizer_config.json`. Parameters go from native memory
  * to the file one by one. Names carry the prefix `transformer.`; matrices are [in, out], as Conv1D keeps them; the tied head
- * is not written.
+ * is not written. An int8 directory is this package's own: see `int8Tensors`.
  */
 import { join } from 'node:path';
 
-import { binding, type NativeModel } from './binding.js';
+import { binding, type NativeModel, type NativeParameter, type NativeTensorSource } from './binding.js';
+import { int8Columns, scaleSuffix } from './checkpoint.js';
+import { quantMethod } from './checkpoint-config.js';
 import type { ModelConfig } from './config.js';
 import { fromNative } from './errors.js';
 import { replaceDirectory, writeSynced } from './files.js';
@@ -20,11 +22,11 @@ export interface SaveOptions {
 	tokenizer: Tokenizer | undefined;
 	/** Length heads and calibrations that belong to these very weights. @default none */
 	length?: LengthExtras;
-	/** Type of the stored values. F32 is exact. @default 'F32' */
-	dtype?: 'F32' | 'F16' | 'BF16';
+	/** Type of the stored values. F32 is exact, I8 too for a model that holds int8 weights. @default 'F32' */
+	dtype?: 'F32' | 'F16' | 'BF16' | 'I8';
 }
 
-const torchTypes = { F32: 'float32', F16: 'float16', BF16: 'bfloat16' } as const;
+const torchTypes = { F32: 'float32', F16: 'float16', BF16: 'bfloat16', I8: 'float32' } as const;
 
 /** Files of a model directory: what a save may replace or remove. Everything else in a directory is left alone. */
 export function isModelFile(name: string): boolean {
@@ -54,12 +56,11 @@ export async function saveCheckpoint(
 			await writeSynced(join(stage, 'tokenizer_config.json'), json(tokenizerConfig(config, tokenizer)));
 		}
 		if (length) await writeLengthFiles(stage, length);
-		const tensors = native.parameters.map(({ name, shape }) => ({
-			name: `transformer.${name}`,
-			shape,
-			dtype,
-			source: { model: native, parameter: name, kind: 'value' as const },
-		}));
+		const tensors = native.parameters.flatMap((parameter): NativeTensorSource[] => {
+			if (dtype === 'I8') return int8Tensors(native, parameter);
+			const { name, shape } = parameter;
+			return [{ name: `transformer.${name}`, shape, dtype, source: { model: native, parameter: name, kind: 'value' } }];
+		});
 		try {
 			await binding().writeSafetensors(join(stage, 'model.safetensors'), tensors, { format: 'pt' });
 		} catch (error) {
@@ -67,6 +68,21 @@ export async function saveCheckpoint(
 		}
 	};
 	await replaceDirectory(directory, fill, isModelFile);
+}
+
+/**
+ * A parameter in an int8 file: an operand of products as I8, in its own shape, followed by `<name>.scale`, F32, one per output
+ * column (value = int8 * scale); any other parameter as F32.
+ */
+function int8Tensors(model: NativeModel, { name, shape }: NativeParameter): NativeTensorSource[] {
+	const stored = `transformer.${name}`;
+	const columns = int8Columns(name, shape);
+	const source = (kind: 'value' | 'int8' | 'scale') => ({ model, parameter: name, kind });
+	if (columns === undefined) return [{ name: stored, shape, dtype: 'F32', source: source('value') }];
+	return [
+		{ name: stored, shape, dtype: 'I8', source: source('int8') },
+		{ name: stored + scaleSuffix, shape: [columns], dtype: 'F32', source: source('scale') },
+	];
 }
 
 function idsOf(config: ModelConfig): Record<string, number> {
@@ -90,6 +106,7 @@ function huggingFaceConfig(config: ModelConfig, dtype: keyof typeof torchTypes):
 		tie_word_embeddings: true,
 		...idsOf(config),
 		torch_dtype: torchTypes[dtype],
+		...(dtype === 'I8' ? { quantization_config: { quant_method: quantMethod, bits: 8 } } : {}),
 		diffusion_native: { maskId, bosId, eosId, padId, shift, attention },
 	};
 }

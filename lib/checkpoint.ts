@@ -16,7 +16,9 @@ import { Tokenizer } from './tokenizer.js';
 
 const weights = 'model.safetensors';
 const weightsIndex = 'model.safetensors.index.json';
-const readable: ReadonlySet<string> = new Set(['F32', 'F16', 'BF16']);
+const readable: ReadonlySet<string> = new Set(['F32', 'F16', 'BF16', 'I8']);
+/** Ends the name of the tensor with the scales of an I8 tensor. */
+export const scaleSuffix = '.scale';
 
 /** Options of {@link Checkpoint.load}. */
 export interface LoadOptions {
@@ -41,6 +43,8 @@ interface Stored {
 	entry: NativeTensorEntry;
 	/** Stored as [out, in] (nn.Linear) where GPT-2 has [in, out]. */
 	transposed: boolean;
+	/** Of an I8 tensor: the tensor with a scale per output column, in the same file. */
+	scales?: NativeTensorEntry;
 }
 
 /**
@@ -163,6 +167,15 @@ function parameterName(name: string): string | null {
 	return plain === 'embed_tokens.weight' || plain === 'lm_head.weight' ? 'wte.weight' : plain;
 }
 
+/**
+ * The matrices that are operands of products, and so are int8 in an int8 model: all but wpe. `shape` is the parameter's,
+ * (in, out), or (V, C) of wte, whose rows are the output columns of the head.
+ */
+export function int8Columns(name: string, shape: readonly number[]): number | undefined {
+	if (shape.length !== 2 || name === 'wpe.weight') return undefined;
+	return name === 'wte.weight' ? shape[0] : shape[1];
+}
+
 /** Tensors by parameter name. The embedding may be there under several names, when all copies are equal. */
 function collectTensors(files: readonly NativeSafetensors[]): { tensors: Map<string, Stored>; diffusion: boolean } {
 	const tensors = new Map<string, Stored>();
@@ -172,9 +185,17 @@ function collectTensors(files: readonly NativeSafetensors[]): { tensors: Map<str
 			const name = parameterName(entry.name);
 			if (name === null) continue;
 			diffusion ||= entry.name.startsWith('denoise_model.') || entry.name === 'embed_tokens.weight';
-			if (!readable.has(entry.dtype))
-				throw bad(file.path, `tensor ${entry.name} is ${entry.dtype}, expected F32, F16 or BF16`);
-			const stored = { file, entry, transposed: false };
+			if (!readable.has(entry.dtype)) {
+				throw bad(
+					file.path,
+					`tensor ${entry.name} is ${entry.dtype}, expected F32, F16 or BF16, or I8 with a tensor of scales`,
+				);
+			}
+			const scaled =
+				name.endsWith(scaleSuffix) && file.tensors.some((other) => other.name + scaleSuffix === entry.name);
+			if (scaled) continue;
+			const stored: Stored = { file, entry, transposed: false };
+			if (entry.dtype === 'I8') stored.scales = scalesOf(stored);
 			const other = tensors.get(name);
 			if (!other) tensors.set(name, stored);
 			else if (name === 'wte.weight') requireEqual(other, stored);
@@ -184,11 +205,20 @@ function collectTensors(files: readonly NativeSafetensors[]): { tensors: Map<str
 	return { tensors, diffusion };
 }
 
+/** The scales of an I8 tensor. */
+function scalesOf({ file, entry }: Stored): NativeTensorEntry {
+	const scales = file.tensors.find((other) => other.name === entry.name + scaleSuffix);
+	if (!scales)
+		throw bad(file.path, `tensor ${entry.name} is I8, but its scales, ${entry.name}${scaleSuffix}, are missing`);
+	return scales;
+}
+
 /** The head is tied to the embedding: copies of it must hold the same values. */
 function requireEqual(a: Stored, b: Stored): void {
 	const names = `${b.entry.name} ${shapeText(b.entry.shape)} and ${a.entry.name} ${shapeText(a.entry.shape)}`;
 	const differ = `${names} must be the same matrix (the output head is tied to the embedding)`;
 	if (shapeText(a.entry.shape) !== shapeText(b.entry.shape)) throw bad(b.file.path, differ);
+	if (a.scales || b.scales) throw bad(b.file.path, `${names}: an I8 embedding is stored once`);
 	const left = a.file.read(a.entry.name);
 	const right = b.file.read(b.entry.name);
 	if (Buffer.compare(bytesOf(left), bytesOf(right)) === 0) return;
@@ -248,7 +278,8 @@ function matchTensors(directory: string, tensors: Map<string, Stored>, config: M
 	const straight: string[] = [];
 	const turned: string[] = [];
 	for (const [name, shape] of shapes) {
-		const { file, entry } = tensors.get(name) as Stored;
+		const { file, entry, scales } = tensors.get(name) as Stored;
+		if (scales) matchScales(file, entry, scales, name, shape);
 		const isMatrix = name.startsWith('h.') && shape.length === 2;
 		const matches = shapeText(entry.shape) === shapeText(shape);
 		if (matches && isMatrix && shape[0] !== shape[1]) straight.push(entry.name);
@@ -266,6 +297,24 @@ function matchTensors(directory: string, tensors: Map<string, Stored>, config: M
 		);
 	}
 	for (const [name, stored] of tensors) stored.transposed = name.startsWith('h.') && stored.entry.shape.length === 2;
+}
+
+/** Requires of an I8 tensor that its parameter can be int8, in its own layout, and one F32 scale per output column. */
+function matchScales(
+	file: NativeSafetensors,
+	entry: NativeTensorEntry,
+	scales: NativeTensorEntry,
+	name: string,
+	shape: readonly number[],
+): void {
+	const columns = int8Columns(name, shape);
+	if (columns === undefined) throw bad(file.path, `${entry.name} is I8, expected F32, F16 or BF16`);
+	if (shapeText(entry.shape) !== shapeText(shape)) {
+		throw bad(file.path, `${entry.name} is ${shapeText(entry.shape)}, expected ${shapeText(shape)} by config.json`);
+	}
+	if (scales.dtype !== 'F32' || shapeText(scales.shape) !== shapeText([columns])) {
+		throw bad(file.path, `${scales.name} is ${scales.dtype} ${shapeText(scales.shape)}, expected F32 (${columns})`);
+	}
 }
 
 /** The directory's tokenizer, else GPT-2's when the vocabulary has room for it. */
@@ -297,8 +346,9 @@ async function loadTensors(
 				`the model's ${name} ${shapeText(shape)} has no tensor of its size`,
 			);
 		}
-		const { file, entry, transposed } = stored;
+		const { file, entry, transposed, scales } = stored;
 		if (transposed) native.setParameter(name, transpose(file.read(entry.name), entry.shape));
+		else if (scales) await native.loadParameter(name, file, entry.name, scales.name);
 		else await native.loadParameter(name, file, entry.name);
 		loaded += 4 * count;
 		onProgress?.({ status: 'load', loaded, total });

@@ -86,3 +86,12 @@ export function resolveConfig(input: ModelConfigInput): ModelConfig {
 	);
 	return resolved;
 }
+
+/** Throws `ERR_DN_ARGUMENT` when `what` is asked of a model without a mask token. */
+export function checkMask(config: Pick<ModelConfig, 'maskId'>, what: string): void {
+	check(
+		config.maskId >= 0,
+		`${what} needs a mask token, and the model has none (config.maskId is ${config.maskId}): give maskId, the id of ` +
+			'that token, to fromConfig, or { config: { maskId } } to fromPretrained',
+	);
+}

@@ -6,7 +6,10 @@ import { check, DiffusionNativeError, fromNative } from './errors.js';
 
 /** 'auto': a usable GPU when there is one, else the CPU. */
 export type Device = 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
-/** 'auto': bf16 on CUDA, fp32 on the CPU. */
+/**
+ * Of activations, with fp32 parameters. 'auto': bf16 on CUDA, fp32 on the CPU. 'fp32' on CUDA uses no tensor cores: it is for
+ * checking. 'int8': int8 weights and products, for inference on the CPU.
+ */
 export type DType = 'auto' | 'fp32' | 'bf16' | 'int8';
 
 export interface DeviceOptions {
@@ -45,8 +48,9 @@ export function openEngine(config: ModelConfig, options: DeviceOptions): OpenedE
 	let device: string = asked;
 	let note: string | undefined;
 	if (asked === 'auto') {
-		device = cuda.devices.length > 0 ? 'cuda:0' : 'cpu';
-		if (device === 'cpu') note = reason;
+		const wanted = askedDtype !== 'int8';
+		device = wanted && cuda.devices.length > 0 ? 'cuda:0' : 'cpu';
+		if (device === 'cpu') note = wanted ? reason : 'int8 weights are for the CPU';
 	} else if (asked === 'cuda') {
 		device = 'cuda:0';
 	}
@@ -63,12 +67,13 @@ export function openEngine(config: ModelConfig, options: DeviceOptions): OpenedE
 	}
 	const dtype = askedDtype === 'auto' ? (device === 'cpu' ? 'fp32' : 'bf16') : askedDtype;
 	check(
-		device !== 'cpu' || dtype === 'fp32',
-		`option dtype: '${dtype}' is not available on the CPU yet, expected 'fp32'`,
+		device !== 'cpu' || dtype !== 'bf16',
+		"option dtype: 'bf16' is not available on the CPU, expected 'fp32' or 'int8'",
 	);
+	check(device === 'cpu' || dtype !== 'int8', "option dtype: 'int8' is for the CPU, expected 'bf16' or 'fp32'");
 	const { layers, heads, channels, context, vocab } = config;
 	try {
-		const model = native.createModel({ layers, heads, channels, context, vocab }, { device, threads });
+		const model = native.createModel({ layers, heads, channels, context, vocab }, { device, threads, dtype });
 		return { engine: new Engine(model, config), device, dtype, note };
 	} catch (error) {
 		throw fromNative(error);

@@ -37,18 +37,6 @@ export function check(condition: unknown, message: string): asserts condition {
 	if (!condition) throw new DiffusionNativeError('ERR_DN_ARGUMENT', message);
 }
 
-/** Throws `ERR_DN_ARGUMENT` unless `options` is an object (or absent) that has none but the known keys. */
-export function checkOptions(what: string, options: unknown, known: readonly string[]): void {
-	if (options === undefined) return;
-	check(typeof options === 'object' && options !== null, `${what}: options is ${String(options)}, expected an object`);
-	for (const key of Object.keys(options)) {
-		check(known.includes(key), `${what}: option ${key} is not known, expected ${known.join(', ')}`);
-	}
-	const { signal, onProgress } = options as { signal?: unknown; onProgress?: unknown };
-	check(signal === undefined || signal instanceof AbortSignal, `${what}: option signal is not an AbortSignal`);
-	check(onProgress === undefined || typeof onProgress === 'function', `${what}: option onProgress is not a function`);
-}
-
 const codes: ReadonlySet<string> = new Set<ErrorCode>([
 	'ERR_DN_NO_BINARY',
 	'ERR_DN_DEVICE',

@@ -20,6 +20,12 @@ export function fileError(action: string, path: string, cause: unknown): Diffusi
 	return new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path}: cannot ${action}: ${reasonOf(cause)}`, { cause });
 }
 
+/** The error with `to` in its message where it names `from`, a temporary path that the caller never sees. */
+export function renamedError(error: unknown, from: string, to: string): unknown {
+	if (!(error instanceof DiffusionNativeError) || !error.message.includes(from)) return error;
+	return new DiffusionNativeError(error.code, error.message.replaceAll(from, to), { cause: error.cause ?? error });
+}
+
 /** True when the error says that a file or one of its parent directories does not exist. */
 export function isMissing(error: unknown): boolean {
 	const code = (error as { code?: unknown } | null)?.code;
@@ -163,8 +169,9 @@ export async function replaceDirectory(
 		else await swap(stage, destination, existing);
 		await syncDirectory(dirname(destination));
 	} catch (error) {
-		if (stage) await rm(stage, { recursive: true, force: true }).catch(() => undefined);
-		throw fileError('write the directory', target, error);
+		if (!stage) throw fileError('write the directory', target, error);
+		await rm(stage, { recursive: true, force: true }).catch(() => undefined);
+		throw renamedError(fileError('write the directory', target, error), stage, target);
 	}
 }
 

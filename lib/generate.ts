@@ -5,6 +5,7 @@
  */
 import { blockEvaluator, maskOf } from './block-cache.js';
 import type { Canvas } from './canvas.js';
+import { checkMask } from './config.js';
 import { type DenoiseStep, Loop } from './denoise-loop.js';
 import type { Engine } from './engine.js';
 import { check } from './errors.js';
@@ -12,6 +13,7 @@ import { cachedEvaluator, type Drift, type Evaluator, endIds, fullEvaluator } fr
 import { lengthExtras } from './length/extras.js';
 import { firstCanvas } from './length/look.js';
 import { type LengthOptions, type LengthPrediction, type LengthRule, resolveLength } from './length/method.js';
+import { checkSignal } from './option-checks.js';
 import { type GenerateOptions, type ResolvedOptions, resolveOptions } from './options.js';
 import { makeCanvas, type ParsedPrompt, type Prompt, parsePrompt, type TextCodec } from './prompt.js';
 
@@ -246,12 +248,11 @@ export async function predictLength(
 	engine.check();
 	check(typeof options === 'object' && options !== null, 'predictLength needs options with max');
 	const { signal, ...length } = options;
+	checkSignal('predictLength', signal);
 	signal?.throwIfAborted();
 	const { config } = engine;
-	check(
-		config.attention === 'bidirectional' && config.maskId >= 0,
-		'predictLength needs a bidirectional model with a mask token',
-	);
+	check(config.attention === 'bidirectional', 'predictLength needs a bidirectional model, and this one is causal');
+	checkMask(config, 'predictLength');
 	const parsed = parsePrompt(prompt, config, tokenizer);
 	check(!parsed.open, 'predictLength needs a prompt with one gap, not scattered open positions');
 	const extras = lengthExtras(engine);

@@ -19,6 +19,7 @@ import { fileError, makeDirectories, readJsonObject, writeFileAtomic } from './f
 import type { LoadProgress } from './hub.js';
 import { HubConnection } from './hub-connection.js';
 import { fetchBlob } from './hub-download.js';
+import { lengthFiles } from './length/files.js';
 
 /** What is wanted, from where, into which cache. All names are checked. */
 export interface HubRequest {
@@ -48,6 +49,7 @@ const smallFiles = [
 	'tokenizer_config.json',
 	'special_tokens_map.json',
 	'added_tokens.json',
+	...lengthFiles,
 	...tokenizerFiles,
 ];
 const weights = 'model.safetensors';
@@ -180,12 +182,16 @@ function chooseFiles(request: HubRequest, all: readonly HubFile[]): HubFile[] {
 	const single = byName.get(weights);
 	const index = byName.get(weightsIndex);
 	if (single) return [...chosen, single];
-	if (index) return [...chosen, index, ...all.filter((file) => /^[^/]+\.safetensors$/.test(file.path))];
+	if (index) return [...chosen, index, ...all.filter(isShard)];
 	const other = all.find((file) => /\.(bin|pt|pth|h5|gguf)$/.test(file.path));
 	throw new DiffusionNativeError(
 		'ERR_DN_HUB',
 		`${where} has no ${weights}${other ? `; it has ${other.path}, which is not supported: convert it to safetensors first` : ''}`,
 	);
+}
+
+function isShard({ path }: HubFile): boolean {
+	return /^[^/]+\.safetensors$/.test(path) && !lengthFiles.includes(path);
 }
 
 /** Links are relative, so that the cache can move. Where links are not allowed (Windows), the blob is copied. */

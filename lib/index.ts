@@ -4,7 +4,7 @@ export type { CacheKind } from './block-cache.js';
 export type { Resize } from './canvas.js';
 export type { ModelConfig, ModelConfigInput } from './config.js';
 export { type TrainTokenizerOptions, trainTokenizer } from './data/bpe.js';
-export { type DataSequence, type OpenDatasetOptions, TokenDataset } from './data/dataset.js';
+export { type DataSequence, type OpenDatasetOptions, TokenDataset, type TokenizerIdentity } from './data/dataset.js';
 export type { DataFormat, Padding } from './data/format.js';
 export {
 	type DataRecord,

@@ -12,6 +12,8 @@ export interface Info {
 	cpu: {
 		/** Instruction set in use: 'portable', 'avx2', 'avx512', ... */
 		isa: string;
+		/** Instructions that int8 products use: 'portable', 'avx2', 'avx-vnni', 'avx512-vnni', 'amx-int8'. */
+		int8: string;
 		/** Cores that a model uses by default. */
 		threads: number;
 	};
@@ -20,6 +22,11 @@ export interface Info {
 		compiled: boolean;
 		/** memory: bytes. */
 		devices: { name: string; memory: number; capability: string }[];
+		/**
+		 * What computes matrix products on a device: `'cuBLASLt 130100'`, or `'own kernels: '` and why. Missing from builds
+		 * without CUDA.
+		 */
+		products?: string;
 		/** Why there is no device. */
 		reason?: string;
 	};
@@ -28,8 +35,8 @@ export interface Info {
 /** Loads the addon and describes it. @throws `ERR_DN_NO_BINARY` */
 export function info(): Info {
 	const native = binding();
-	const { isa, threads } = native.cpuInfo();
-	return { version: version(), binding: bindingPath(), cpu: { isa, threads }, cuda: native.cudaInfo() };
+	const { isa, int8, threads } = native.cpuInfo();
+	return { version: version(), binding: bindingPath(), cpu: { isa, int8, threads }, cuda: native.cudaInfo() };
 }
 
 /** Version of this package. */

@@ -3,10 +3,11 @@ import { openCheckpoint } from './checkpoint.js';
 import type { ModelConfig } from './config.js';
 import { type DeviceOptions, type OpenedEngine, openEngine } from './device.js';
 import type { Engine } from './engine.js';
-import { check, checkOptions, DiffusionNativeError } from './errors.js';
+import { check, DiffusionNativeError } from './errors.js';
 import { type LoadProgress, type ResolveOptions, resolveModelDirectory } from './hub.js';
 import { lengthExtras } from './length/extras.js';
 import { readLengthFiles } from './length/files.js';
+import { checkOptions } from './option-checks.js';
 import type { Tokenizer } from './tokenizer.js';
 
 /** Options of `DiffuGPT.fromPretrained`. */

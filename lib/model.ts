@@ -15,7 +15,7 @@ import { type ModelConfig, type ModelConfigInput, resolveConfig } from './config
 import type { DenoiseStep } from './denoise-loop.js';
 import { type Device, type DType, openEngine } from './device.js';
 import type { Engine } from './engine.js';
-import { check, checkOptions } from './errors.js';
+import { check, DiffusionNativeError } from './errors.js';
 import {
 	canvasSize,
 	denoise,
@@ -27,6 +27,7 @@ import {
 import { forgetLengths, lengthExtras } from './length/extras.js';
 import type { LengthOptions, LengthPrediction } from './length/method.js';
 import { loadPretrained, type PretrainedOptions } from './load.js';
+import { checkOptions } from './option-checks.js';
 import type { GenerateOptions } from './options.js';
 import type { Prompt } from './prompt.js';
 import { Tokenizer } from './tokenizer.js';
@@ -47,11 +48,14 @@ export interface FromConfigOptions {
 
 /** Options of `save`. */
 export interface SaveOptions {
-	/** Type of the stored weights; 'fp32' is exact. @default 'fp32' */
-	readonly dtype?: 'fp32' | 'fp16' | 'bf16';
+	/**
+	 * Type of the stored weights. 'fp32' is exact; 'int8' is what a model of dtype 'int8' holds, and only this package loads it.
+	 * @default 'int8' for a model of dtype 'int8', else 'fp32'
+	 */
+	readonly dtype?: 'fp32' | 'fp16' | 'bf16' | 'int8';
 }
 
-const storedTypes = { fp32: 'F32', fp16: 'F16', bf16: 'BF16' } as const;
+const storedTypes = { fp32: 'F32', fp16: 'F16', bf16: 'BF16', int8: 'I8' } as const;
 
 /** Options of `forward`. */
 export interface ForwardOptions {
@@ -94,7 +98,10 @@ export class DiffuGPT {
 	readonly config: ModelConfig;
 	/** 'cpu', or 'cuda:N'. */
 	readonly device: string;
-	/** Storage of the weights: 'fp32'. */
+	/**
+	 * Of activations: 'fp32', or 'bf16' on CUDA, with fp32 parameters. 'int8': matrices are int8 with a scale per output
+	 * column, activations fp32, quantised a row at a time for products; inference on the CPU only.
+	 */
 	readonly dtype: Exclude<DType, 'auto'>;
 	/** Why device 'auto' did not choose a GPU; undefined when it was not asked or did. */
 	readonly deviceNote: string | undefined;
@@ -175,7 +182,10 @@ export class DiffuGPT {
 		});
 	}
 
-	/** The training objective on a batch, without gradients. */
+	/**
+	 * The training objective on a batch, without gradients.
+	 * @throws `ERR_DN_ARGUMENT`; `ERR_DN_DIVERGED` when the loss is not a finite number
+	 */
 	async loss(batch: DiffusionBatch, options: LossOptions = {}): Promise<LossResult> {
 		this.engine.check();
 		checkOptions('loss', options, lossOptionNames);
@@ -184,9 +194,18 @@ export class DiffuGPT {
 		const result = await this.engine.run((native) =>
 			native.trainBatch(packed, noise, { recompute: false, precision: 'fp32', backward: false }),
 		);
+		const loss = result.denominator > 0 ? result.weighted / result.denominator : 0;
+		const unweighted = result.masked > 0 ? result.unweighted / result.masked : 0;
+		if (!Number.isFinite(loss) || !Number.isFinite(unweighted)) {
+			throw new DiffusionNativeError(
+				'ERR_DN_DIVERGED',
+				`the loss is ${loss} (unweighted ${unweighted}): look for a parameter that holds NaN or infinity ` +
+					'(parameters(), getParameter) or weights so large that logits overflow, and go back to the last good checkpoint',
+			);
+		}
 		return {
-			loss: result.denominator > 0 ? result.weighted / result.denominator : 0,
-			unweighted: result.masked > 0 ? result.unweighted / result.masked : 0,
+			loss,
+			unweighted,
 			masked: result.masked,
 			tokens: result.predictable,
 		};
@@ -295,17 +314,18 @@ export class DiffuGPT {
 	}
 
 	/**
-	 * Writes a directory that `fromPretrained` and Hugging Face's GPT-2 loader accept; complete, or not at all.
+	 * Writes a directory that `fromPretrained` and, unless it is int8, Hugging Face's GPT-2 loader accept; complete, or not at
+	 * all.
 	 * @throws `ERR_DN_CHECKPOINT` with the path and the system's reason
 	 */
 	async save(directory: string, options: SaveOptions = {}): Promise<void> {
 		this.engine.check();
 		check(typeof directory === 'string' && directory !== '', 'save needs the path of a directory');
 		checkOptions('save', options, ['dtype']);
-		const { dtype = 'fp32' } = options;
+		const { dtype = this.dtype === 'int8' ? 'int8' : 'fp32' } = options;
 		check(
 			Object.hasOwn(storedTypes, dtype),
-			`option dtype is ${JSON.stringify(dtype)}, expected 'fp32', 'fp16' or 'bf16'`,
+			`option dtype is ${JSON.stringify(dtype)}, expected 'fp32', 'fp16', 'bf16' or 'int8'`,
 		);
 		const { config, tokenizer } = this;
 		const length = lengthExtras(this.engine);

@@ -3,9 +3,10 @@ import { randomBytes } from 'node:crypto';
 
 import { toSeed } from './batch.js';
 import type { CacheKind } from './block-cache.js';
-import type { ModelConfig } from './config.js';
+import { checkMask, type ModelConfig } from './config.js';
 import { check } from './errors.js';
 import { type LengthOptions, resolveLength } from './length/method.js';
+import { suggest } from './option-checks.js';
 import { ancestral } from './samplers/ancestral.js';
 import { autoregressive } from './samplers/autoregressive.js';
 import { confidence, type Plan, type Score } from './samplers/confidence.js';
@@ -206,7 +207,7 @@ const known: ReadonlySet<string> = new Set([...common, ...Object.values(samplers
 export function resolveOptions(options: GenerateOptions, config: ModelConfig): ResolvedOptions {
 	check(typeof options === 'object' && options !== null, `options is ${String(options)}, expected an object`);
 	const given = Object.entries(options).filter(([, value]) => value !== undefined);
-	for (const [key] of given) check(known.has(key), `option ${key} is not known`);
+	for (const [key] of given) check(known.has(key), `option ${key} is not known${suggest(key, [...known])}`);
 	checkValues(options);
 
 	const causal = config.attention === 'causal';
@@ -240,10 +241,7 @@ export function resolveOptions(options: GenerateOptions, config: ModelConfig): R
 		!isAutoregressive || config.shift,
 		"the sampler 'autoregressive' needs a model whose row i predicts token i + 1 (config.shift)",
 	);
-	check(
-		isAutoregressive || config.maskId >= 0,
-		`the sampler '${samplerName}' needs a mask token, and the model has none: pass { config: { maskId } } when loading it`,
-	);
+	if (!isAutoregressive) checkMask(config, `the sampler '${samplerName}'`);
 	const { attention, cache, block } = options;
 	const blockCausal = typeof attention === 'object' ? attention.blockCausal : null;
 	check(
@@ -260,10 +258,7 @@ export function resolveOptions(options: GenerateOptions, config: ModelConfig): R
 	);
 	check(!options.measureDrift || cache !== undefined, 'option measureDrift needs option cache');
 	const guidance = options.guidance ?? 0;
-	check(
-		guidance === 0 || config.maskId >= 0,
-		'option guidance needs a mask token to hide the prompt with, and the model has none',
-	);
+	if (guidance !== 0) checkMask(config, 'option guidance');
 	return {
 		length: options.length,
 		samplerName,

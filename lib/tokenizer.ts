@@ -11,6 +11,7 @@ import type { Normalizer, Tokenizer as PackageTokenizer, PreTokenizer } from 'to
 import { type AddedToken, AddedTokenMatcher } from './added-tokens.js';
 import { packageRoot } from './binding.js';
 import { ByteBpe, fromByteChars, toByteChars } from './byte-bpe.js';
+import { byteLevelJson } from './byte-level-json.js';
 import { check, DiffusionNativeError } from './errors.js';
 import { readJsonObject, readText, reasonOf, writeFileAtomic } from './files.js';
 
@@ -47,11 +48,15 @@ export interface TokenDecoder {
 export class Tokenizer {
 	/** Largest id plus one, added tokens included. */
 	readonly vocabSize: number;
-	/** SHA-256 (hex) of vocabulary, merges and added tokens: equal for tokenizers that give the same ids. */
+	/**
+	 * SHA-256 (hex) of vocabulary and merges: equal for tokenizers that give the same ids to plain text. Tokens added beyond
+	 * the vocabulary (a mask token, say) change nothing.
+	 */
 	readonly fingerprint: string;
 
 	private readonly bpe: ByteBpe;
 	private readonly vocab: ReadonlyMap<string, number>;
+	private readonly merges: readonly (readonly [string, string])[];
 	private readonly added: readonly AddedToken[];
 	private readonly specialIds: ReadonlySet<number>;
 	private readonly bytes: (Uint8Array | undefined)[] = [];
@@ -110,7 +115,8 @@ export class Tokenizer {
 		this.preTokenizer = isGpt2Words(file.pre_tokenizer) ? null : package_.getPreTokenizer();
 		this.ordinary = new AddedTokenMatcher(this.added.filter((token) => !token.special));
 		this.all = new AddedTokenMatcher(this.added);
-		this.fingerprint = fingerprintOf(this.vocab, merges, this.added);
+		this.merges = merges;
+		this.fingerprint = sha256([this.entries(), merges]);
 	}
 
 	/**
@@ -185,6 +191,37 @@ export class Tokenizer {
 			.filter((token) => token.id < vocab)
 			.map((token) => ({ ...token, special: token.special || reserved.includes(token.id) }));
 		return new Tokenizer(JSON.stringify(file), 'the given tokenizer');
+	}
+
+	/**
+	 * What data made with this tokenizer records of it: the fingerprint, and a digest of the tokens that are added beyond the
+	 * vocabulary, where there are any.
+	 * @param vocab only the ids below it. @default all
+	 */
+	dataFingerprint(vocab: number = this.vocabSize): string {
+		const extra = this.addedBelow(vocab).filter(([content]) => !this.vocab.has(content));
+		return extra.length === 0 ? this.fingerprint : `${this.fingerprint}+${sha256(extra).slice(0, 32)}`;
+	}
+
+	/**
+	 * Whether ids below `vocab`, made with the tokenizer of this `dataFingerprint`, mean the same here: the same vocabulary
+	 * and merges, and the same added tokens below `vocab`. Further added tokens of this tokenizer do no harm.
+	 */
+	acceptsData(fingerprint: string, vocab: number): boolean {
+		if (vocab > this.vocabSize) return false;
+		if (fingerprint === this.dataFingerprint(vocab)) return true;
+		// Older token files hold one digest of everything.
+		return fingerprint === sha256([this.entries(), this.merges, this.addedBelow(vocab)]);
+	}
+
+	/** The vocabulary in the order of its ids. */
+	private entries(): [string, number][] {
+		return [...this.vocab].sort((a, b) => a[1] - b[1]);
+	}
+
+	private addedBelow(vocab: number): (readonly [string, number])[] {
+		const below = this.added.filter(({ id }) => id < vocab);
+		return below.map(({ id, content }) => [content, id] as const).sort((a, b) => a[1] - b[1]);
 	}
 
 	/** Writes a `tokenizer.json` that Hugging Face's libraries read as well. The file appears whole or not at all. */
@@ -321,44 +358,12 @@ function isGpt2Words(json: PreTokenizerJson | null | undefined): boolean {
 	return json?.type === 'ByteLevel' && json.add_prefix_space === false && json.use_regex !== false;
 }
 
-function gpt2Json(vocab: Record<string, number>, mergesText: string, added: Record<string, number>): string {
+function gpt2Json(vocab: Record<string, number>, mergesText: string, ids: Record<string, number>): string {
 	const merges = mergesText.split(/\r?\n/).filter((line) => line !== '' && !line.startsWith('#version'));
-	const flags = { single_word: false, lstrip: false, rstrip: false, normalized: false, special: true };
-	const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: true };
-	return JSON.stringify({
-		version: '1.0',
-		truncation: null,
-		padding: null,
-		added_tokens: Object.entries(added)
-			.map(([content, id]) => ({ id, content, ...flags }))
-			.sort((a, b) => a.id - b.id),
-		normalizer: null,
-		pre_tokenizer: byteLevel,
-		post_processor: null,
-		decoder: byteLevel,
-		model: {
-			type: 'BPE',
-			dropout: null,
-			unk_token: null,
-			continuing_subword_prefix: null,
-			end_of_word_suffix: null,
-			fuse_unk: false,
-			byte_fallback: false,
-			ignore_merges: false,
-			vocab,
-			merges,
-		},
-	});
+	const added = Object.entries(ids).map(([content, id]) => ({ id, content }));
+	return byteLevelJson({ vocab, merges, added });
 }
 
-function fingerprintOf(
-	vocab: ReadonlyMap<string, number>,
-	merges: readonly (readonly [string, string])[],
-	added: readonly AddedToken[],
-): string {
-	const hash = createHash('sha256');
-	const entries = [...vocab].sort((a, b) => a[1] - b[1]);
-	const extra = added.map(({ id, content }) => [content, id] as const).sort((a, b) => a[1] - b[1]);
-	hash.update(JSON.stringify([entries, merges, extra]));
-	return hash.digest('hex');
+function sha256(value: unknown): string {
+	return createHash('sha256').update(JSON.stringify(value)).digest('hex');
 }

@@ -8,12 +8,13 @@ import { basename, dirname, join, resolve } from 'node:path';
 import { type DiffusionBatch, toNativeNoise } from './batch.js';
 import type { NativeNoise } from './binding.js';
 import { TokenDataset } from './data/dataset.js';
-import type { Device } from './device.js';
+import type { Device, DType } from './device.js';
 import type { Engine } from './engine.js';
 import { check, DiffusionNativeError } from './errors.js';
 import { forgetLengths } from './length/extras.js';
 import { JsonlLogger } from './loggers/jsonl.js';
 import { DiffuGPT } from './model.js';
+import { checkOptions } from './option-checks.js';
 import {
 	checkpointName,
 	type DataReference,
@@ -30,6 +31,7 @@ import {
 	resolveTrainOptions,
 	type TrainMetrics,
 	type TrainOptions,
+	trainOptionNames,
 } from './training/options.js';
 import { DataOrder, type DataPosition } from './training/order.js';
 import { annealedMask, scheduleAt } from './training/schedules.js';
@@ -40,6 +42,8 @@ import { validate } from './training/validation.js';
 export interface ResumeOptions extends TrainOptions {
 	/** @default 'auto' */
 	readonly device?: Device;
+	/** Of activations: 'fp32' on CUDA is slow and for comparing devices. @default 'auto' */
+	readonly dtype?: DType;
 	/** CPU threads. @default all cores */
 	readonly threads?: number;
 }
@@ -72,6 +76,10 @@ export class Trainer implements AsyncDisposable {
 	constructor(model: DiffuGPT, options: TrainOptions) {
 		check(model instanceof DiffuGPT, 'a Trainer needs a DiffuGPT as its first argument');
 		model.engine.check();
+		check(
+			model.dtype !== 'int8',
+			"a model of dtype 'int8' cannot be trained: load it with dtype 'fp32', which widens int8 weights",
+		);
 		this.model = model;
 		this.#options = resolveTrainOptions(options, model.config);
 		const { data, validation, objective, block, normalise, weight, timeSampler, timeRange, seed, checkpoint } =
@@ -105,14 +113,15 @@ export class Trainer implements AsyncDisposable {
 	 */
 	static async resume(dir: string, overrides: ResumeOptions = {}): Promise<Trainer> {
 		check(typeof dir === 'string' && dir !== '', 'Trainer.resume needs the path of a checkpoint or run folder');
+		checkOptions('Trainer.resume', overrides, [...trainOptionNames, 'device', 'dtype', 'threads']);
 		const { directory, state } = findCheckpoint(dir);
-		const { device, threads, ...own } = overrides;
+		const { device, dtype, threads, ...own } = overrides;
 		const stored = reviveOptions(state, directory, own);
 		const data = own.data ?? (state.data ? await reopen(state.data) : undefined);
 		const validation = own.validation ?? (state.validation ? await reopen(state.validation) : undefined);
 		const model = await DiffuGPT.fromPretrained(directory, {
-			dtype: 'fp32',
 			...(device === undefined ? {} : { device }),
+			...(dtype === undefined ? {} : { dtype }),
 			...(threads === undefined ? {} : { threads }),
 		});
 		try {
@@ -148,7 +157,9 @@ export class Trainer implements AsyncDisposable {
 	 * @throws `signal.reason` when aborted; `ERR_DN_DIVERGED` naming step and batch, with the weights as they were before
 	 * that step; `ERR_DN_CHECKPOINT` when a checkpoint cannot be written (earlier ones stay).
 	 */
-	async *run({ signal }: { readonly signal?: AbortSignal } = {}): AsyncGenerator<TrainMetrics, void, void> {
+	async *run(options: { readonly signal?: AbortSignal } = {}): AsyncGenerator<TrainMetrics, void, void> {
+		checkOptions('run', options, ['signal']);
+		const { signal } = options;
 		const { maxSteps, evalEvery, validation, checkpoint, accumulate: microBatches } = this.#options;
 		const order = this.#order;
 		check(order, 'run needs the option data');

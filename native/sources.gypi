@@ -4,9 +4,10 @@
       "native/core/json.cpp",
       "native/core/model.cpp",
       "native/core/model_training.cpp",
-      "native/core/no_cuda.cpp",
       "native/core/noise.cpp",
+      "native/core/parameter_file.cpp",
       "native/core/params.cpp",
+      "native/core/quantise.cpp",
       "native/core/safetensors.cpp",
       "native/core/safetensors_writer.cpp"
     ],
@@ -16,6 +17,8 @@
       "native/cpu/backend_cpu.cpp",
       "native/cpu/gemm.cpp",
       "native/cpu/gemm_bf16.cpp",
+      "native/cpu/gemm_int8.cpp",
+      "native/cpu/gemm_int8_portable.cpp",
       "native/cpu/gemm_portable.cpp",
       "native/cpu/head.cpp",
       "native/cpu/head_portable.cpp",
@@ -29,27 +32,76 @@
     "cpu_avx2_sources": [
       "native/cpu/attention_avx2.cpp",
       "native/cpu/gemm_avx2.cpp",
+      "native/cpu/gemm_int8_avx2.cpp",
       "native/cpu/head_avx2.cpp",
       "native/cpu/rows_avx2.cpp"
     ],
     "cpu_avx512_sources": [
       "native/cpu/attention_avx512.cpp",
       "native/cpu/gemm_avx512.cpp",
+      "native/cpu/gemm_int8_avx512.cpp",
       "native/cpu/head_avx512.cpp",
       "native/cpu/rows_avx512.cpp"
     ],
     "cpu_amx_sources": [
-      "native/cpu/gemm_amx.cpp"
+      "native/cpu/gemm_amx.cpp",
+      "native/cpu/gemm_int8_amx.cpp"
     ],
     "addon_sources": [
       "native/addon/addon.cpp",
       "native/addon/model_wrap.cpp",
       "native/addon/requests.cpp"
     ],
-    "cuda_sources": [],
+    "no_cuda_sources": [
+      "native/core/no_cuda.cpp"
+    ],
+    "cuda_sources": [
+      "cuda/adamw.cu",
+      "cuda/attention.cu",
+      "cuda/attention_any.cu",
+      "cuda/attention_backward.cu",
+      "cuda/backend_attention.cu",
+      "cuda/backend_cuda.cu",
+      "cuda/backend_head.cu",
+      "cuda/cublaslt.cu",
+      "cuda/embedding.cu",
+      "cuda/gemm.cu",
+      "cuda/gemm_any.cu",
+      "cuda/head.cu",
+      "cuda/layernorm.cu",
+      "cuda/memory.cu",
+      "cuda/rows.cu"
+    ],
+    "cuda_runtime_sources": [
+      "cuda/runtime.cu"
+    ],
+    "cuda_emulator_sources": [
+      "cuda/emulator/emulator.cpp",
+      "cuda/emulator/runtime.cpp"
+    ],
+    "cuda_test_sources": [
+      "cuda/test/test_attention.cpp",
+      "cuda/test/test_checkpoint.cpp",
+      "cuda/test/test_cublaslt.cpp",
+      "cuda/test/test_emulator.cpp",
+      "cuda/test/test_head.cpp",
+      "cuda/test/test_memory.cpp",
+      "cuda/test/test_model.cpp",
+      "cuda/test/test_planted.cpp",
+      "cuda/test/test_products.cpp",
+      "cuda/test/test_rows.cpp"
+    ],
+    "cuda_fake_sources": [
+      "cuda/test/fake_cublaslt.cpp"
+    ],
+    "cuda_bench_sources": [
+      "native/bench/bench_gpu.cpp"
+    ],
     "bench_sources": [
       "native/bench/bench_forward.cpp",
       "native/bench/bench_gemm.cpp",
+      "native/bench/bench_int8.cpp",
+      "native/bench/bench_machine.cpp",
       "native/bench/bench_train.cpp"
     ],
     "test_sources": [
@@ -58,6 +110,7 @@
       "native/test/test_attention.cpp",
       "native/test/test_half.cpp",
       "native/test/test_head.cpp",
+      "native/test/test_int8.cpp",
       "native/test/test_json.cpp",
       "native/test/test_matmul.cpp",
       "native/test/test_model.cpp",

@@ -50,7 +50,10 @@ function model(
 
 function make(config: ModelConfig): NativeModel {
 	const { layers, heads, channels, context, vocab } = config;
-	return binding().createModel({ layers, heads, channels, context, vocab }, { device: 'cpu', threads: 1 });
+	return binding().createModel(
+		{ layers, heads, channels, context, vocab },
+		{ device: 'cpu', threads: 1, dtype: 'fp32' },
+	);
 }
 
 /** Loads a directory and returns every parameter. */

@@ -180,6 +180,43 @@ test('--help and --version end with 0 and say everything', async (t) => {
 	t.is(version.stdout.trim(), info().version);
 });
 
+test('--help of every command tells the exit statuses and what Ctrl-C does', async (t) => {
+	const commands = [['generate'], ['prepare'], ['train'], ['eval'], ['eval', 'length'], ['info']];
+	const helps = await Promise.all(commands.map((command) => run([...command, '--help'])));
+	for (const [i, { code, stdout }] of helps.entries()) {
+		const label = commands[i]?.join(' ') as string;
+		t.is(code, 0, label);
+		t.regex(stdout, /Exit status: 0 done, 1 failed or interrupted, 2 wrong usage\. Ctrl-C/, label);
+		t.notRegex(stdout, /130/, label);
+	}
+	for (const flag of [
+		'--eos-id',
+		'--bos-id',
+		'--pad-id',
+		'--validation-out',
+		'--split-seed',
+		'--max-line',
+		'logUniform',
+	])
+		t.true(helps[1]?.stdout.includes(flag), flag);
+});
+
+test('a second Ctrl-C kills', async (t) => {
+	const source = `
+		import { interruptible } from ${JSON.stringify(join(root, 'dist', 'lib', 'cli', 'terminal.js'))};
+		const { signal } = interruptible();
+		signal.addEventListener('abort', () => console.log('again'));
+		console.log('ready');
+		setInterval(() => {}, 1000);
+	`;
+	const child = spawn(process.execPath, ['--input-type=module', '--eval', source], {
+		stdio: ['ignore', 'pipe', 'inherit'],
+	});
+	child.stdout.on('data', () => child.kill('SIGINT'));
+	const killed = await new Promise((resolve) => child.on('exit', (_, signal) => resolve(signal)));
+	t.is(killed, 'SIGINT');
+});
+
 test('Ctrl-C stops after the current step', async (t) => {
 	let sent = false;
 	const { code, stdout, stderr } = await run(
@@ -190,7 +227,7 @@ test('Ctrl-C stops after the current step', async (t) => {
 			kill('SIGINT');
 		},
 	);
-	t.is(code, 130);
+	t.is(code, 1);
 	t.is(stderr, 'interrupted\n');
 	t.false(stdout.includes('"result"'));
 });

@@ -23,6 +23,7 @@ import {
 } from 'diffusion-native';
 
 import { padSequence } from '../lib/data/pack.js';
+import { runScript } from './helpers/fork.js';
 
 const gpt2 = Tokenizer.gpt2();
 const eos = 50256;
@@ -333,6 +334,26 @@ test('a tokenizer cut to k merges is the tokenizer of k merges', async (t) => {
 	await t.throwsAsync(trainTokenizer([{ text: 'ab' }], { vocabSize: 1000 }), { message: /too small/ });
 	await t.throwsAsync(trainTokenizer([{ text: '' }], { vocabSize: 1000 }), { message: /empty/ });
 });
+
+test('learning a tokenizer prints nothing and can be aborted', async (t) => {
+	const path = file('corpus.txt', story(60));
+	const source = `
+		import { trainTokenizer } from 'diffusion-native';
+		await trainTokenizer(${JSON.stringify(path)}, { vocabSize: 300 });
+	`;
+	const { code, stdout, stderr } = await runScript(source);
+	t.deepEqual({ code, stdout, stderr }, { code: 0, stdout: '', stderr: '' });
+	const reason = new Error('enough');
+	const long = file('long.txt', story(60).repeat(300));
+	const aborted = trainTokenizer(long, { vocabSize: 300, signal: abortAfter(60, reason) });
+	await t.throwsAsync(aborted, { is: reason });
+});
+
+function abortAfter(ms: number, reason: Error): AbortSignal {
+	const stop = new AbortController();
+	setTimeout(() => stop.abort(reason), ms);
+	return stop.signal;
+}
 
 /** The plainest byte-pair learner: count all pairs, merge the most frequent one, k times. Ties: lower ids first. */
 function learn(text: string, k: number): [string, string][] {

@@ -158,9 +158,9 @@ test('bad arguments are named', async (t) => {
 		code: 'ERR_DN_ARGUMENT',
 		message: /device/,
 	});
-	await t.throwsAsync(DiffuGPT.fromConfig(smallConfig, { device: 'cpu', dtype: 'int8' }), {
+	await t.throwsAsync(DiffuGPT.fromConfig(smallConfig, { device: 'cpu', dtype: 'bf16' }), {
 		code: 'ERR_DN_ARGUMENT',
-		message: /int8/,
+		message: /bf16/,
 	});
 	await t.throwsAsync(DiffuGPT.fromConfig(smallConfig, { device: 'cuda:99' }), { code: 'ERR_DN_DEVICE' });
 });

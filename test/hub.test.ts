@@ -281,6 +281,34 @@ test.serial('shards are fetched with their index', async (t) => {
 	t.deepEqual(hub.requests, [], 'that it has no tokenizer is remembered');
 });
 
+test.serial('length calibrations and heads are fetched when the repository has them', async (t) => {
+	const length: Record<string, Uint8Array> = {
+		'length.json': Buffer.from('{"version":1,"calibrations":[]}'),
+		'length-head.json': Buffer.from('{"version":1}'),
+		'length-head.safetensors': weights.slice(2),
+	};
+	hub.repositories.set('with/lengths', { commit, files: { ...files, ...length } });
+	const directory = await resolveModelDirectory('with/lengths');
+	t.deepEqual(readdirSync(directory).sort(), [...wanted, ...Object.keys(length)].sort());
+	for (const [name, bytes] of Object.entries(length))
+		t.deepEqual(Uint8Array.from(readFileSync(join(directory, name))), Uint8Array.from(bytes), name);
+	// Sharded weights: the head is no shard, and is fetched once.
+	const { 'model.safetensors': whole, ...rest } = files;
+	const index = { weight_map: { a: 'model-00001-of-00001.safetensors' } };
+	hub.repositories.set('sharded/lengths', {
+		commit,
+		files: {
+			...rest,
+			...length,
+			'model.safetensors.index.json': Buffer.from(JSON.stringify(index)),
+			'model-00001-of-00001.safetensors': whole as Uint8Array,
+		},
+	});
+	const sharded = await resolveModelDirectory('sharded/lengths');
+	t.true(readdirSync(sharded).includes('length-head.safetensors'));
+	t.is(hub.bodyRequests('sharded/lengths/resolve/').filter((line) => line.includes('length-head')).length, 1);
+});
+
 test.serial('a directory wins, and names that are neither are refused', async (t) => {
 	const directory = join(home, 'owner', 'model');
 	mkdirSync(directory, { recursive: true });

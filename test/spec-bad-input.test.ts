@@ -7,44 +7,17 @@ import { existsSync, mkdirSync, mkdtempSync, readdirSync, rmSync, writeFileSync 
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import test, { type ExecutionContext } from 'ava';
-import {
-	DiffuGPT,
-	DiffusionNativeError,
-	type ErrorCode,
-	type PrepareOptions,
-	prepare,
-	TokenDataset,
-	Tokenizer,
-} from 'diffusion-native';
+import test from 'ava';
+import { DiffuGPT, type PrepareOptions, prepare, TokenDataset, Tokenizer } from 'diffusion-native';
 
 import { root } from './helpers/fixtures.js';
+import { refuses } from './helpers/refuses.js';
 import { f32, gpt2Tensors, gpt2Values, safetensorsBytes, tinyConfig, writeModel } from './helpers/safetensors.js';
 
 const scratch = mkdtempSync(join(tmpdir(), 'dn-spec-bad-'));
 let count = 0;
 const fresh = (): string => join(scratch, String(count++));
 test.after.always(() => rmSync(scratch, { recursive: true, force: true }));
-
-async function refuses(
-	t: ExecutionContext,
-	call: () => unknown,
-	code: ErrorCode,
-	message: RegExp,
-	label: string,
-): Promise<void> {
-	try {
-		await call();
-		t.fail(`${label}: accepted`);
-	} catch (error) {
-		if (!(error instanceof DiffusionNativeError)) {
-			t.fail(`${label}: ${error}`);
-			return;
-		}
-		t.is(error.code, code, `${label}: ${error.message}`);
-		t.regex(error.message, message, label);
-	}
-}
 
 type Header = Record<string, { dtype?: unknown; shape?: unknown; data_offsets?: unknown }>;
 const whole = Buffer.from(safetensorsBytes(gpt2Tensors()));

@@ -3,43 +3,16 @@ import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import test, { type ExecutionContext } from 'ava';
-import {
-	DiffuGPT,
-	DiffusionNativeError,
-	type ErrorCode,
-	prepare,
-	Tokenizer,
-	Trainer,
-	type TrainOptions,
-} from 'diffusion-native';
+import test from 'ava';
+import { DiffuGPT, prepare, Tokenizer, Trainer, type TrainOptions } from 'diffusion-native';
 
 import { smallConfig } from './helpers/models.js';
+import { refuses } from './helpers/refuses.js';
 
 const scratch = mkdtempSync(join(tmpdir(), 'dn-spec-options-'));
 let count = 0;
 const fresh = (): string => join(scratch, String(count++));
 test.after.always(() => rmSync(scratch, { recursive: true, force: true }));
-
-async function refuses(
-	t: ExecutionContext,
-	call: () => unknown,
-	code: ErrorCode,
-	message: RegExp,
-	label: string,
-): Promise<void> {
-	try {
-		await call();
-		t.fail(`${label}: accepted`);
-	} catch (error) {
-		if (!(error instanceof DiffusionNativeError)) {
-			t.fail(`${label}: ${error}`);
-			return;
-		}
-		t.is(error.code, code, `${label}: ${error.message}`);
-		t.regex(error.message, message, label);
-	}
-}
 
 test('model sizes and options out of range are refused with the field', async (t) => {
 	const make = (config: object, options: object = {}) =>

@@ -213,7 +213,7 @@ test('saving and both file forms give the same tokenizer and fingerprint', async
 		changed({ model: { ...gpt2Json.model, merges: gpt2Json.model.merges.slice(0, -1) } }).fingerprint,
 		gpt2.fingerprint,
 	);
-	t.not(changed({ added_tokens: [] }).fingerprint, gpt2.fingerprint);
+	t.is(changed({ added_tokens: [] }).fingerprint, gpt2.fingerprint, 'added tokens are no part of it');
 	const error = await t.throwsAsync(pair.save(join(scratch, 'none', 'x.json')), { instanceOf: DiffusionNativeError });
 	t.is(error?.code, 'ERR_DN_CHECKPOINT');
 });

@@ -1,11 +1,11 @@
-import { spawn } from 'node:child_process';
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { execFileSync, spawn } from 'node:child_process';
+import { createWriteStream, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 import test from 'ava';
-import { Tokenizer } from 'diffusion-native';
+import { prepare, TokenDataset, Tokenizer } from 'diffusion-native';
 
 import { originalConfigKeys, parseRunConfig } from '../lib/cli/train-config.js';
 
@@ -20,9 +20,14 @@ interface Ended {
 }
 
 /** Runs a command; `onOutput` may send it a signal. */
-function run(args: string[], onOutput?: (stdout: string, interrupt: () => void) => void): Promise<Ended> {
+function run(
+	args: string[],
+	onOutput?: (stdout: string, interrupt: () => void) => void,
+	onStart?: (interrupt: () => void) => void,
+): Promise<Ended> {
 	return new Promise((resolve, reject) => {
 		const child = spawn(process.execPath, [program, ...args], { cwd: root, stdio: ['ignore', 'pipe', 'pipe'] });
+		onStart?.(() => child.kill('SIGINT'));
 		let stdout = '';
 		let stderr = '';
 		child.stdout.setEncoding('utf8').on('data', (chunk: string) => {
@@ -326,3 +331,87 @@ test.serial('wrong use is told', async (t) => {
 	t.regex((await run(['train', '--resume', 'nothing'])).stderr, /nothing holds no checkpoint/);
 	t.regex((await run(['prepare', 'missing.txt', '--out', 'x.bin'])).stderr, /missing\.txt cannot be read/);
 });
+
+test.serial('prepare takes its ids, split and limits from flags', async (t) => {
+	writeFileSync(join(root, 'lines.txt'), Array.from({ length: 40 }, (_, i) => `line ${i}\n`).join(''));
+	const common = ['prepare', 'lines.txt', '--format', 'documents', '--split-text', 'line', '--validation', '0.4'];
+	const ids = ['--eos-id', '7', '--bos-id', 'none', '--pad-id', '9', '--padding', 'logUniform:6'];
+	const outputs = ['--out', 'ids.bin', '--validation-out', 'held.bin', '--split-seed', '3'];
+	const made = await run([...common, ...ids, ...outputs]);
+	t.is(made.code, 0, made.stderr);
+	using data = await TokenDataset.open(join(root, 'ids.bin'));
+	t.is(data.eosId, 7);
+	t.is(data.padId, 9);
+	t.deepEqual(data.padding, { logUniform: 6 });
+	const { tokens } = data.get(0);
+	t.is(tokens[0], Tokenizer.gpt2().encode('line')[0]);
+	t.is(tokens.at(-1), 7);
+	using held = await TokenDataset.open(join(root, 'held.bin'));
+	t.is(data.sequences + held.sequences, 40);
+	// Another seed holds out other lines.
+	const other = await run([...common, '--out', 'other.bin', '--split-seed', '4', '--bos-id', '5']);
+	t.is(other.code, 0, other.stderr);
+	using shuffled = await TokenDataset.open(join(root, 'other.validation.bin'));
+	const texts = (set: TokenDataset, skip: number): string[] =>
+		Array.from({ length: set.sequences }, (_, i) => Tokenizer.gpt2().decode(set.get(i).tokens.slice(skip, -1)));
+	t.is(shuffled.get(0).tokens[0], 5);
+	t.notDeepEqual(texts(shuffled, 1), texts(held, 0));
+	const short = await run([...common, '--out', 'short.bin', '--max-line', '3']);
+	t.is(short.code, 1);
+	t.regex(short.stderr, /longer than 3 characters/);
+	t.regex((await run([...common, '--out', 'x.bin', '--padding', 'log:3'])).stderr, /logUniform:N/);
+});
+
+const withSignals = process.platform === 'win32' ? test.skip : test.serial;
+
+withSignals(
+	'an interrupted prepare writes nothing, and a run without a checkpoint folder says that nothing was saved',
+	async (t) => {
+		// A pipe without end: whoever opens it for reading is at work, and is still at work when the signal comes.
+		execFileSync('mkfifo', [join(root, 'much.txt')]);
+		const reading = run(
+			['prepare', 'much.txt', '--split-text', 'line', '--out', 'much.bin'],
+			undefined,
+			(interrupt) => {
+				const endless = createWriteStream(join(root, 'much.txt'));
+				endless.on('error', () => {});
+				const more = (): boolean =>
+					endless.write('some words of a long text\n'.repeat(4000), (error) => error ?? more());
+				endless.on('open', () => {
+					more();
+					setTimeout(interrupt, 100);
+				});
+			},
+		);
+		const prepared = await reading;
+		t.is(prepared.code, 1);
+		t.is(prepared.stderr, 'interrupted; nothing was written\n');
+		t.deepEqual(
+			readdirSync(root).filter((name) => name.startsWith('much.bin')),
+			[],
+		);
+		const data = await prepare(
+			Array.from({ length: 8 }, (_, i) => Int32Array.of(1, 2, 3, i)),
+			{
+				tokenizer: { encode: () => new Int32Array(0), vocabSize: 20 },
+				out: join(root, 'few.bin'),
+				format: 'documents',
+				eosId: 0,
+			},
+		);
+		data.close();
+		const scratch = { layers: 1, heads: 1, channels: 8, vocab: 20, context: 16, maskId: 19 };
+		writeFileSync(
+			join(root, 'bare.json'),
+			JSON.stringify({ scratch, data: 'few.bin', maxSteps: 1e6, device: 'cpu', threads: 1 }),
+		);
+		let sent = false;
+		const trained = await run(['train', '--config', 'bare.json', '--json'], (_, interrupt) => {
+			if (sent) return;
+			sent = true;
+			interrupt();
+		});
+		t.is(trained.code, 1);
+		t.regex(trained.stderr, /interrupted; nothing was saved: the configuration has no checkpoint\.dir/);
+	},
+);

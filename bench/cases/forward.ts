@@ -2,14 +2,20 @@
 import type { BenchCase } from '../harness.js';
 import { forwardFlops, load, type ShapeName, someTokens } from '../shapes.js';
 
-function forward(shape: ShapeName, T: number, output: 'logits' | 'hidden', repeats: number): BenchCase {
+function forward(
+	shape: ShapeName,
+	T: number,
+	output: 'logits' | 'hidden',
+	repeats: number,
+	dtype: 'fp32' | 'int8' = 'fp32',
+): BenchCase {
 	return {
-		name: `forward/${shape}/T${T}/${output}`,
+		name: `forward/${shape}/T${T}/${output}${dtype === 'fp32' ? '' : `/${dtype}`}`,
 		shape: { model: shape, T },
-		dtype: 'fp32',
+		dtype,
 		repeats,
 		async setup() {
-			const model = await load(shape);
+			const model = await load(shape, dtype);
 			const tokens = someTokens(shape, T);
 			return {
 				async run() {
@@ -29,4 +35,8 @@ export const forwardCases: BenchCase[] = [
 	forward('gpt2', 1024, 'logits', 5),
 	forward('small', 256, 'logits', 15),
 	forward('tiny', 256, 'logits', 15),
+	forward('gpt2', 256, 'logits', 9, 'int8'),
+	forward('gpt2', 256, 'hidden', 9, 'int8'),
+	forward('gpt2', 1024, 'logits', 5, 'int8'),
+	forward('small', 256, 'logits', 15, 'int8'),
 ];

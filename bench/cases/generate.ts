@@ -33,6 +33,8 @@ function bench(
 		repeats,
 		async setup() {
 			const model = await load(shape);
+			// What is timed only once is warmed up by a short version of itself.
+			if (repeats === 1) await model.generateBatch(prompts(shape, batch), { ...options, length: 32 });
 			return {
 				run: async () => summary(await run(model)),
 				teardown: () => model.dispose(),
@@ -76,16 +78,16 @@ function streams(shape: ShapeName, count: number, options: GenerateOptions, repe
 }
 
 /** The adaptive samplers are bounded: random weights are never sure, and would commit one token per forward. */
-const samplers: [string, GenerateOptions][] = [
-	['ancestral-64', { sampler: 'ancestral', steps: 64 }],
-	['ancestral-64-top-p', { sampler: 'ancestral', steps: 64, topP: 0.9 }],
-	['confidence-64', { sampler: 'confidence', steps: 64 }],
-	['confidence-64-blocks', { sampler: 'confidence', steps: 64, block: 32 }],
-	['threshold-64', { sampler: 'threshold', steps: 64 }],
-	['factor-64', { sampler: 'factor', steps: 64 }],
-	['entropy-bound-64', { sampler: 'entropy-bound', steps: 64 }],
-	['klass-64', { sampler: 'klass', steps: 64 }],
-	['revocable-64', { sampler: 'revocable', steps: 64 }],
+const samplers = (steps: number): [string, GenerateOptions][] => [
+	[`ancestral-${steps}`, { sampler: 'ancestral', steps }],
+	[`ancestral-${steps}-top-p`, { sampler: 'ancestral', steps, topP: 0.9 }],
+	[`confidence-${steps}`, { sampler: 'confidence', steps }],
+	[`confidence-${steps}-blocks`, { sampler: 'confidence', steps, block: 32 }],
+	[`threshold-${steps}`, { sampler: 'threshold', steps }],
+	[`factor-${steps}`, { sampler: 'factor', steps }],
+	[`entropy-bound-${steps}`, { sampler: 'entropy-bound', steps }],
+	[`klass-${steps}`, { sampler: 'klass', steps }],
+	[`revocable-${steps}`, { sampler: 'revocable', steps }],
 	['first-hitting', { sampler: 'first-hitting' }],
 	['autoregressive', { sampler: 'autoregressive' }],
 ];
@@ -98,7 +100,7 @@ const caches: [string, GenerateOptions][] = [
 ];
 
 export const generateCases: BenchCase[] = [
-	...samplers.flatMap(([label, options]) =>
+	...samplers(64).flatMap(([label, options]) =>
 		[1, 4, 16].map((batch) => generate('tiny', label, batch, { ...options, length: 256, seed: 1 }, 3)),
 	),
 	...caches.map(([label, cache]) =>
@@ -106,11 +108,12 @@ export const generateCases: BenchCase[] = [
 	),
 	...streams('tiny', 8, { sampler: 'ancestral', steps: 64, length: 256, seed: 1 }, 3),
 	...streams('tiny', 8, { sampler: 'autoregressive', length: 64, seed: 1 }, 3),
-	...samplers.flatMap(([label, options]) =>
-		[1, 4, 16].map(
-			(batch): BenchCase => ({
+	...samplers(64).map(([label, options]) => generate('gpt2', label, 1, { ...options, length: 256, seed: 1 }, 1)),
+	...[4, 16].flatMap((batch) =>
+		samplers(16).map(
+			([label, options]): BenchCase => ({
 				...generate('gpt2', label, batch, { ...options, length: 256, seed: 1 }, 1),
-				onlyIfNamed: batch > 1,
+				onlyIfNamed: true,
 			}),
 		),
 	),

@@ -31,6 +31,11 @@ unsigned char* arena() {
 
 int access_depth = 0;
 
+std::recursive_mutex& device_mutex() {
+  static std::recursive_mutex mutex;
+  return mutex;
+}
+
 }  // namespace
 
 MemoryState& memory() {
@@ -38,7 +43,7 @@ MemoryState& memory() {
   return state;
 }
 
-DeviceAccess::DeviceAccess() {
+DeviceAccess::DeviceAccess() : lock_(device_mutex()) {
   if (access_depth++ == 0) mprotect(arena(), kArenaBytes, PROT_READ | PROT_WRITE);
 }
 DeviceAccess::~DeviceAccess() {
@@ -67,11 +72,19 @@ std::vector<Device> list_devices(std::string*) {
 }
 
 void select_device(int) {}
-Stream create_stream() { return nullptr; }
-void destroy_stream(Stream) {}
+Stream create_stream() {
+  const emulator::DeviceAccess access;
+  ++emulator::memory().handles;
+  return nullptr;
+}
+void destroy_stream(Stream) {
+  const emulator::DeviceAccess access;
+  --emulator::memory().handles;
+}
 void synchronize(Stream) {}
 
 void* device_alloc(size_t bytes) {
+  const emulator::DeviceAccess access;
   emulator::MemoryState& state = emulator::memory();
   if (state.used + bytes > state.limit) {
     throw Error(Code::kOutOfMemory, "the device has " + std::to_string(state.limit - state.used) + " of " +
@@ -87,7 +100,6 @@ void* device_alloc(size_t bytes) {
   }
   if (raw + padded_bytes(bytes) > emulator::arena() + emulator::kArenaBytes)
     throw Error(Code::kOutOfMemory, "the emulator's device memory is full");
-  const emulator::DeviceAccess access;
   std::memset(raw, kFenceByte, kFence);
   std::memset(raw + kFence, 0xFF, bytes);
   std::memset(raw + kFence + bytes, kFenceByte, padded_bytes(bytes) - kFence - bytes);
@@ -97,10 +109,10 @@ void* device_alloc(size_t bytes) {
 }
 
 void device_free(void* p) {
+  const emulator::DeviceAccess access;
   emulator::MemoryState& state = emulator::memory();
   const auto piece = state.pieces.find(p);
   if (piece == state.pieces.end()) throw emulator::Fault("freeing device memory that is not allocated");
-  const emulator::DeviceAccess access;
   unsigned char* const begin = static_cast<unsigned char*>(p);
   for (size_t i = 0; i < kFence; ++i) {
     if (begin[piece->second + i] != kFenceByte) ++state.overruns;
@@ -111,11 +123,20 @@ void device_free(void* p) {
 }
 
 void free_memory(size_t* free_bytes, size_t* total_bytes) {
+  const emulator::DeviceAccess access;
   *total_bytes = emulator::memory().limit;
   *free_bytes = *total_bytes - emulator::memory().used;
 }
-void* pinned_alloc(size_t bytes) { return std::malloc(bytes > 0 ? bytes : 1); }
-void pinned_free(void* p) { std::free(p); }
+void* pinned_alloc(size_t bytes) {
+  const emulator::DeviceAccess access;
+  ++emulator::memory().handles;
+  return std::malloc(bytes > 0 ? bytes : 1);
+}
+void pinned_free(void* p) {
+  const emulator::DeviceAccess access;
+  --emulator::memory().handles;
+  std::free(p);
+}
 
 void copy_to_device(void* dst, const void* host, size_t bytes, Stream) {
   const emulator::DeviceAccess access;

@@ -36,6 +36,7 @@ DN_TEST(cuda_cublaslt_is_found_or_says_why) {
   }
   const Setting setting(DN_FAKE_CUBLASLT);
   CHECK(cuda::CublasLt::describe() == "cuBLASLt 999");
+  CHECK(cuda_products() == "cuBLASLt 999");
 }
 
 DN_TEST(cuda_cublaslt_products) {

@@ -1,58 +1,10 @@
 // The whole model on the device: hidden states, losses and every gradient against the CPU backend on the same
-// weights, training, caches, and memory.
+// weights, training and caches.
 
-#include "core/model.h"
-#include "cuda/test/support.h"
+#include "cuda/test/model_case.h"
 
 namespace dn::cuda_test {
 namespace {
-
-const ModelConfig kConfig{2, 2, 32, 80, 97};
-
-Batch make_batch(const std::vector<int64_t>& lengths) {
-  Batch batch;
-  for (const int64_t T : lengths) {
-    Sequence s;
-    s.begin = static_cast<int64_t>(batch.ids.size());
-    s.end = s.begin + T;
-    s.mask.kind = MaskKind::kFull;
-    for (int64_t t = 0; t < T; ++t) {
-      batch.ids.push_back(static_cast<int32_t>((batch.ids.size() * 37 + 11) % 97));
-      batch.positions.push_back(static_cast<int32_t>(t));
-    }
-    batch.sequences.push_back(s);
-  }
-  batch.sequences.back().mask.kind = MaskKind::kAnnealed;
-  batch.sequences.back().mask.threshold = annealing_threshold(0.5);
-  return batch;
-}
-
-LossRows make_rows(int64_t N) {
-  LossRows rows;
-  for (int64_t n = 0; n < N; n += 2) {
-    rows.rows.push_back(N - 1 - n);
-    rows.targets.push_back(static_cast<int32_t>(n * 5 % 97));
-    rows.weights.push_back(1.0f + 0.1f * static_cast<float>(n % 3));
-  }
-  return rows;
-}
-
-std::vector<float> parameter(Model& model, size_t i) {
-  std::vector<float> values(idx(model.parameters()[i].count));
-  model.get_parameter(i, values.data());
-  return values;
-}
-
-// Larger weights than GPT-2's at the start, so that attention is not flat and every gradient matters.
-void fill(Model& model) {
-  for (size_t i = 0; i < model.parameters().size(); ++i) {
-    const Parameter& p = model.parameters()[i];
-    std::vector<float> values = random_values(p.count, 100 + i, p.is_matrix ? 0.15f : 0.1f);
-    if (p.name.find("ln") != std::string::npos && p.name.find("weight") != std::string::npos)
-      for (float& x : values) x += 1;
-    model.set_parameter(i, values.data());
-  }
-}
 
 void check_gradients(Dtype dtype, bool recompute) {
   Model gpu(make_cuda_backend(0, dtype), kConfig), cpu(make_cpu_backend(1), kConfig);
@@ -194,40 +146,6 @@ DN_TEST(cuda_model_keeps_master_weights) {
   model.forward(make_batch({5}), {});
   CHECK(parameter(model, 0) == values);
 }
-
-#ifdef DN_CUDA_EMULATOR
-// Out of memory says what was asked for and what helps, and leaves the model usable; everything is given
-// back.
-DN_TEST(cuda_model_memory) {
-  emulator::MemoryState& memory = emulator::memory();
-  backend(Dtype::kBF16);
-  backend(Dtype::kF32);
-  const size_t before = memory.used;
-  {
-    Model model(make_cuda_backend(0), kConfig);
-    fill(model);
-    model.begin_training();
-    const LossRows rows = make_rows(64);
-    std::vector<float> losses(rows.rows.size());
-    model.loss_and_gradients(make_batch({20}), make_rows(20), {}, losses.data());
-    const size_t limit = memory.limit;
-    memory.limit = memory.used + (size_t{1} << 16);
-    CHECK_THROWS(model.loss_and_gradients(make_batch({60, 60, 60}), rows, {}, losses.data()),
-                 Code::kOutOfMemory, "lower the batch size");
-    memory.limit = limit;
-    model.loss_and_gradients(make_batch({64}), rows, {}, losses.data());
-    CHECK(std::isfinite(losses[0]));
-  }
-  CHECK(memory.used == before);
-  for (int cycle = 0; cycle < 100; ++cycle) {
-    Model model(make_cuda_backend(0), kConfig);
-    model.initialise(1);
-    model.forward(make_batch({3}), {});
-  }
-  CHECK(memory.used == before);
-  CHECK(memory.overruns == 0);
-}
-#endif
 
 }  // namespace
 }  // namespace dn::cuda_test

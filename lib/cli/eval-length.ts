@@ -15,7 +15,7 @@ import { trainLengthHead } from '../length/head.js';
 import { type LengthMethod, lengthMethods } from '../length/method.js';
 import { coverageChart, htmlReport, speedChart, textReport } from '../length/report.js';
 import { DiffuGPT } from '../model.js';
-import { action, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
+import { action, exitStatus, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
 
 interface Flags {
 	max: number;
@@ -79,7 +79,7 @@ export function register(parent: Command): void {
 		.option('--dtype <name>', 'auto, fp32, bf16, int8 (default: auto)')
 		.option('--threads <n>', 'CPU threads (default: all cores)', number('threads'))
 		.option('--json', 'print the result as one line of JSON')
-		.addHelpText('after', '\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.')
+		.addHelpText('after', exitStatus)
 		.action(action(run));
 }
 

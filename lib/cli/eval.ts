@@ -13,7 +13,7 @@ import { DiffusionNativeError } from '../errors.js';
 import type { EvaluationProgress, Metric } from '../eval/options.js';
 import { evaluate, metricNames } from '../evaluate.js';
 import { DiffuGPT } from '../model.js';
-import { action, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
+import { action, exitStatus, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
 
 interface Flags {
 	metric?: string;
@@ -97,8 +97,7 @@ Fields of a record (a line of JSON), by metric:
   infilling               { prefix, middle, suffix }
   lambada                 { text }, or a text file with one passage per line
   generative-perplexity   { prompt }, or no data: texts without a prompt
-
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.`,
+${exitStatus}`,
 		)
 		.action(action(run));
 }

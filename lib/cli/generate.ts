@@ -16,7 +16,17 @@ import { DiffuGPT } from '../model.js';
 import { type GenerateOptions, type SamplerName, samplerNames } from '../options.js';
 import type { Prompt } from '../prompt.js';
 import { traceHtml } from '../trace-html.js';
-import { action, interruptible, isTerminal, number, Redraw, style, toJson, UsageError } from './terminal.js';
+import {
+	action,
+	exitStatus,
+	interruptible,
+	isTerminal,
+	number,
+	Redraw,
+	style,
+	toJson,
+	UsageError,
+} from './terminal.js';
 
 interface Flags {
 	prefix?: string;
@@ -111,10 +121,7 @@ export function register(program: Command): void {
 		.option('--json', 'print every step and then the result as a line of JSON')
 		.option('--trace <file>', 'save every step and then the result as lines of JSON')
 		.option('--html <file>', 'save a page that plays the denoising back')
-		.addHelpText(
-			'after',
-			'\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Ctrl-C stops after the current step; a second one at once.',
-		)
+		.addHelpText('after', exitStatus)
 		.action(action(generate));
 }
 

@@ -2,13 +2,14 @@
 import type { Command } from 'commander';
 
 import { info } from '../info.js';
-import { action } from './terminal.js';
+import { action, exitStatus } from './terminal.js';
 
 export function register(program: Command): void {
 	program
 		.command('info')
 		.description('Show the version, the addon, the processor features and the devices in use')
 		.option('--json', 'print one line of JSON')
+		.addHelpText('after', exitStatus)
 		.action(
 			action(async (options: { json?: boolean }) => {
 				const found = info();
@@ -21,10 +22,10 @@ export function register(program: Command): void {
 				const lines = [
 					`diffusion-native ${version}`,
 					`addon    ${binding}`,
-					`cpu      ${cpu.isa}, ${cpu.threads} threads`,
+					`cpu      ${cpu.isa}, int8 by ${cpu.int8}, ${cpu.threads} threads`,
 					...cuda.devices.map(
 						({ name, memory, capability }, i) =>
-							`cuda:${i}   ${name}, ${gibibytes(memory)}, compute capability ${capability}`,
+							`cuda:${i}   ${name}, ${gibibytes(memory)}, compute capability ${capability}, products by ${cuda.products}`,
 					),
 					...(cuda.devices.length === 0 ? [`cuda     none: ${cuda.reason ?? 'no device was found'}`] : []),
 				];

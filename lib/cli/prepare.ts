@@ -7,6 +7,7 @@ import { TokenDataset } from '../data/dataset.js';
 import type { DataFormat, Padding } from '../data/format.js';
 import { type PrepareOptions, type PrepareProgress, prepare, validationPath } from '../data/prepare.js';
 import { check } from '../errors.js';
+import { exitStatus, interruptible } from './terminal.js';
 import { loadTokenizer } from './train.js';
 
 interface Flags {
@@ -24,6 +25,12 @@ interface Flags {
 	readonly splitColumn?: string;
 	readonly overlong?: NonNullable<PrepareOptions['overlong']>;
 	readonly validation: number;
+	readonly validationOut?: string;
+	readonly splitSeed?: number;
+	readonly eosId?: number;
+	readonly bosId?: number | false;
+	readonly padId?: number;
+	readonly maxLine?: number;
 	readonly container: 'own' | 'nanogpt';
 	readonly json?: boolean;
 }
@@ -46,7 +53,11 @@ export function register(program: Command): void {
 		)
 		.option('-f, --format <format>', 'packed, documents or pairs', 'packed')
 		.option('--context <n>', 'window of packed data, longest sequence otherwise, tokens', number, 1024)
-		.option('--padding <kind>', 'end tokens that teach length: none, context, multiple:N or random:N', 'none')
+		.option(
+			'--padding <kind>',
+			'end tokens that teach length: none, context, multiple:N, random:N or logUniform:N',
+			'none',
+		)
 		.option('--separator <text>', 'between prompt and answer; part of the answer', ' ')
 		.option(
 			'--split-text <how>',
@@ -59,15 +70,27 @@ export function register(program: Command): void {
 		.option('--split-column <name>', 'rows with equal values stay on one side of the validation split')
 		.option('--overlong <how>', 'a sequence beyond the context: split, truncate, drop or error')
 		.option('--validation <share>', 'share of the documents held out, by a hash of the document', number, 0)
+		.option('--validation-out <file>', "token file of the documents held out (default: --out with '.validation')")
+		.option('--split-seed <n>', 'changes which documents are held out (default: 0)', number)
+		.option('--eos-id <id>', "end token (default: the tokenizer's <|endoftext|>)", number)
+		.option(
+			'--bos-id <id>',
+			"token in front of documents and pairs, or 'none' (default: the end token for documents, else none)",
+			(text) => (text === 'none' ? false : number(text)),
+		)
+		.option('--pad-id <id>', 'token that pads (default: the end token)', number)
+		.option('--max-line <n>', 'longest line or document held in memory, characters (default: 16777216)', number)
 		.option('--container <kind>', "'own', or 'nanogpt' for headerless uint16", 'own')
 		.option('--json', 'one JSON object per report on stdout')
+		.addHelpText('after', exitStatus)
 		.action((inputs: string[], flags: Flags) => run(inputs, flags));
 }
 
 async function run(inputs: string[], flags: Flags): Promise<void> {
-	const stop = new AbortController();
-	const onInterrupt = (): void => stop.abort(new Error('interrupted; nothing was written'));
-	process.once('SIGINT', onInterrupt);
+	const interrupt = interruptible('interrupted; nothing was written');
+	const { signal } = interrupt;
+	const { validationOut, splitSeed, eosId, bosId, padId, maxLine, overlong } = flags;
+	const reading = maxLine === undefined ? {} : { maxLine };
 	const view = new View(flags.json === true);
 	try {
 		const named = (column: string | undefined, key: string): object => (column === undefined ? {} : { [key]: column });
@@ -84,7 +107,8 @@ async function run(inputs: string[], flags: Flags): Promise<void> {
 			await trainTokenizer(inputs, {
 				vocabSize: flags.trainTokenizer,
 				out: flags.tokenizer,
-				signal: stop.signal,
+				signal,
+				...reading,
 				...(learnt.length > 0 ? { columns: learnt } : {}),
 			});
 			view.line(`tokenizer of ${flags.trainTokenizer} entries: ${flags.tokenizer}`, { tokenizer: flags.tokenizer });
@@ -100,22 +124,28 @@ async function run(inputs: string[], flags: Flags): Promise<void> {
 			columns,
 			validation: flags.validation,
 			container: flags.container,
-			...(flags.overlong === undefined ? {} : { overlong: flags.overlong }),
+			...reading,
+			...(overlong === undefined ? {} : { overlong }),
+			...(validationOut === undefined ? {} : { validationOut }),
+			...(splitSeed === undefined ? {} : { splitSeed }),
+			...(eosId === undefined ? {} : { eosId }),
+			...(bosId === undefined ? {} : { bosId }),
+			...(padId === undefined ? {} : { padId }),
 			onProgress: (progress) => view.progress(progress),
-			signal: stop.signal,
+			signal,
 		});
 		view.stop();
 		report(view, data);
 		if (flags.validation > 0) {
 			using held = await TokenDataset.open(
-				validationPath(flags.out),
+				validationOut ?? validationPath(flags.out),
 				flags.container === 'nanogpt' ? { context: 1 } : {},
 			);
 			report(view, held);
 		}
 	} finally {
 		view.stop();
-		process.off('SIGINT', onInterrupt);
+		interrupt.end();
 	}
 }
 
@@ -132,10 +162,10 @@ function report(view: View, data: TokenDataset): void {
 
 function parsePadding(text: string): Padding {
 	if (text === 'none' || text === 'context') return text;
-	const match = /^(multiple|random):(\d+)$/.exec(text);
-	check(match, `--padding is '${text}', expected none, context, multiple:N or random:N`);
-	const amount = Number(match[2]);
-	return match[1] === 'multiple' ? { multiple: amount } : { random: amount };
+	const match = /^(multiple|random|logUniform):(\d+)$/.exec(text);
+	check(match, `--padding is '${text}', expected none, context, multiple:N, random:N or logUniform:N`);
+	const [, kind, amount] = match;
+	return { [kind as string]: Number(amount) } as unknown as Padding;
 }
 
 /** A bar on a terminal, lines elsewhere, JSON lines when asked. */

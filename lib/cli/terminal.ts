@@ -50,29 +50,30 @@ export class Redraw {
 /** Wrong usage of a command: exit status 2. */
 export class UsageError extends Error {}
 
-/** Aborted by the first Ctrl-C; a second one ends the process at once. */
-export function interruptible(): { signal: AbortSignal; end(): void } {
+/** The end of every `--help`. */
+export const exitStatus = `
+Exit status: 0 done, 1 failed or interrupted, 2 wrong usage. Ctrl-C stops cleanly, a second one kills.`;
+
+/** Aborted by the first Ctrl-C, which alone is caught: a second one ends the process as if nobody listened. */
+export function interruptible(message?: string): { signal: AbortSignal; end(): void } {
 	const controller = new AbortController();
-	const listener = (): void => {
-		if (controller.signal.aborted) process.exit(130);
-		controller.abort(new Interrupted());
-	};
-	process.on('SIGINT', listener);
+	const listener = (): void => controller.abort(new Interrupted(message));
+	process.once('SIGINT', listener);
 	return { signal: controller.signal, end: () => process.off('SIGINT', listener) };
 }
 
 /** The reason of an abort by Ctrl-C. */
 export class Interrupted extends Error {
-	constructor() {
-		super('interrupted');
+	constructor(message = 'interrupted') {
+		super(message);
 	}
 }
 
-/** Prints an error and sets the exit status: 2 wrong usage, 130 interrupted, 1 anything else. */
+/** Prints an error and sets the exit status: 2 wrong usage, 1 anything else, an interruption too. */
 export function fail(error: unknown): void {
 	if (error instanceof Interrupted) {
-		process.stderr.write('interrupted\n');
-		process.exitCode = 130;
+		process.stderr.write(`${error.message}\n`);
+		process.exitCode = 1;
 		return;
 	}
 	const isUsage =

@@ -4,8 +4,8 @@
  */
 import type { ModelConfig, ModelConfigInput } from '../config.js';
 import { check } from '../errors.js';
+import { suggest } from '../option-checks.js';
 import { type TrainOptions, trainOptionNames } from '../training/options.js';
-import { suggest } from '../training/suggest.js';
 
 /** What `train` runs. Paths are relative to the working directory. */
 export interface RunConfig extends Omit<TrainOptions, 'data' | 'validation' | 'loggers' | 'maxSteps'> {

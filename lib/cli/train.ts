@@ -13,6 +13,7 @@ import { DiffuGPT } from '../model.js';
 import { Tokenizer } from '../tokenizer.js';
 import { type ResumeOptions, Trainer } from '../trainer.js';
 import type { MetricLogger, TrainOptions } from '../training/options.js';
+import { exitStatus, Interrupted } from './terminal.js';
 import { parseRunConfig, type RunConfig } from './train-config.js';
 
 interface Flags {
@@ -40,13 +41,14 @@ export function register(program: Command): void {
 			`
 The keys of the original project's config.json are accepted too; what each was mapped to is printed.
 A run folder (checkpoint.dir) holds the checkpoints, each of them a model folder, and metrics.jsonl.
-Ctrl-C saves a checkpoint and stops; a second Ctrl-C kills.
+Ctrl-C saves a checkpoint and stops; that is status 0, or 1 when the run has no checkpoint.dir to save in.
 
 Example run.json:
   { "model": "gpt2", "config": { "maskId": 10541, "attention": "bidirectional" }, "data": "train.bin",
     "validation": "train.validation.bin", "maxSteps": 10000, "batchSize": 8, "accumulate": 4,
     "learningRate": { "kind": "cosine", "peak": 3e-4, "warmupSteps": 200 },
-    "attentionAnnealing": { "steps": 1000 }, "evalEvery": 500, "checkpoint": { "dir": "runs/a", "every": 500 } }`,
+    "attentionAnnealing": { "steps": 1000 }, "evalEvery": 500, "checkpoint": { "dir": "runs/a", "every": 500 } }
+${exitStatus}`,
 		)
 		.action((flags: Flags) => train(flags));
 }
@@ -97,7 +99,7 @@ async function train(flags: Flags): Promise<void> {
 	} catch (error) {
 		if (error !== interrupted) throw error;
 		if (trainer.options.checkpoint) note(`saved ${await trainer.checkpoint()}`);
-		else note('nothing saved: the configuration has no checkpoint.dir');
+		else throw new Interrupted('interrupted; nothing was saved: the configuration has no checkpoint.dir');
 	} finally {
 		process.off('SIGINT', onInterrupt);
 		process.off('SIGTERM', onInterrupt);
@@ -138,7 +140,6 @@ async function begin(config: RunConfig, loggers: readonly MetricLogger[]): Promi
 	} else {
 		model = await DiffuGPT.fromPretrained(config.model as string, {
 			...where,
-			dtype: 'fp32',
 			...(config.config ? { config: config.config } : {}),
 			...(config.cacheDir === undefined ? {} : { cacheDir: config.cacheDir }),
 		});

@@ -3,18 +3,22 @@
  * entries); merges are learnt greedily, each from the corpus as the earlier ones left it, so its first k merges are the
  * tokenizer of k merges. The vocabulary always holds all 256 bytes, so any text can be encoded.
  */
+import { execFile } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
 import { closeSync, mkdtempSync, openSync, rmSync, writeSync } from 'node:fs';
-import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
 
-import { check } from '../errors.js';
+import { byteToChar } from '../byte-bpe.js';
+import { byteLevelJson } from '../byte-level-json.js';
+import { check, DiffusionNativeError } from '../errors.js';
+import { readJsonObject, reasonOf } from '../files.js';
+import { checkOptions } from '../option-checks.js';
 import { Tokenizer } from '../tokenizer.js';
-import type { DataRecord, PrepareInput } from './prepare.js';
+import { checkInput, type DataRecord, type PrepareInput } from './prepare.js';
 import { fileKind, listFiles, type ReadOptions, readCsv, readJsonLines, readText } from './readers.js';
-
-const require = createRequire(import.meta.url);
 
 export interface TrainTokenizerOptions {
 	/** Entries of the vocabulary, bytes and special tokens included: 256 + specials to 30,000. */
@@ -30,13 +34,36 @@ export interface TrainTokenizerOptions {
 	readonly signal?: AbortSignal;
 }
 
+const optionNames = [
+	'vocabSize',
+	'specials',
+	'out',
+	'columns',
+	'maxLine',
+	'signal',
+] as const satisfies readonly (keyof TrainTokenizerOptions)[];
+
 /**
  * Learns a tokenizer. The corpus is read as a stream into a temporary text file, which the trainer counts words of.
  * @throws `ERR_DN_ARGUMENT` when the corpus is empty or too small for that many merges.
  */
 export async function trainTokenizer(input: PrepareInput, options: TrainTokenizerOptions): Promise<Tokenizer> {
-	const { vocabSize } = options;
-	const specials = options.specials ?? ['<|endoftext|>', '<|mask|>'];
+	check(options !== undefined, 'trainTokenizer needs the option vocabSize, the entries of the vocabulary');
+	checkOptions('trainTokenizer', options, optionNames);
+	checkInput(input);
+	const { vocabSize, specials = ['<|endoftext|>', '<|mask|>'], out, columns, maxLine = 1 } = options;
+	const names = (value: unknown): boolean =>
+		Array.isArray(value) && value.every((name) => typeof name === 'string' && name !== '');
+	check(names(specials), `specials is ${JSON.stringify(specials)}, expected a list of texts`);
+	check(columns === undefined || names(columns), `columns is ${JSON.stringify(columns)}, expected a list of names`);
+	check(
+		out === undefined || (typeof out === 'string' && out !== ''),
+		`out is ${JSON.stringify(out)}, expected the path of the tokenizer.json to write`,
+	);
+	check(
+		Number.isSafeInteger(maxLine) && maxLine > 0,
+		`maxLine is ${String(maxLine)}, expected a positive whole number of characters`,
+	);
 	const least = 256 + specials.length;
 	check(
 		Number.isInteger(vocabSize) && vocabSize >= least && vocabSize <= 30_000,
@@ -47,9 +74,9 @@ export async function trainTokenizer(input: PrepareInput, options: TrainTokenize
 		const corpus = join(folder, 'corpus.txt');
 		const characters = await writeCorpus(corpus, input, options);
 		check(characters > 0, 'the corpus is empty: a tokenizer cannot be trained on it');
-		const merges = learn(corpus, folder);
+		const merges = await learn(corpus, folder, options.signal);
 		const tokenizer = Tokenizer.fromString(assemble(merges, vocabSize, specials));
-		if (options.out !== undefined) await tokenizer.save(options.out);
+		if (out !== undefined) await tokenizer.save(out);
 		return tokenizer;
 	} finally {
 		rmSync(folder, { recursive: true, force: true });
@@ -58,15 +85,26 @@ export async function trainTokenizer(input: PrepareInput, options: TrainTokenize
 
 type Merge = readonly [string, string];
 
-/** All merges that the package's trainer learns, in their order. */
-function learn(corpus: string, folder: string): Merge[] {
-	const { BPE, Tokenizer: Package, byteLevelPreTokenizer } = require('tokenizers') as typeof import('tokenizers');
-	const trained = new Package(BPE.empty());
-	trained.setPreTokenizer(byteLevelPreTokenizer(false, true));
-	trained.train([corpus]);
+/** All merges that the package's trainer learns, in their order. See bpe-learn.ts for why in a process of its own. */
+async function learn(corpus: string, folder: string, signal: AbortSignal | undefined): Promise<Merge[]> {
 	const path = join(folder, 'trained.json');
-	trained.save(path);
-	return (require(path) as { model: { merges: Merge[] } }).model.merges;
+	const program = fileURLToPath(new URL('./bpe-learn.js', import.meta.url));
+	try {
+		await promisify(execFile)(process.execPath, [program, corpus, path], {
+			// As Node also inside Electron; without the flags of this process, a debugger's port for instance.
+			env: { ...process.env, ELECTRON_RUN_AS_NODE: '1', NODE_OPTIONS: '' },
+			maxBuffer: 1 << 26,
+			windowsHide: true,
+			...(signal ? { signal } : {}),
+		});
+	} catch (cause) {
+		signal?.throwIfAborted();
+		const { stderr = '' } = cause as { stderr?: string };
+		const reason = stderr.trim().split('\n').slice(-5).join(' ') || reasonOf(cause);
+		throw new DiffusionNativeError('ERR_DN_INTERNAL', `learning a tokenizer failed: ${reason}`, { cause });
+	}
+	const trained = readJsonObject(path) as { model: { merges: Merge[] } } | undefined;
+	return (trained as { model: { merges: Merge[] } }).model.merges;
 }
 
 /** A tokenizer.json: the 256 bytes in GPT-2's spelling, the first merges that fill the vocabulary, the special tokens. */
@@ -74,7 +112,8 @@ function assemble(learnt: readonly Merge[], vocabSize: number, specials: readonl
 	// No prototype: a token may be spelt 'constructor'.
 	const vocab: Record<string, number> = Object.create(null) as Record<string, number>;
 	let next = 0;
-	for (const byte of byteAlphabet()) vocab[byte] = next++;
+	// Printable bytes come first, then the others: GPT-2's order, and that of the characters that stand for them.
+	for (const char of [...byteToChar].sort()) vocab[char] = next++;
 	const merges: Merge[] = [];
 	for (const merge of learnt) {
 		if (next === vocabSize - specials.length) break;
@@ -86,48 +125,12 @@ function assemble(learnt: readonly Merge[], vocabSize: number, specials: readonl
 		next === vocabSize - specials.length,
 		`the corpus is too small for a vocabulary of ${vocabSize}: it gives at most ${next + specials.length}`,
 	);
-	const flags = { single_word: false, lstrip: false, rstrip: false, normalized: false, special: true };
-	const added = specials.map((content) => ({ id: next++, content, ...flags }));
+	const added = specials.map((content) => ({ id: next++, content }));
 	for (const { content, id } of added) {
 		check(!(content in vocab), `the special token ${JSON.stringify(content)} is also an ordinary one`);
 		vocab[content] = id;
 	}
-	const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: true };
-	return JSON.stringify({
-		version: '1.0',
-		truncation: null,
-		padding: null,
-		added_tokens: added,
-		normalizer: null,
-		pre_tokenizer: byteLevel,
-		post_processor: null,
-		decoder: byteLevel,
-		model: {
-			type: 'BPE',
-			dropout: null,
-			unk_token: null,
-			continuing_subword_prefix: null,
-			end_of_word_suffix: null,
-			fuse_unk: false,
-			byte_fallback: false,
-			ignore_merges: false,
-			vocab,
-			merges,
-		},
-	});
-}
-
-/** GPT-2's printable stand-ins of the bytes, in the order of its vocabulary: printable bytes first, then the others. */
-function byteAlphabet(): string[] {
-	const printable = (byte: number): boolean =>
-		(byte >= 0x21 && byte <= 0x7e) || (byte >= 0xa1 && byte <= 0xac) || (byte >= 0xae && byte <= 0xff);
-	const shown: string[] = [];
-	const others: string[] = [];
-	for (let byte = 0; byte < 256; byte++) {
-		if (printable(byte)) shown.push(String.fromCharCode(byte));
-		else others.push(String.fromCharCode(256 + others.length));
-	}
-	return [...shown, ...others];
+	return byteLevelJson({ vocab, merges, added });
 }
 
 async function writeCorpus(path: string, input: PrepareInput, options: TrainTokenizerOptions): Promise<number> {

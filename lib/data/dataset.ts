@@ -4,7 +4,9 @@
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
 
 import { check, DiffusionNativeError } from '../errors.js';
+import { checkOptions } from '../option-checks.js';
 import { type DataFormat, type DataHeader, decodeHeader, headerBytes, type Padding, recordBytes } from './format.js';
+import type { DataTokenizer } from './prepare.js';
 
 /** One sequence as it lies in the file, without padding. */
 export interface DataSequence {
@@ -12,6 +14,9 @@ export interface DataSequence {
 	/** Tokens at the front that are never masked; 0 unless the format is 'pairs'. */
 	readonly promptLength: number;
 }
+
+/** What tells whether a tokenizer fits a file. */
+export type TokenizerIdentity = Pick<DataTokenizer, 'fingerprint' | 'vocabSize' | 'acceptsData'>;
 
 export interface OpenDatasetOptions {
 	/** Window length of a packed file, tokens. @default what the header says; 1024 for files without that */
@@ -22,7 +27,7 @@ export interface OpenDatasetOptions {
 	 */
 	readonly range?: readonly [number, number];
 	/** The tokenizer the ids must have been made with; a different one is an error. @default not checked */
-	readonly tokenizer?: { readonly fingerprint?: string; readonly vocabSize: number };
+	readonly tokenizer?: TokenizerIdentity;
 }
 
 const handles = new FinalizationRegistry<number>((fd) => closeSync(fd));
@@ -49,7 +54,16 @@ export class TokenDataset implements Disposable {
 	 * with another tokenizer.
 	 */
 	static async open(path: string, options: OpenDatasetOptions = {}): Promise<TokenDataset> {
-		const { context } = options;
+		check(
+			typeof path === 'string' && path !== '',
+			`TokenDataset.open: the path is ${JSON.stringify(path)}, expected a file`,
+		);
+		checkOptions('TokenDataset.open', options, ['context', 'range', 'tokenizer']);
+		const { context, tokenizer } = options;
+		check(
+			tokenizer === undefined || (typeof tokenizer === 'object' && Number.isInteger(tokenizer?.vocabSize)),
+			'TokenDataset.open: option tokenizer is not a tokenizer (it has no vocabSize)',
+		);
 		check(
 			context === undefined || (Number.isInteger(context) && context > 0),
 			`context is ${String(context)}, expected a positive whole number of tokens`,
@@ -91,7 +105,7 @@ export class TokenDataset implements Disposable {
 			throw error;
 		}
 		try {
-			if (options.tokenizer) dataset.checkTokenizer(options.tokenizer);
+			if (tokenizer) dataset.checkTokenizer(tokenizer);
 		} catch (error) {
 			dataset.close();
 			throw error;
@@ -185,13 +199,27 @@ export class TokenDataset implements Disposable {
 		return counts;
 	}
 
-	/** Throws `ERR_DN_ARGUMENT` unless the ids were made with this tokenizer (or the file does not say). */
-	checkTokenizer(tokenizer: { readonly fingerprint?: string; readonly vocabSize: number }): void {
+	/**
+	 * Throws `ERR_DN_ARGUMENT` unless every id of the file means the same to this tokenizer (or the file does not say). A
+	 * tokenizer that has gained tokens since is fine; one that lacks or renames an id of the file is not.
+	 */
+	checkTokenizer(tokenizer: TokenizerIdentity): void {
 		const { fingerprint, vocab } = this.#header;
+		if (!fingerprint || !tokenizer.fingerprint) return;
+		const accepts = tokenizer.acceptsData
+			? tokenizer.acceptsData(fingerprint, vocab)
+			: fingerprint === tokenizer.fingerprint;
+		if (accepts) return;
+		const [base] = fingerprint.split('+');
 		check(
-			!fingerprint || !tokenizer.fingerprint || fingerprint === tokenizer.fingerprint,
+			base !== tokenizer.fingerprint,
+			`${this.path} was prepared with ${vocab} ids, of which added tokens are missing from this tokenizer or spelt ` +
+				`otherwise in it (vocabulary ${tokenizer.vocabSize}): prepare it again`,
+		);
+		check(
+			false,
 			`${this.path} was prepared with another tokenizer (fingerprint ${fingerprint.slice(0, 12)}, vocabulary ${vocab}; ` +
-				`this one: ${String(tokenizer.fingerprint).slice(0, 12)}, vocabulary ${tokenizer.vocabSize}): prepare it again`,
+				`this one: ${tokenizer.fingerprint.slice(0, 12)}, vocabulary ${tokenizer.vocabSize}): prepare it again`,
 		);
 	}
 

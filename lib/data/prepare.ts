@@ -4,7 +4,8 @@
  */
 import { createHash } from 'node:crypto';
 
-import { check, checkOptions, DiffusionNativeError } from '../errors.js';
+import { check, DiffusionNativeError } from '../errors.js';
+import { checkOptions } from '../option-checks.js';
 import { TokenDataset } from './dataset.js';
 import { checkPadding, type DataFormat, type Padding } from './format.js';
 import { encodeDocument, encodePair } from './pack.js';
@@ -26,6 +27,10 @@ export interface DataTokenizer {
 	readonly vocabSize: number;
 	/** Tells tokenizers apart; stored in the file and compared when training. */
 	readonly fingerprint?: string;
+	/** What is stored in place of `fingerprint`; see `Tokenizer.dataFingerprint`. */
+	dataFingerprint?(): string;
+	/** Replaces the comparison of fingerprints; see `Tokenizer.acceptsData`. */
+	acceptsData?(fingerprint: string, vocab: number): boolean;
 	/** Id of the token that spells exactly this text; finds '<|endoftext|>'. */
 	idOf?(text: string): number | undefined;
 	/** The bytes that ids stand for; finds the seam of prompt and answer. */
@@ -132,10 +137,7 @@ export async function prepare(input: PrepareInput, options: PrepareOptions): Pro
 			bytes += count;
 		},
 	};
-	check(
-		typeof input === 'string' || (typeof input === 'object' && input !== null),
-		`the input is ${String(input)}, expected a path, a list of paths, or records`,
-	);
+	checkInput(input);
 	const paths = typeof input === 'string' ? [input] : isPaths(input) ? input : undefined;
 	const files = paths ? await listFiles(paths) : [];
 	const totalBytes = files.reduce((sum, file) => sum + file.bytes, 0);
@@ -199,6 +201,15 @@ export async function prepare(input: PrepareInput, options: PrepareOptions): Pro
 	}
 }
 
+/** Throws `ERR_DN_ARGUMENT` for what is no input at all. */
+export function checkInput(input: unknown): asserts input is PrepareInput {
+	check(
+		typeof input === 'string' ||
+			(typeof input === 'object' && input !== null && (Symbol.iterator in input || Symbol.asyncIterator in input)),
+		`the input is ${String(input)}, expected a path, a list of paths, or records`,
+	);
+}
+
 const prepareOptionNames = [
 	'tokenizer',
 	'out',
@@ -259,24 +270,40 @@ function resolve(options: PrepareOptions) {
 	const bosId = options.bosId ?? (format === 'documents' ? eosId : false);
 	const padding = options.padding ?? 'none';
 	checkPadding(padding);
+	const { validationOut = validationPath(out), splitSeed = 0, padId = eosId } = options;
+	for (const [name, id, limit] of [
+		['eosId', eosId, tokenizer.vocabSize],
+		['bosId', bosId === false ? 0 : bosId, tokenizer.vocabSize],
+		['padId', padId, 2 ** 31],
+	] as const) {
+		check(
+			Number.isInteger(id) && id >= 0 && id < limit,
+			`${name} is ${String(id)}, expected a token id below ${limit}${name === 'bosId' ? ', or false' : ''}`,
+		);
+	}
+	check(
+		typeof validationOut === 'string' && validationOut !== '' && validationOut !== out,
+		`validationOut is ${JSON.stringify(validationOut)}, expected the path of a file other than out`,
+	);
+	check(Number.isFinite(splitSeed), `splitSeed is ${String(splitSeed)}, expected a number`);
 	return {
 		tokenizer,
 		format,
 		context,
 		validation,
-		validationOut: options.validationOut ?? validationPath(out),
+		validationOut,
 		eosId,
-		padId: options.padId ?? eosId,
+		padId,
 		bosId,
 		overlong,
 		padding,
 		container: options.container ?? ('own' as const),
 		separator: options.separator ?? ' ',
 		splitText: options.splitText ?? ('file' as const),
-		splitSeed: options.splitSeed ?? 0,
+		splitSeed,
 		columns: options.columns ?? {},
 		vocab: tokenizer.vocabSize,
-		fingerprint: tokenizer.fingerprint ?? '',
+		fingerprint: tokenizer.dataFingerprint?.() ?? tokenizer.fingerprint ?? '',
 		signal: options.signal,
 	};
 }

@@ -2,7 +2,7 @@
 import { stat } from 'node:fs/promises';
 
 import { toSeed } from '../batch.js';
-import type { ModelConfig } from '../config.js';
+import { checkMask, type ModelConfig } from '../config.js';
 import type { TokenDataset } from '../data/dataset.js';
 import { fileKind, type Row, readDocuments, readJsonLines } from '../data/readers.js';
 import type { Engine } from '../engine.js';
@@ -69,10 +69,7 @@ export class EvaluationContext {
 			!this.causal,
 			`the metric '${this.metric}' needs a masked diffusion model, and this one is causal; use 'perplexity', or load it with { config: { attention: 'bidirectional', maskId } }`,
 		);
-		check(
-			this.config.maskId >= 0,
-			`the metric '${this.metric}' needs a mask token, and the model has none: pass { config: { maskId } } when loading it`,
-		);
+		checkMask(this.config, `the metric '${this.metric}'`);
 	}
 
 	/** Throws unless the model predicts the next token. */

@@ -13,10 +13,19 @@
  */
 import { check } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
+import { checkOptions } from '../option-checks.js';
 import { type LengthCalibration, lengthExtras } from './extras.js';
 import { firstCanvas } from './look.js';
 import { type LengthMethod, type LengthOptions, type LengthRule, resolveLength } from './method.js';
-import { inParallel, type LengthPair, type PairData, type PairOptions, promptOf, readPairs } from './pairs.js';
+import {
+	inParallel,
+	type LengthPair,
+	type PairData,
+	type PairOptions,
+	pairOptionNames,
+	promptOf,
+	readPairs,
+} from './pairs.js';
 import { estimatorOf, groupOf, type LengthLook } from './rules.js';
 
 /** Options of {@link calibrateLength}. */
@@ -38,6 +47,12 @@ export interface CalibrateOptions
 	readonly edges?: readonly number[];
 	readonly onProgress?: (progress: { readonly pairs: number; readonly fraction: number }) => void;
 }
+
+const calibrateNames = [
+	...pairOptionNames,
+	...(['max', 'head', 'initial', 'grow', 'window', 'low', 'high'] as const),
+	...(['method', 'coverage', 'form', 'edges', 'onProgress'] as const),
+] satisfies (keyof CalibrateOptions)[];
 
 /** What a calibration found. */
 export interface CalibrationReport {
@@ -66,6 +81,8 @@ export async function calibrateLength(
 	data: PairData,
 	options: CalibrateOptions,
 ): Promise<CalibrationReport> {
+	check(options !== undefined, 'calibrateLength needs the options method and max');
+	checkOptions('calibrateLength', options, calibrateNames);
 	const { method, max, head, signal, onProgress } = options;
 	const coverages = [...new Set(([] as number[]).concat(options.coverage ?? [0.8, 0.9, 0.95, 0.99]))];
 	check(

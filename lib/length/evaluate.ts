@@ -8,6 +8,7 @@
  */
 import { check } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
+import { checkOptions } from '../option-checks.js';
 import { boundOf, type EndSignal, endSignal, fitMargins, lookOf, warningsOf } from './calibrate.js';
 import { type LengthCalibration, type LengthExtras, lengthExtras } from './extras.js';
 import { type CompareOptions, compareGenerations, type GenerationComparison } from './generations.js';
@@ -20,7 +21,7 @@ import {
 	type Difference,
 	pinballLosses,
 } from './metrics.js';
-import { inParallel, type LengthPair, type PairData, type PairOptions, readPairs } from './pairs.js';
+import { inParallel, type LengthPair, type PairData, type PairOptions, pairOptionNames, readPairs } from './pairs.js';
 import type { LengthLook } from './rules.js';
 
 /** A method with options of its own; the coverage is the evaluation's. */
@@ -43,6 +44,12 @@ export interface EvaluateLengthOptions extends PairOptions, CompareOptions {
 	readonly calibrationLimit?: number;
 	readonly onProgress?: (progress: LengthProgress) => void;
 }
+
+const evaluateLengthNames = [
+	...pairOptionNames,
+	...(['generations', 'generate', 'seeds', 'batch', 'judge', 'likelihoods', 'samples', 'onProgress'] as const),
+	...(['max', 'methods', 'coverage', 'calibration', 'calibrationLimit'] as const),
+] satisfies (keyof EvaluateLengthOptions)[];
 
 export interface LengthProgress {
 	readonly stage: 'looks' | 'generations' | 'likelihoods';
@@ -103,6 +110,8 @@ export async function evaluateLength(
 	options: EvaluateLengthOptions,
 ): Promise<LengthEvaluation> {
 	const begin = performance.now();
+	check(options !== undefined, 'evaluateLength needs the option max');
+	checkOptions('evaluateLength', options, evaluateLengthNames);
 	model.engine.check();
 	const { max, signal, onProgress } = options;
 	const coverage = options.coverage ?? [0.8, 0.9, 0.95];

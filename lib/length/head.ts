@@ -7,15 +7,17 @@
  * - pooled: log(1 + length) from the mean of the states; squared error.
  * - quantile: quantiles of log(1 + length) from the same mean; pinball loss.
  */
+import { toSeed } from '../batch.js';
 import type { ModelConfig } from '../config.js';
 import { check } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
+import { checkOptions } from '../option-checks.js';
 import { makeCanvas } from '../prompt.js';
 import { permutation, Stream, uniform } from '../random.js';
 import { Dense } from './dense.js';
 import { lengthExtras } from './extras.js';
 import { hiddenAt } from './look.js';
-import { type PairData, type PairOptions, promptOf, readPairs } from './pairs.js';
+import { type PairData, type PairOptions, pairOptionNames, promptOf, readPairs } from './pairs.js';
 
 /** The three heads of a model. */
 export class LengthHead {
@@ -89,6 +91,11 @@ export interface LengthHeadOptions extends PairOptions {
 	readonly onProgress?: (progress: { readonly stage: 'states' | 'training'; readonly fraction: number }) => void;
 }
 
+const headOptionNames = [
+	...pairOptionNames,
+	...(['max', 'units', 'epochs', 'learningRate', 'positions', 'levels', 'seed', 'onProgress'] as const),
+] satisfies (keyof LengthHeadOptions)[];
+
 /** What {@link trainLengthHead} reports: mean losses of the last pass. */
 export interface LengthHeadReport {
 	readonly pairs: number;
@@ -110,6 +117,8 @@ export async function trainLengthHead(
 	data: PairData,
 	options: LengthHeadOptions,
 ): Promise<LengthHeadReport> {
+	check(options !== undefined, 'trainLengthHead needs the option max');
+	checkOptions('trainLengthHead', options, headOptionNames);
 	const { max, units = 64, epochs = 3, learningRate = 2e-3, positions = 24, signal, onProgress } = options;
 	const levels = [...(options.levels ?? [0.5, 0.8, 0.9, 0.95, 0.99])].sort((a, b) => a - b);
 	for (const [name, value] of Object.entries({ units, epochs, positions })) {
@@ -123,7 +132,7 @@ export async function trainLengthHead(
 		levels.length > 0 && levels.every((level) => level > 0 && level < 1),
 		`option levels is ${JSON.stringify(options.levels)}, expected numbers between 0 and 1`,
 	);
-	const seed = BigInt(options.seed ?? 0);
+	const seed = toSeed(options.seed ?? 0);
 	const { pairs, tooLong } = await readPairs(model, data, max, options);
 	const { engine, config } = model;
 	const C = config.channels;

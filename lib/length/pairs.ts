@@ -3,6 +3,7 @@
  * each. The length of an answer is its tokens without end and padding; prompt and answer are tokenised together
  * (algorithms.md, trap 17).
  */
+import { checkMask } from '../config.js';
 import { TokenDataset } from '../data/dataset.js';
 import { check } from '../errors.js';
 import { EvaluationContext } from '../eval/context.js';
@@ -24,6 +25,14 @@ export interface PairOptions {
 	readonly separator?: string;
 	readonly signal?: AbortSignal;
 }
+
+/** The keys of {@link PairOptions}. */
+export const pairOptionNames = [
+	'limit',
+	'columns',
+	'separator',
+	'signal',
+] as const satisfies readonly (keyof PairOptions)[];
 
 export interface LengthPair {
 	readonly prompt: Int32Array;
@@ -52,10 +61,8 @@ export async function readPairs(
 ): Promise<{ pairs: LengthPair[]; tooLong: number }> {
 	const { limit, columns, separator, signal } = options;
 	const { config } = model;
-	check(
-		config.attention === 'bidirectional' && config.maskId >= 0,
-		'lengths are predicted by a bidirectional model with a mask token',
-	);
+	check(config.attention === 'bidirectional', 'lengths are predicted by a bidirectional model, and this one is causal');
+	checkMask(config, 'predicting lengths');
 	check(Number.isSafeInteger(max) && max >= 1, `option max is ${String(max)}, expected a whole number >= 1`);
 	check(
 		max < config.context,

@@ -11,7 +11,15 @@ import { binding, type NativeTensorSource } from '../binding.js';
 import { isModelFile } from '../checkpoint-save.js';
 import type { Engine } from '../engine.js';
 import { check, DiffusionNativeError } from '../errors.js';
-import { isMissing, makeDirectories, readJsonObject, replaceDirectory, temporaryName, writeSynced } from '../files.js';
+import {
+	isMissing,
+	makeDirectories,
+	readJsonObject,
+	renamedError,
+	replaceDirectory,
+	temporaryName,
+	writeSynced,
+} from '../files.js';
 import type { DataPosition } from './order.js';
 
 /** Facts about a data set, to find it again and to see that it is the same. */
@@ -71,7 +79,11 @@ export async function writeCheckpoint(
 		async (directory) => {
 			// A model is saved through a temporary folder beside its target: here, inside this one.
 			const model = join(directory, 'model');
-			await saveModel(model);
+			try {
+				await saveModel(model);
+			} catch (error) {
+				throw renamedError(error, model, directory);
+			}
 			for (const name of await readdir(model)) await rename(join(model, name), join(directory, name));
 			await rmdir(model);
 			await engine.run((native) => {

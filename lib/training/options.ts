@@ -5,8 +5,8 @@ import type { ModelConfig } from '../config.js';
 import { TokenDataset } from '../data/dataset.js';
 import { checkPadding, type Padding } from '../data/format.js';
 import { check } from '../errors.js';
-import { type AttentionAnnealing, checkSchedule, type Schedule } from './schedules.js';
-import { suggest } from './suggest.js';
+import { suggest } from '../option-checks.js';
+import { type AttentionAnnealing, checkAnnealing, checkSchedule, type Schedule } from './schedules.js';
 
 /** What one optimiser step did. */
 export interface TrainMetrics {
@@ -162,7 +162,6 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 	}
 	known('checkpoint', checkpoint, ['dir', 'every', 'keep', 'keepBest']);
 	known('earlyStop', earlyStop, ['patience', 'minDelta']);
-	known('attentionAnnealing', options.attentionAnnealing, ['steps', 'kind']);
 	known('spindle', options.spindle, ['lambda', 'information']);
 	check(
 		options.batchSize === undefined || options.batchTokens === undefined,
@@ -196,16 +195,8 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 		`precision is ${JSON.stringify(precision)}, expected 'fp32' or 'bf16'`,
 	);
 	const annealing = options.attentionAnnealing;
-	if (annealing) {
-		check(
-			Number.isSafeInteger(annealing.steps) && annealing.steps >= 0,
-			`attentionAnnealing.steps is ${String(annealing.steps)}, expected a whole number >= 0`,
-		);
-		const { kind = 'diffullama' } = annealing;
-		check(
-			kind === 'diffullama' || kind === 'seed',
-			`attentionAnnealing.kind is ${JSON.stringify(kind)}, expected 'diffullama' or 'seed'`,
-		);
+	if (annealing !== undefined) {
+		checkAnnealing(annealing);
 		check(
 			options.objective !== 'autoregressive',
 			"attentionAnnealing has no meaning for the objective 'autoregressive'",

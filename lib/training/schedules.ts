@@ -4,6 +4,7 @@
  */
 import type { NativeMask } from '../binding.js';
 import { check } from '../errors.js';
+import { suggest } from '../option-checks.js';
 
 /** Learning rate over the steps of a run. A function gets the step, from 0. `steps` defaults to the run's `maxSteps`. */
 export type Schedule =
@@ -48,6 +49,10 @@ export function checkSchedule(schedule: number | Schedule): void {
 		check(Number.isFinite(schedule) && schedule >= 0, `learningRate is ${schedule}, expected a number >= 0`);
 		return;
 	}
+	check(
+		typeof schedule === 'object' && schedule !== null,
+		`learningRate is ${String(schedule)}, expected a number, a schedule or a function of the step`,
+	);
 	const { kind } = schedule;
 	check(
 		kind === 'constant' || kind === 'linear' || kind === 'cosine' || kind === 'one-cycle',
@@ -69,17 +74,32 @@ export function checkSchedule(schedule: number | Schedule): void {
 			Number.isFinite(value) && (value as number) >= 0,
 			`learningRate.${key} is ${String(value)}, expected a number >= 0`,
 		);
+		check(
+			(key !== 'warmupSteps' && key !== 'steps') || (Number.isSafeInteger(value) && (key !== 'steps' || value > 0)),
+			`learningRate.${key} is ${String(value)}, expected a whole number of steps`,
+		);
 	}
 	check(schedule.peak !== undefined, 'learningRate.peak is missing');
 	if (kind === 'one-cycle') {
 		const { div = 25, finalDiv = 1e4, warmup = 0.1 } = schedule;
 		check(div > 0 && finalDiv > 0, 'learningRate.div and learningRate.finalDiv must be above 0');
 		check(warmup <= 1, `learningRate.warmup is ${warmup}, expected a share from 0 to 1`);
+		const { cycleBeta1 } = schedule;
+		check(
+			cycleBeta1 === undefined ||
+				[cycleBeta1?.base, cycleBeta1?.max].every((beta) => typeof beta === 'number' && beta >= 0 && beta < 1),
+			`learningRate.cycleBeta1 is ${JSON.stringify(cycleBeta1)}, expected { base, max }, two numbers from 0 to below 1`,
+		);
 	}
 }
 
-/** Learning rate and beta1 of a step, from 0. */
+/**
+ * Learning rate and beta1 of a step, from 0. `maxSteps` is the length of the run, for a schedule without `steps`.
+ * @throws `ERR_DN_ARGUMENT` naming what is wrong
+ */
 export function scheduleAt(schedule: number | Schedule, step: number, maxSteps: number): ScheduledStep {
+	checkSchedule(schedule);
+	checkStep('scheduleAt', step);
 	if (typeof schedule === 'number') return { learningRate: schedule, beta1: undefined };
 	if (typeof schedule === 'function') {
 		const learningRate = schedule(step);
@@ -88,6 +108,12 @@ export function scheduleAt(schedule: number | Schedule, step: number, maxSteps: 
 			`the learning rate function returned ${String(learningRate)} at step ${step}`,
 		);
 		return { learningRate, beta1: undefined };
+	}
+	if (schedule.kind !== 'constant') {
+		check(
+			schedule.steps !== undefined || (Number.isSafeInteger(maxSteps) && maxSteps > 0),
+			`scheduleAt: maxSteps is ${String(maxSteps)}, expected the steps of the run: a '${schedule.kind}' schedule ends with it`,
+		);
 	}
 	if (schedule.kind === 'one-cycle') return oneCycle(schedule, step, schedule.steps ?? maxSteps);
 	const { peak, warmupSteps = 0 } = schedule;
@@ -127,8 +153,34 @@ export interface AttentionAnnealing {
 	readonly kind?: 'diffullama' | 'seed';
 }
 
-/** Share of later keys that are visible at a step, from 0. */
-export function annealingRatio({ steps, kind = 'diffullama' }: AttentionAnnealing, step: number): number {
+/** Checks an annealing. @throws `ERR_DN_ARGUMENT` naming the field. */
+export function checkAnnealing(annealing: AttentionAnnealing): void {
+	check(
+		typeof annealing === 'object' && annealing !== null,
+		`attentionAnnealing is ${JSON.stringify(annealing)}, expected an object { steps, kind }`,
+	);
+	for (const key of Object.keys(annealing)) {
+		check(
+			key === 'steps' || key === 'kind',
+			`attentionAnnealing.${key} is not known${suggest(key, ['steps', 'kind']) || ', expected steps, kind'}`,
+		);
+	}
+	const { steps, kind = 'diffullama' } = annealing;
+	check(
+		Number.isSafeInteger(steps) && steps >= 0,
+		`attentionAnnealing.steps is ${String(steps)}, expected a whole number >= 0`,
+	);
+	check(
+		kind === 'diffullama' || kind === 'seed',
+		`attentionAnnealing.kind is ${JSON.stringify(kind)}, expected 'diffullama' or 'seed'`,
+	);
+}
+
+/** Share of later keys that are visible at a step, from 0. @throws `ERR_DN_ARGUMENT` naming what is wrong */
+export function annealingRatio(annealing: AttentionAnnealing, step: number): number {
+	checkAnnealing(annealing);
+	checkStep('annealingRatio', step);
+	const { steps, kind = 'diffullama' } = annealing;
 	if (steps === 0) return 1;
 	if (kind === 'diffullama') return Math.min(1, (step + 1) / steps);
 	return step >= steps ? 1 : step / Math.max(1, steps - 1);
@@ -138,4 +190,11 @@ export function annealingRatio({ steps, kind = 'diffullama' }: AttentionAnnealin
 export function annealedMask(annealing: AttentionAnnealing, step: number, seed: bigint): NativeMask {
 	const ratio = annealingRatio(annealing, step);
 	return ratio >= 1 ? { kind: 'full' } : { kind: 'annealed', ratio, seed, step };
+}
+
+function checkStep(what: string, step: number): void {
+	check(
+		Number.isSafeInteger(step) && step >= 0,
+		`${what}: step is ${String(step)}, expected a whole number, counted from 0`,
+	);
 }

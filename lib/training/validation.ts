@@ -8,6 +8,7 @@ import type { TokenDataset } from '../data/dataset.js';
 import type { Padding } from '../data/format.js';
 import { padSequence, type TrainingSequence } from '../data/pack.js';
 import type { Engine } from '../engine.js';
+import { DiffusionNativeError } from '../errors.js';
 import { permutation, Stream } from '../random.js';
 import { toBatch } from './order.js';
 import { accumulate, lossOf, packStep } from './step.js';
@@ -72,5 +73,13 @@ export async function validate(
 		{ backward: false, recompute: false, precision: options.precision },
 		signal,
 	);
-	return lossOf(sums);
+	const found = lossOf(sums);
+	if (!Number.isFinite(found.loss) || !Number.isFinite(found.unweighted)) {
+		throw new DiffusionNativeError(
+			'ERR_DN_DIVERGED',
+			`the loss on the validation data ${data.path} is ${found.loss}: training diverged, or the weights are damaged; ` +
+				'go back to the last good checkpoint',
+		);
+	}
+	return found;
 }

@@ -44,8 +44,12 @@ Source to_source(const Napi::Object& item, std::vector<Napi::ObjectReference>* k
   Source source;
   source.declaration.name = string_field(item, "name");
   const std::string dtype = string_field(item, "dtype");
-  expect(env, dtype == "F32" || dtype == "F16" || dtype == "BF16", "dtype is not F32, F16 or BF16");
-  source.declaration.dtype = dtype == "F32" ? Dtype::kF32 : dtype == "F16" ? Dtype::kF16 : Dtype::kBF16;
+  expect(env, dtype == "F32" || dtype == "F16" || dtype == "BF16" || dtype == "I8",
+         "dtype is not F32, F16, BF16 or I8");
+  source.declaration.dtype = dtype == "F32"   ? Dtype::kF32
+                             : dtype == "F16" ? Dtype::kF16
+                             : dtype == "I8"  ? Dtype::kI8
+                                              : Dtype::kBF16;
   const Napi::Value shape = item.Get("shape");
   expect(env, shape.IsArray(), "shape is not an array");
   int64_t count = 1;
@@ -65,8 +69,11 @@ Source to_source(const Napi::Object& item, std::vector<Napi::ObjectReference>* k
   source.parameter =
       guarded(env, [&] { return source.model->find_parameter(string_field(from, "parameter")); });
   source.kind = string_field(from, "kind");
-  expect(env, source.model->parameters()[source.parameter].count == count,
-         "the shape is not the parameter's");
+  expect(env, (source.kind == "int8") == (dtype == "I8"), "kind int8 goes with dtype I8");
+  const int64_t expected = source.kind == "scale"
+                               ? guarded(env, [&] { return source.model->int8_columns(source.parameter); })
+                               : source.model->parameters()[source.parameter].count;
+  expect(env, expected == count, "the shape is not the parameter's");
   keep->push_back(Napi::Persistent(model));
   return source;
 }
@@ -80,6 +87,43 @@ void read_source(const Source& source, std::vector<float>* values) {
     source.model->get_moment(source.parameter, which, values->data());
   }
 }
+
+// Writes a model's tensors one after the other. The scales of an int8 tensor come right after its values,
+// from the same quantisation.
+class SourceWriter {
+ public:
+  explicit SourceWriter(SafetensorsWriter& writer) : writer_(writer) {}
+  void write(const Source& source) {
+    if (!source.model) return write(source.values);
+    if (source.kind == "int8") {
+      const size_t columns = static_cast<size_t>(source.model->int8_columns(source.parameter));
+      quantised_.resize(static_cast<size_t>(source.model->parameters()[source.parameter].count));
+      scales_.resize(columns);
+      source.model->get_int8(source.parameter, quantised_.data(), scales_.data());
+      last_ = &source;
+      return writer_.write_int8(quantised_.data(), static_cast<int64_t>(quantised_.size()));
+    }
+    if (source.kind == "scale") {
+      if (!last_ || last_->model != source.model || last_->parameter != source.parameter) {
+        throw Error(Code::kInternal,
+                    "the scales of " + source.declaration.name + " do not follow its values");
+      }
+      return write(scales_);
+    }
+    read_source(source, &buffer_);
+    write(buffer_);
+  }
+
+ private:
+  void write(const std::vector<float>& values) {
+    writer_.write(values.data(), static_cast<int64_t>(values.size()));
+  }
+
+  SafetensorsWriter& writer_;
+  std::vector<float> buffer_, scales_;
+  std::vector<int8_t> quantised_;
+  const Source* last_ = nullptr;  // the int8 tensor written last
+};
 
 Napi::Value write_safetensors(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
@@ -109,12 +153,8 @@ Napi::Value write_safetensors(const Napi::CallbackInfo& info) {
         std::vector<SafetensorsWriter::Declaration> declarations;
         for (const Source& source : *sources) declarations.push_back(source.declaration);
         SafetensorsWriter writer(path, std::move(declarations), *metadata);
-        std::vector<float> buffer;
-        for (const Source& source : *sources) {
-          if (source.model) read_source(source, &buffer);
-          const std::vector<float>& values = source.model ? buffer : source.values;
-          writer.write(values.data(), static_cast<int64_t>(values.size()));
-        }
+        SourceWriter tensors(writer);
+        for (const Source& source : *sources) tensors.write(source);
         writer.commit();
       },
       [sources](Napi::Env) {
@@ -141,6 +181,7 @@ Napi::Value cpu_info(const Napi::CallbackInfo& info) {
   guarded(env, [&] {
     result.Set("isa", cpu::isa_name(cpu::active_isa()));
     result.Set("detected", cpu::isa_name(cpu::detected_isa()));
+    result.Set("int8", cpu::active_int8());
     result.Set("threads", cpu::available_threads());
   });
   return result;
@@ -163,10 +204,10 @@ Napi::Value cuda_info(const Napi::CallbackInfo& info) {
       device.Set("name", devices[i].name);
       device.Set("memory", static_cast<double>(devices[i].memory));
       device.Set("capability", devices[i].capability);
-      device.Set("products", devices[i].products);
       list.Set(static_cast<uint32_t>(i), device);
     }
     result.Set("devices", list);
+    if (const std::string products = cuda_products(); !products.empty()) result.Set("products", products);
     if (devices.empty()) result.Set("reason", reason);
   });
   return result;

@@ -12,8 +12,10 @@
 
 namespace dn::addon {
 
+inline constexpr char kBug[] = "a bug in diffusion-native, please report it: ";
+
 inline Napi::Error type_error(Napi::Env env, const std::string& field, const char* expected) {
-  return coded_error(env, "ERR_DN_INTERNAL", "native call: " + field + " is not " + expected);
+  return coded_error(env, "ERR_DN_INTERNAL", kBug + field + " is not " + expected);
 }
 
 inline Napi::Object object_field(const Napi::Object& object, const char* field) {
@@ -98,7 +100,7 @@ Array to_array(Napi::Env env, const std::vector<T>& values) {
 }
 
 inline void expect(Napi::Env env, bool condition, const char* message) {
-  if (!condition) throw coded_error(env, "ERR_DN_INTERNAL", std::string("native call: ") + message);
+  if (!condition) throw coded_error(env, "ERR_DN_INTERNAL", std::string(kBug) + message);
 }
 
 // Type tags make a wrong `this` or argument an error instead of a crash.

@@ -10,6 +10,7 @@
 #include "addon/convert.h"
 #include "addon/requests.h"
 #include "addon/safetensors_wrap.h"
+#include "core/parameter_file.h"
 
 namespace dn::addon {
 
@@ -30,9 +31,13 @@ Model::Moment to_moment(Napi::Env env, const std::string& which) {
   return which == "moment1" ? Model::Moment::kFirst : Model::Moment::kSecond;
 }
 
-std::unique_ptr<Backend> make_backend(const std::string& device, int threads) {
+// dtype: of activations, or int8: of the weights, with fp32 activations.
+std::unique_ptr<Backend> make_backend(const std::string& device, int threads, const std::string& dtype) {
+  if (dtype != "fp32" && dtype != (device == "cpu" ? "int8" : "bf16"))
+    throw Error(Code::kArgument, "dtype \"" + dtype + "\" is not available on device \"" + device + "\"");
   if (device == "cpu") return make_cpu_backend(threads);
-  if (device.rfind("cuda:", 0) == 0) return make_cuda_backend(std::stoi(device.substr(5)));
+  if (device.rfind("cuda:", 0) == 0)
+    return make_cuda_backend(std::stoi(device.substr(5)), dtype == "fp32" ? Dtype::kF32 : Dtype::kBF16);
   throw Error(Code::kDevice, "device \"" + device + "\" is unknown; expected cpu or cuda:N");
 }
 
@@ -81,7 +86,10 @@ ModelWrap::ModelWrap(const Napi::CallbackInfo& info)
   config.vocab = static_cast<int32_t>(int_field(input, "vocab"));
   const std::string device = string_field(options, "device");
   const int threads = static_cast<int>(int_field(options, "threads"));
-  model_ = guarded(env, [&] { return std::make_shared<Model>(make_backend(device, threads), config); });
+  const std::string dtype = string_field(options, "dtype");
+  const Dtype weights = dtype == "int8" ? Dtype::kI8 : Dtype::kF32;
+  model_ = guarded(
+      env, [&] { return std::make_shared<Model>(make_backend(device, threads, dtype), config, weights); });
   account(env);
 }
 
@@ -207,21 +215,13 @@ Napi::Value ModelWrap::load_parameter(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Model& m = idle(env);
   const auto name = string_argument(info, 0, "name"), tensor = string_argument(info, 2, "tensor");
+  const std::string scales = info.Length() > 3 ? string_argument(info, 3, "scales") : "";
   auto file = unwrap<SafetensorsWrap>(info[1], kFileTag, "file")->file(env);
   return start(
       info, {},
-      [&m, name, tensor, file] {
-        const size_t index = m.find_parameter(name);
-        const TensorEntry& entry = SafetensorsWrap::entry(*file, tensor);
-        const int64_t count = m.parameters()[index].count;
-        if (entry.count() != count) {
-          throw Error(Code::kCheckpoint, file->path() + ": tensor \"" + tensor + "\" has " +
-                                             std::to_string(entry.count()) + " values, parameter " + name +
-                                             " needs " + std::to_string(count));
-        }
-        std::vector<float> values(static_cast<size_t>(count));
-        file->read(entry, values.data());
-        m.set_parameter(index, values.data());
+      [&m, name, tensor, scales, file] {
+        dn::load_parameter(m, m.find_parameter(name), *file, SafetensorsWrap::entry(*file, tensor),
+                           scales.empty() ? nullptr : &SafetensorsWrap::entry(*file, scales));
       },
       [](Napi::Env e) { return e.Undefined(); });
 }

@@ -1,14 +1,17 @@
-// Matrix products at the shapes of GPT-2 124M and of a small model, as a share of the fp32 peak that the same
-// run measures: forward with packed weights, and both backward products from plain weights, fp32 and bf16,
-// one thread and all. Usage: bench_gemm [filter] [seconds per case = 0.15]; the filter picks lines whose name
-// contains it.
+// Matrix products at the shapes of GPT-2 124M and of a small model, as a share of the fp32 peak that is
+// measured before and after every call: forward with packed weights, and both backward products from plain
+// weights, fp32 and bf16, one thread and all. Usage: bench_gemm [filter] [seconds per case = 0.15]; the
+// filter picks lines whose name contains it. Figures are medians; one thread is timed by its processor time,
+// which says the same on a machine with other work.
+
+#include <sys/resource.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <ctime>
 #include <functional>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -25,26 +28,26 @@ namespace {
 
 using namespace dn;
 using namespace dn::cpu;
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
+// Processor time of the process, or wall time where several threads share the work.
+double seconds_now(int threads) {
+  timespec t;
+  clock_gettime(threads == 1 ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &t);
+  return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec) * 1e-9;
 }
 
-// The best of repeated calls within the time given: other work on the machine only ever adds.
-double best_seconds(double budget, const std::function<void()>& call) {
-  call();
-  double best = 1e9;
-  const auto start = Clock::now();
-  do {
-    const auto begin = Clock::now();
-    call();
-    best = std::min(best, seconds_since(begin));
-  } while (seconds_since(start) < budget);
-  return best;
+// How often the system has taken a core from the process.
+int64_t interruptions() {
+  rusage usage;
+  getrusage(RUSAGE_SELF, &usage);
+  return usage.ru_nivcsw;
 }
 
-constexpr int64_t kPeakLoops = 200000;
+double median(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return v[v.size() / 2];
+}
+
+constexpr int64_t kPeakLoops = 20000;
 constexpr int kChains = 24;  // independent sums: more than latency times ports, few enough for the registers
 
 #if defined(__x86_64__)
@@ -76,16 +79,17 @@ __attribute__((target("avx2,fma"))) double fma_loop_avx2() {
 }
 #endif
 
-// fp32 multiply-adds from registers, in GFLOP/s; 0 where the instruction set has no such loop.
+// fp32 multiply-adds from registers once, in GFLOP/s; 0 where the instruction set has no such loop.
 double fma_peak(const Cpu& cpu) {
 #if defined(__x86_64__)
   if (cpu.isa == Isa::kPortable) return 0;
   const bool wide = cpu.isa >= Isa::kAvx512;
-  volatile double sink = 0;
-  const double seconds = best_seconds(0.3, [&] {
-    parallel(cpu.threads, cpu.threads,
-             [&](int64_t, int) { sink = wide ? fma_loop_avx512() : fma_loop_avx2(); });
+  std::vector<double> sink(static_cast<size_t>(cpu.threads));
+  const double start = seconds_now(cpu.threads);
+  parallel(cpu.threads, cpu.threads, [&](int64_t task, int) {
+    sink[static_cast<size_t>(task)] = wide ? fma_loop_avx512() : fma_loop_avx2();
   });
+  const double seconds = seconds_now(cpu.threads) - start;
   const double flop =
       2.0 * (wide ? 16 * kChains : 8 * kChainsAvx2) * static_cast<double>(kPeakLoops) * cpu.threads;
   return flop / seconds * 1e-9;
@@ -117,18 +121,51 @@ struct Options {
   double seconds;
 };
 
-void report(const Options& options, const std::string& name, double flop, double bytes, double peak,
+void report(const Options& options, const Cpu& cpu, const std::string& name, double flop, double bytes,
             const std::function<void()>& call) {
   if (name.find(options.filter) == std::string::npos) return;
-  const double seconds = best_seconds(options.seconds, call);
-  std::printf("%-44s %9.3f ms %8.1f GFLOP/s %6.1f %% of peak %7.1f GB/s of weights\n", name.c_str(),
-              seconds * 1e3, flop / seconds * 1e-9, peak > 0 ? flop / seconds * 1e-7 / peak : 0.0,
-              bytes / seconds * 1e-9);
+  call();
+  // Calls that another process interrupted, which leaves the caches cold, count only when all were.
+  std::vector<double> seconds, shares, disturbed_seconds, disturbed_shares;
+  double before = fma_peak(cpu), spent = 0;
+  for (int64_t seen = interruptions();
+       spent < options.seconds || seconds.size() + disturbed_seconds.size() < 5;) {
+    const double start = seconds_now(cpu.threads);
+    call();
+    const double passed = seconds_now(cpu.threads) - start, after = fma_peak(cpu);
+    const int64_t now = interruptions();
+    (now == seen ? seconds : disturbed_seconds).push_back(passed);
+    if (before + after > 0)
+      (now == seen ? shares : disturbed_shares).push_back(flop / passed * 2e-9 / (before + after));
+    before = after;
+    spent += passed;
+    if (now != seen) {
+      call();
+      before = fma_peak(cpu);
+      seen = interruptions();
+    }
+  }
+  const size_t clean = seconds.size();
+  if (clean < 3) {
+    seconds.insert(seconds.end(), disturbed_seconds.begin(), disturbed_seconds.end());
+    shares.insert(shares.end(), disturbed_shares.begin(), disturbed_shares.end());
+  }
+  const double typical = median(seconds);
+  std::printf("%-44s %9.3f ms %8.1f GFLOP/s %6.1f %% of peak %7.1f GB/s of weights, %zu calls\n",
+              name.c_str(), typical * 1e3, flop / typical * 1e-9, shares.empty() ? 0.0 : 100 * median(shares),
+              bytes / typical * 1e-9, clean);
   std::fflush(stdout);
 }
 
-void bench_shape(const Options& options, const Cpu& cpu, double peak, int64_t M, int64_t K, int64_t N,
-                 bool training) {
+void bench_shape(const Options& options, const Cpu& cpu, int64_t M, int64_t K, int64_t N, bool training) {
+  const std::string where = " t" + std::to_string(cpu.threads) + " M=" + std::to_string(M) + " " +
+                            std::to_string(K) + "x" + std::to_string(N);
+  const char* const kinds[] = {"forward packed fp32", "forward plain fp32", "dinp fp32",   "dweight fp32",
+                               "forward plain bf16",  "dinp bf16",          "dweight bf16"};
+  const auto wanted = [&](const char* kind) {
+    return (kind + where).find(options.filter) != std::string::npos;
+  };
+  if (std::none_of(std::begin(kinds), std::end(kinds), wanted)) return;
   std::vector<float> inp = numbers(M * K), w = numbers(K * N), out(static_cast<size_t>(M * N)),
                      bias = numbers(N);
   std::vector<float> panels(static_cast<size_t>(packed_elements(K, N)));
@@ -140,16 +177,14 @@ void bench_shape(const Options& options, const Cpu& cpu, double peak, int64_t M,
   };
   const double flop = 2.0 * static_cast<double>(M) * static_cast<double>(K) * static_cast<double>(N);
   const double bytes = 4.0 * static_cast<double>(K) * static_cast<double>(N);
-  const std::string where = " t" + std::to_string(cpu.threads) + " M=" + std::to_string(M) + " " +
-                            std::to_string(K) + "x" + std::to_string(N);
   const auto forward = [&](const Weight& weight_used, MatmulPrecision precision) {
     matmul_forward(cpu, tensor(out, M, N), tensor(inp, M, K), weight_used, tensor(bias, 1, N),
                    Epilogue::kNone, {}, precision);
   };
-  report(options, "forward packed fp32" + where, flop, bytes, peak,
+  report(options, cpu, "forward packed fp32" + where, flop, bytes,
          [&] { forward(packed, MatmulPrecision::kFP32); });
   if (!training) return;
-  report(options, "forward plain fp32" + where, flop, bytes, peak,
+  report(options, cpu, "forward plain fp32" + where, flop, bytes,
          [&] { forward(plain, MatmulPrecision::kFP32); });
   std::vector<float> dinp(inp.size()), dw(w.size());
   const auto backward = [&](bool to_input, MatmulPrecision precision) {
@@ -159,15 +194,13 @@ void bench_shape(const Options& options, const Cpu& cpu, double peak, int64_t M,
                                                    : tensor(dw, N, K),
                     {}, tensor(out, M, N), tensor(inp, M, K), plain, precision);
   };
-  report(options, "dinp fp32" + where, flop, bytes, peak, [&] { backward(true, MatmulPrecision::kFP32); });
-  report(options, "dweight fp32" + where, flop, bytes, peak,
-         [&] { backward(false, MatmulPrecision::kFP32); });
+  report(options, cpu, "dinp fp32" + where, flop, bytes, [&] { backward(true, MatmulPrecision::kFP32); });
+  report(options, cpu, "dweight fp32" + where, flop, bytes, [&] { backward(false, MatmulPrecision::kFP32); });
   if (cpu.isa < Isa::kAmx) return;
-  report(options, "forward plain bf16" + where, flop, bytes, peak,
+  report(options, cpu, "forward plain bf16" + where, flop, bytes,
          [&] { forward(plain, MatmulPrecision::kBF16); });
-  report(options, "dinp bf16" + where, flop, bytes, peak, [&] { backward(true, MatmulPrecision::kBF16); });
-  report(options, "dweight bf16" + where, flop, bytes, peak,
-         [&] { backward(false, MatmulPrecision::kBF16); });
+  report(options, cpu, "dinp bf16" + where, flop, bytes, [&] { backward(true, MatmulPrecision::kBF16); });
+  report(options, cpu, "dweight bf16" + where, flop, bytes, [&] { backward(false, MatmulPrecision::kBF16); });
 }
 
 }  // namespace
@@ -178,17 +211,18 @@ int main(int argc, char** argv) {
   if (available_threads() > 1) counts.push_back(available_threads());
   for (const int threads : counts) {
     const Cpu cpu{threads, active_isa()};
-    const double peak = fma_peak(cpu);
+    std::vector<double> peaks;
+    for (int i = 0; i < 25; ++i) peaks.push_back(fma_peak(cpu));
     std::printf("%s, %d thread%s: %.1f GFLOP/s fp32 from registers\n", isa_name(cpu.isa), threads,
-                threads > 1 ? "s" : "", peak);
-    for (const int64_t M : {int64_t{1}, int64_t{8}, int64_t{16}})
-      bench_shape(options, cpu, peak, M, 768, 50257, false);
+                threads > 1 ? "s" : "", median(peaks));
+    for (const int64_t M : {int64_t{1}, int64_t{4}, int64_t{8}, int64_t{16}, int64_t{64}, int64_t{256}})
+      bench_shape(options, cpu, M, 768, 50257, false);
     for (const int64_t M : {int64_t{64}, int64_t{256}, int64_t{1024}}) {
       const int64_t shapes[][2] = {{768, 2304}, {768, 768},  {768, 3072},
                                    {3072, 768}, {256, 1024}, {256, 8192}};
-      for (const auto& s : shapes) bench_shape(options, cpu, peak, M, s[0], s[1], true);
+      for (const auto& s : shapes) bench_shape(options, cpu, M, s[0], s[1], true);
     }
-    report(options, "parallel region t" + std::to_string(threads), 0, 0, 0,
+    report(options, cpu, "parallel region t" + std::to_string(threads), 0, 0,
            [&] { parallel(threads, 64, [](int64_t, int) {}); });
   }
   return 0;

@@ -18,6 +18,8 @@
 #include <vector>
 
 #include "core/attention_mask.h"
+#include "core/error.h"
+#include "core/quantise.h"
 #include "core/tensor.h"
 
 namespace dn {
@@ -91,6 +93,16 @@ struct AdamWStep {
   int64_t step = 1;          // 1-based, for bias correction
 };
 
+// A packed int8 weight may be written in pieces of a multiple of this many columns.
+constexpr int64_t kInt8Columns = 32;
+
+// What a step needs memory for. R: rows of the head.
+struct StepShape {
+  int64_t N = 0, S = 0, R = 0;
+  int64_t C = 0, NH = 0, V = 0;
+  bool training = false;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -102,6 +114,13 @@ class Backend {
   // True when the backend's memory is ordinary host memory, so that a caller's own array can be a tensor.
   virtual bool host_memory() const { return false; }
   virtual std::unique_ptr<Buffer> alloc(size_t bytes) = 0;  // throws Error(kOutOfMemory)
+  // Estimates, to refuse a step before anything is allocated for it. free_bytes: what alloc() could still
+  // give; unbounded where the system alone knows. step_bytes: what a step takes beside the model's buffers,
+  // and beyond what earlier steps have left with the backend. parameter_bytes: what it adds to so many bytes
+  // of parameters.
+  virtual size_t free_bytes() { return SIZE_MAX; }
+  virtual size_t step_bytes(const StepShape&) const { return 0; }
+  virtual size_t parameter_bytes(size_t) const { return 0; }
   virtual void upload(void* dst, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* src, size_t bytes) = 0;
   virtual void zero(void* dst, size_t bytes) = 0;
@@ -113,6 +132,16 @@ class Backend {
   // Writes `plain` in the backend's packed layout to `packed` (packed_elements floats), and back.
   virtual void pack_weight(void* packed, const Weight& plain) = 0;
   virtual void unpack_weight(void* plain, const Weight& packed) = 0;
+
+  // int8 weights, for inference: the ops below that take a packed weight also take one whose dtype is kI8.
+  // Plain int8 matrices lie in host memory. A backend without int8 products throws Error(kArgument).
+  // (K, N): bytes of a packed weight with its scales, a multiple of 64.
+  virtual size_t int8_bytes(int64_t, int64_t) const { throw no_int8(); }
+  // (packed, plain, n_begin): columns [n_begin, n_begin + plain.N) of `packed` = plain; n_begin is a multiple
+  // of kInt8Columns.
+  virtual void pack_int8(void*, const Int8Matrix&, int64_t) { throw no_int8(); }
+  // (plain, packed): plain = all of `packed`, whose K, N and order are plain's.
+  virtual void unpack_int8(const Int8Matrix&, const void*) { throw no_int8(); }
 
   // out (N, C) = wte[id] + wpe[position]. wte is the head's weight: K = C, N = V, order kOutIn, plain or
   // packed.
@@ -174,6 +203,12 @@ class Backend {
   // Sum of squares of n gradients in double, with an order of additions that does not depend on threads. NaN
   // and infinities propagate.
   virtual double sum_of_squares(const void* gradients, int64_t n) = 0;
+
+ private:
+  Error no_int8() const {
+    return Error(Code::kArgument,
+                 "the backend " + name() + " has no int8 products; int8 weights are for the CPU");
+  }
 };
 
 // threads 0: every core this process may use. The pool is process-wide: concurrent callers take turns.
@@ -186,9 +221,11 @@ struct CudaDevice {
   std::string name;
   size_t memory = 0;       // bytes
   std::string capability;  // "9.0"
-  std::string products;    // what computes products: "cuBLASLt 130100", or "own kernels" and why
 };
 // Devices by number; none, and why, when there is no CUDA in this build or no usable driver. Never throws.
 std::vector<CudaDevice> cuda_devices(std::string* reason);
+// What computes matrix products on every device: "cuBLASLt 130100", or "own kernels: " and why; empty when
+// there is no CUDA in this build. Never throws.
+std::string cuda_products();
 
 }  // namespace dn

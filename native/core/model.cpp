@@ -276,7 +276,12 @@ void Model::run_forward(const Batch& batch, const std::vector<int64_t>& rows, Ma
     a.fc = carver.take(dtype, rows_held, 4 * C);
     return std::max(narrow.used(), carver.used());
   };
-  workspace_->arena.reserve(*backend_, layout(Carver(nullptr)), "the activations of a forward pass");
+  const size_t bytes = layout(Carver(nullptr));
+  require_memory(
+      *backend_, workspace_->arena.growth(bytes) + backend_->step_bytes(step_shape(0, false)),
+      "a forward pass over " + str(N) + " tokens in " + str(plan.all.sequences.size()) + " sequences",
+      "lower the batch size or the sequence length");
+  workspace_->arena.reserve(*backend_, bytes, "the activations of a forward pass");
   layout(Carver(workspace_->arena.data()));
   h = h.slice(0, N);
   a.mid = a.mid.slice(0, N);
@@ -300,6 +305,18 @@ void Model::run_forward(const Batch& batch, const std::vector<int64_t>& rows, Ma
   backend_->layernorm_forward(ln, Tensor(), Tensor(), h, tensor(ln_f_weight(config_)),
                               tensor(ln_f_bias(config_)));
   hidden_ = ln;
+}
+
+StepShape Model::step_shape(int64_t R, bool training) const {
+  StepShape shape;
+  shape.N = workspace_->plan.N;
+  shape.S = static_cast<int64_t>(workspace_->plan.all.sequences.size());
+  shape.R = R;
+  shape.C = config_.channels;
+  shape.NH = config_.heads;
+  shape.V = config_.vocab;
+  shape.training = training;
+  return shape;
 }
 
 void Model::forward(const Batch& batch, const std::vector<int64_t>& rows) {
@@ -355,7 +372,13 @@ void Model::denoise(DenoiseStats* stats, float* watched, const DenoiseRow* rows,
   for (int64_t i = 0; i < watch_count; ++i) {
     if (watch[i] < 0 || watch[i] >= config_.vocab) bad("denoise: watched id " + str(watch[i]) + vocabulary);
   }
-  if (R > 0) backend_->head_denoise(stats, watched, hidden_, rows, R, watch, watch_count, weight(kWte));
+  if (R == 0) return;
+  StepShape shape = step_shape(R, false);
+  shape.N = shape.S = 0;
+  for (int64_t r = 0; r < R; ++r) shape.R += rows[r].guide_row >= 0 ? 1 : 0;
+  require_memory(*backend_, backend_->step_bytes(shape), "sampling " + str(R) + " rows",
+                 "lower the batch size, or sample fewer rows at a time");
+  backend_->head_denoise(stats, watched, hidden_, rows, R, watch, watch_count, weight(kWte));
 }
 
 }  // namespace dn

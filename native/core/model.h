@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,7 +26,7 @@ struct ModelConfig {
 struct Parameter {
   std::string name;  // GPT-2 names without prefix: "wte.weight", "h.0.attn.c_attn.weight"
   std::vector<int64_t> shape;
-  int64_t offset = 0;  // elements from the start of the buffer, a multiple of 16
+  int64_t offset = 0;  // fp32 words from the start of the buffer, a multiple of 16
   int64_t count = 0;   // product of shape
   bool is_matrix =
       false;  // rank 2: weight decay applies; all but wpe are operands of products and may be packed
@@ -86,11 +87,14 @@ struct TrainingOptions {
 
 class Model {
  public:
-  Model(std::unique_ptr<Backend> backend, const ModelConfig& config);
+  // weights: kF32, or kI8: the operands of products (all matrices but wpe) are held as int8 with a scale per
+  // output column, for inference only.
+  Model(std::unique_ptr<Backend> backend, const ModelConfig& config, Dtype weights = Dtype::kF32);
   ~Model();
 
   const ModelConfig& config() const { return config_; }
   Backend& backend() { return *backend_; }
+  Dtype weights() const { return weights_; }
   const std::vector<Parameter>& parameters() const { return parameters_; }
   // Index into parameters(); throws Error(kArgument) naming the parameter when there is none.
   size_t find_parameter(const std::string& name) const;
@@ -99,7 +103,17 @@ class Model {
   // 0, layer norm weights 1. Box-Muller on Stream::kInit, so a seed means the same weights everywhere.
   void initialise(uint64_t seed);
   void get_parameter(size_t index, float* out);  // plain layout, whatever the storage
+  // A value that is not finite cannot become int8: Error(kArgument).
   void set_parameter(size_t index, const float* values);
+  // The same from read(begin, count, out), asked for consecutive elements in ascending order. An int8 model
+  // reads its largest matrix, wte, piece by piece.
+  using ReadValues = std::function<void(int64_t begin, int64_t count, float* out)>;
+  void set_parameter(size_t index, const ReadValues& read);
+  // A matrix as it is, or would be, held as int8: values in the parameter's shape, a scale per output column
+  // (int8_columns). Error(kArgument) for a parameter that is not the operand of a product.
+  int64_t int8_columns(size_t index) const;
+  void get_int8(size_t index, int8_t* values, float* scales);
+  void set_int8(size_t index, const int8_t* values, const float* scales);
   // After the last set_parameter of a load: packs weights for inference. Forward does it by itself when it
   // was not called.
   void prepare_inference();
@@ -148,9 +162,16 @@ class Model {
   Tensor gradient(size_t index) const;
   Weight weight(size_t index) const;
   Weight plain_weight(size_t index, const void* data) const;
-  // Elements reserved for parameter `index`: its count, or more where packing needs more.
+  // fp32 words reserved for parameter `index`: its count, or what its packed form needs.
   int64_t room(size_t index) const;
+  bool is_int8(size_t index) const;
+  Int8Matrix int8_matrix(size_t index, int8_t* values, float* scales) const;
+  // Columns [n_begin, n_begin + N) of an int8 weight from as much of its plain fp32 form.
+  void set_int8_columns(size_t index, int64_t n_begin, int64_t N, const float* values);
+  int64_t largest_room() const;  // of the parameters that are packed
   void unpack();
+  // Of a step with R rows of the head; what run_forward and loss_and_gradients ask require_memory for.
+  StepShape step_shape(int64_t R, bool training) const;
 
   // Checks a batch against the model and plans its attention calls; `rows` as in forward.
   void plan_batch(const Batch& batch, const std::vector<int64_t>& rows);
@@ -162,6 +183,7 @@ class Model {
   const Training& require_training(const char* caller) const;
 
   ModelConfig config_;
+  Dtype weights_;
   std::unique_ptr<Backend> backend_;
   std::vector<Parameter> parameters_;
   std::unique_ptr<Buffer> storage_;

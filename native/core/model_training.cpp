@@ -18,7 +18,15 @@ namespace {
 
 void Model::begin_training() {
   if (training_) return;
+  if (weights_ != Dtype::kF32) {
+    bad("training needs fp32 weights, this model holds int8 ones; load it with dtype 'fp32'");
+  }
   // Everything that can fail comes before the first change of state.
+  require_memory(*backend_,
+                 3 * storage_->bytes() + static_cast<size_t>(packed_ ? largest_room() : 0) * sizeof(float),
+                 "training (gradients and two moments of " +
+                     std::to_string(storage_->bytes() / sizeof(float)) + " parameters)",
+                 "train a smaller model, or on another device");
   auto training = std::make_unique<Training>();
   training->gradients = alloc_for(*backend_, storage_->bytes(), "the gradients");
   training->m = alloc_for(*backend_, storage_->bytes(), "AdamW's first moments");
@@ -133,7 +141,13 @@ void Model::loss_and_gradients(const Batch& batch, const LossRows& rows, const T
     w.dfc = carver.take(dtype, N, 4 * C);
     return std::max(narrow.used(), carver.used());
   };
-  w.arena.reserve(backend, layout(Carver(nullptr)), "the activations of a training step");
+  const size_t bytes = layout(Carver(nullptr));
+  require_memory(
+      backend, w.arena.growth(bytes) + backend.step_bytes(step_shape(R, true)),
+      "a training step over " + std::to_string(N) + " tokens with " + std::to_string(R) + " targets",
+      std::string("lower the batch size or the sequence length") +
+          (options.recompute ? "" : ", or recompute activations"));
+  w.arena.reserve(backend, bytes, "the activations of a training step");
   layout(Carver(w.arena.data()));
   const auto activations = [&](int32_t layer) -> const BlockActivations& {
     return w.blocks[options.recompute ? 0 : static_cast<size_t>(layer)];

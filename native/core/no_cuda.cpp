@@ -1,9 +1,8 @@
-// Stands in for cuda/ in builds without it, so that asking for a GPU gives a reason instead of a link error.
+// Takes the place of cuda/ in builds without it, so that asking for a GPU gives a reason instead of a link
+// error.
 
 #include "core/backend.h"
 #include "core/error.h"
-
-#ifndef DN_WITH_CUDA
 
 namespace dn {
 
@@ -12,6 +11,8 @@ std::vector<CudaDevice> cuda_devices(std::string* reason) {
   return {};
 }
 
+std::string cuda_products() { return {}; }
+
 std::unique_ptr<Backend> make_cuda_backend(int device, Dtype) {
   throw Error(Code::kDevice,
               "this build has no CUDA support, so device cuda:" + std::to_string(device) +
@@ -19,5 +20,3 @@ std::unique_ptr<Backend> make_cuda_backend(int device, Dtype) {
 }
 
 }  // namespace dn
-
-#endif

@@ -16,7 +16,7 @@ namespace {
 constexpr double kPi = 3.14159265358979323846;
 constexpr double kSmallestProbability = 1e-3;  // spindle: below it a token stays visible
 
-[[noreturn]] void misuse(const std::string& what) { throw Error(Code::kArgument, "corrupt: " + what); }
+[[noreturn]] void misuse(const std::string& what) { throw Error(Code::kArgument, what); }
 
 std::string sequence_name(int64_t s) { return "sequence " + std::to_string(s); }
 
@@ -52,7 +52,7 @@ void validate_options(const NoiseOptions& options) {
     misuse("block is " + std::to_string(options.block) + ", expected at least 1 token");
   }
   if (!options.spindle_information.empty()) {
-    if (!std::isfinite(options.spindle_lambda)) misuse("spindle_lambda is not a finite number");
+    if (!std::isfinite(options.spindle_lambda)) misuse("the spindle's lambda is not a finite number");
     if (options.time_sampler == TimeSampler::kExactCount) {
       misuse(
           "the spindle schedule gives every token its own probability; exact counts cannot be combined with "
@@ -77,11 +77,11 @@ void validate_tokens(const CleanBatch& clean, const NoiseOptions& options, int64
       misuse(here() + " is masked by the given mask but not maskable");
     }
     if (spindle && id >= V) {
-      misuse(here() + " has the id " + std::to_string(id) + "; spindle_information has " + std::to_string(V) +
-             " rows");
+      misuse(here() + " has the id " + std::to_string(id) + "; the spindle information has " +
+             std::to_string(V) + " entries");
     }
     if (spindle && !(options.spindle_information[id] > 0 && std::isfinite(options.spindle_information[id]))) {
-      misuse("spindle_information of id " + std::to_string(id) + " is " +
+      misuse("the spindle information of id " + std::to_string(id) + " is " +
              std::to_string(options.spindle_information[id]) + ", expected a positive number of nats");
     }
   }

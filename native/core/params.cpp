@@ -1,9 +1,10 @@
 // The model's parameters: the table of names, shapes and places, GPT-2's initialisation, and access to values
-// whether they are stored plainly or packed for inference. There is one copy of the weights at any time;
-// packing and unpacking work in place, with a temporary of the size of the largest matrix.
+// whether they are stored plainly or packed for inference, as fp32 or int8. There is one copy of the weights
+// at any time; packing and unpacking work in place, with a temporary of the size of the largest matrix.
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 
 #include "core/error.h"
@@ -81,6 +82,20 @@ std::unique_ptr<Buffer> alloc_for(Backend& backend, size_t bytes, const std::str
   }
 }
 
+void require_memory(Backend& backend, size_t bytes, const std::string& what, const std::string& advice) {
+  if (bytes == 0) return;
+  const size_t free = backend.free_bytes();
+  if (bytes <= free) return;
+  const auto amount = [](size_t n) {
+    char text[32];
+    if (n < size_t{10} << 20) return std::to_string(n) + " bytes";
+    std::snprintf(text, sizeof text, "%.1f MiB", static_cast<double>(n) / 1048576.0);
+    return std::string(text);
+  };
+  throw Error(Code::kOutOfMemory, "out of memory: " + what + " needs about " + amount(bytes) + " more on " +
+                                      backend.name() + ", which has " + amount(free) + " free; " + advice);
+}
+
 const Parameter& parameter_at(const std::vector<Parameter>& table, size_t index) {
   if (index >= table.size()) {
     throw Error(Code::kArgument, "parameter " + std::to_string(index) + " is outside the model's " +
@@ -127,18 +142,26 @@ std::vector<Parameter> make_parameter_table(const ModelConfig& config) {
   return table;
 }
 
-Model::Model(std::unique_ptr<Backend> backend, const ModelConfig& config)
+Model::Model(std::unique_ptr<Backend> backend, const ModelConfig& config, Dtype weights)
     : config_(config),
+      weights_(weights),
       backend_(std::move(backend)),
       parameters_(make_parameter_table(config)),
       workspace_(std::make_unique<Workspace>()) {
+  if (weights != Dtype::kF32 && weights != Dtype::kI8) {
+    throw Error(Code::kArgument, "weights can be held as fp32 or int8 only");
+  }
   // The table's offsets know nothing of the backend; here they get the room that its packed layout needs.
   int64_t total = 0;
   for (size_t i = 0; i < parameters_.size(); ++i) {
     parameters_[i].offset = total;
     total += round_up(room(i));
   }
-  storage_ = alloc_for(*backend_, static_cast<size_t>(total) * sizeof(float), "the parameters");
+  const size_t bytes = static_cast<size_t>(total) * sizeof(float);
+  require_memory(*backend_, bytes + backend_->parameter_bytes(bytes),
+                 "a model of " + std::to_string(total) + " parameters",
+                 "use a smaller model, or dispose of others");
+  storage_ = alloc_for(*backend_, bytes, "the parameters");
   // Zeros are the packed form of zeros. Starting packed, a loader's set_parameter packs straight from its
   // file, with no plain copy in between.
   packed_ = true;
@@ -157,7 +180,18 @@ size_t Model::find_parameter(const std::string& name) const {
 int64_t Model::room(size_t index) const {
   const Parameter& p = parameters_[index];
   if (!is_packable(index, p)) return p.count;
+  if (is_int8(index)) {
+    return static_cast<int64_t>(backend_->int8_bytes(weight_k(index, p), weight_n(index, p)) / sizeof(float));
+  }
   return std::max(p.count, backend_->packed_elements(weight_k(index, p), weight_n(index, p)));
+}
+
+int64_t Model::largest_room() const {
+  int64_t most = 0;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    if (is_packable(i, parameters_[i])) most = std::max(most, room(i));
+  }
+  return most;
 }
 
 Tensor Model::tensor(size_t index) const {
@@ -179,44 +213,49 @@ Weight Model::plain_weight(size_t index, const void* data) const {
 Weight Model::weight(size_t index) const {
   Weight w = plain_weight(index, tensor(index).data);
   w.packed = packed_;
+  if (is_int8(index)) w.dtype = Dtype::kI8;
   return w;
 }
 
 void Model::initialise(uint64_t seed) {
   hidden_ = Tensor();
-  // Everything is overwritten, so a packed model simply becomes a plain one.
-  backend_->zero(storage_->data(), storage_->bytes());
-  packed_ = false;
-  constexpr int64_t kChunk = 1 << 14;  // elements generated at a time, a multiple of 4
-  std::vector<float> chunk(kChunk);
+  if (weights_ == Dtype::kF32) {
+    // Everything is overwritten, so a packed model simply becomes a plain one.
+    backend_->zero(storage_->data(), storage_->bytes());
+    packed_ = false;
+  }
   for (size_t i = 0; i < parameters_.size(); ++i) {
     const Parameter& p = parameters_[i];
     const bool is_residual = ends_with(p.name, "c_proj.weight");
     const double std_dev = is_residual ? 0.02 / std::sqrt(2.0 * config_.layers) : 0.02;
-    if (!p.is_matrix && ends_with(p.name, "bias")) continue;
-    float* place = static_cast<float*>(storage_->data()) + p.offset;
-    for (int64_t begin = 0; begin < p.count; begin += kChunk) {
-      const int64_t n = std::min(kChunk, p.count - begin);
-      if (p.is_matrix) {
-        for (int64_t e = 0; e < n; e += 4) {
-          double z[4];
-          normal4(seed, static_cast<uint32_t>(i), static_cast<uint64_t>((begin + e) / 4), z);
-          for (int64_t j = 0; j < 4 && e + j < n; ++j) {
-            chunk[static_cast<size_t>(e + j)] = static_cast<float>(z[j] * std_dev);
-          }
-        }
-      } else {
-        std::fill(chunk.begin(), chunk.end(), 1.0f);
+    const float constant = ends_with(p.name, "bias") ? 0.0f : 1.0f;
+    set_parameter(i, [&](int64_t begin, int64_t count, float* out) {
+      if (!p.is_matrix) {
+        std::fill(out, out + count, constant);
+        return;
       }
-      backend_->upload(place + begin, chunk.data(), static_cast<size_t>(n) * sizeof(float));
-    }
+      double z[4];
+      for (int64_t e = 0; e < count; ++e) {
+        const int64_t at = begin + e;
+        if (e == 0 || at % 4 == 0) {
+          normal4(seed, static_cast<uint32_t>(i), static_cast<uint64_t>(at / 4), z);
+        }
+        out[e] = static_cast<float>(z[at % 4] * std_dev);
+      }
+    });
   }
 }
 
 void Model::get_parameter(size_t index, float* out) {
   const Parameter& p = parameter_at(parameters_, index);
   const size_t bytes = static_cast<size_t>(p.count) * sizeof(float);
-  if (!packed_ || !is_packable(index, p)) {
+  if (is_int8(index)) {
+    HostTemporary values(*backend_, static_cast<size_t>(p.count), "unpacking " + p.name);
+    std::vector<float> scales(static_cast<size_t>(weight_n(index, p)));
+    const Int8Matrix matrix = int8_matrix(index, values.as<int8_t>(), scales.data());
+    backend_->unpack_int8(matrix, tensor(index).data);
+    dequantise(out, matrix);
+  } else if (!packed_ || !is_packable(index, p)) {
     backend_->download(out, tensor(index).data, bytes);
   } else if (backend_->host_memory()) {
     backend_->unpack_weight(out, weight(index));
@@ -230,7 +269,9 @@ void Model::get_parameter(size_t index, float* out) {
 void Model::set_parameter(size_t index, const float* values) {
   const Parameter& p = parameter_at(parameters_, index);
   const size_t bytes = static_cast<size_t>(p.count) * sizeof(float);
-  if (!packed_ || !is_packable(index, p)) {
+  if (is_int8(index)) {
+    set_int8_columns(index, 0, weight_n(index, p), values);
+  } else if (!packed_ || !is_packable(index, p)) {
     backend_->upload(tensor(index).data, values, bytes);
   } else if (backend_->host_memory()) {
     backend_->pack_weight(tensor(index).data, plain_weight(index, values));
@@ -239,6 +280,88 @@ void Model::set_parameter(size_t index, const float* values) {
     backend_->upload(plain->data(), values, bytes);
     backend_->pack_weight(tensor(index).data, plain_weight(index, plain->data()));
   }
+}
+
+// Rows of wte are columns of the head's weight, so it can be quantised some rows at a time; a matrix in the
+// other order needs all of itself. Plain fp32 goes to its place in pieces, too.
+void Model::set_parameter(size_t index, const ReadValues& read) {
+  const Parameter& p = parameter_at(parameters_, index);
+  constexpr int64_t kChunk = int64_t{1} << 18;  // elements at a time
+  const bool by_rows = is_int8(index) && index == kWte;
+  const bool plain = !is_int8(index) && (!packed_ || !is_packable(index, p));
+  const int64_t row = by_rows ? weight_k(index, p) : 1;
+  const int64_t step = !by_rows && !plain ? p.count
+                       : by_rows ? std::max(kInt8Columns, kChunk / row / kInt8Columns * kInt8Columns) * row
+                                 : kChunk;
+  HostTemporary memory(*backend_, static_cast<size_t>(std::min(step, p.count)) * sizeof(float),
+                       "reading " + p.name);
+  float* const values = memory.as<float>();
+  for (int64_t begin = 0; begin < p.count; begin += step) {
+    const int64_t count = std::min(step, p.count - begin);
+    read(begin, count, values);
+    if (by_rows) {
+      set_int8_columns(index, begin / row, count / row, values);
+    } else if (plain) {
+      backend_->upload(static_cast<float*>(tensor(index).data) + begin, values,
+                       static_cast<size_t>(count) * sizeof(float));
+    } else {
+      set_parameter(index, values);
+    }
+  }
+}
+
+bool Model::is_int8(size_t index) const {
+  return weights_ == Dtype::kI8 && is_packable(index, parameters_[index]);
+}
+
+Int8Matrix Model::int8_matrix(size_t index, int8_t* values, float* scales) const {
+  const Weight w = plain_weight(index, nullptr);
+  return {values, scales, w.order, w.K, w.N};
+}
+
+void Model::set_int8_columns(size_t index, int64_t n_begin, int64_t N, const float* values) {
+  const int64_t K = weight_k(index, parameters_[index]);
+  HostTemporary quantised(*backend_, static_cast<size_t>(K * N), "quantising " + parameters_[index].name);
+  std::vector<float> scales(static_cast<size_t>(N));
+  Int8Matrix matrix = int8_matrix(index, quantised.as<int8_t>(), scales.data());
+  matrix.N = N;
+  if (!quantise(matrix, values)) {
+    throw Error(Code::kArgument, "parameter " + parameters_[index].name +
+                                     ": a value is not finite and cannot be held as int8");
+  }
+  backend_->pack_int8(tensor(index).data, matrix, n_begin);
+}
+
+int64_t Model::int8_columns(size_t index) const {
+  const Parameter& p = parameter_at(parameters_, index);
+  if (!is_packable(index, p)) {
+    throw Error(Code::kArgument, "parameter " + p.name + " is never held as int8");
+  }
+  return weight_n(index, p);
+}
+
+void Model::get_int8(size_t index, int8_t* values, float* scales) {
+  int8_columns(index);
+  const Int8Matrix matrix = int8_matrix(index, values, scales);
+  if (is_int8(index)) return backend_->unpack_int8(matrix, tensor(index).data);
+  const Parameter& p = parameters_[index];
+  HostTemporary plain(*backend_, static_cast<size_t>(p.count) * sizeof(float), "quantising " + p.name);
+  get_parameter(index, plain.as<float>());
+  if (!quantise(matrix, plain.as<float>())) {
+    throw Error(Code::kArgument, "parameter " + parameters_[index].name +
+                                     ": a value is not finite and cannot be held as int8");
+  }
+}
+
+void Model::set_int8(size_t index, const int8_t* values, const float* scales) {
+  int8_columns(index);
+  // Only read: the matrix type serves both directions.
+  const Int8Matrix matrix = int8_matrix(index, const_cast<int8_t*>(values), const_cast<float*>(scales));
+  if (is_int8(index)) return backend_->pack_int8(tensor(index).data, matrix, 0);
+  const Parameter& p = parameters_[index];
+  HostTemporary plain(*backend_, static_cast<size_t>(p.count) * sizeof(float), "widening " + p.name);
+  dequantise(plain.as<float>(), matrix);
+  set_parameter(index, plain.as<float>());
 }
 
 void Model::prepare_inference() {
@@ -263,12 +386,8 @@ void Model::prepare_inference() {
 // and the optimiser treat the gaps between parameters as parameters that are always zero.
 void Model::unpack() {
   if (!packed_) return;
-  int64_t most = 0;
-  for (size_t i = 0; i < parameters_.size(); ++i) {
-    if (is_packable(i, parameters_[i])) most = std::max(most, room(i));
-  }
   const auto packed =
-      alloc_for(*backend_, static_cast<size_t>(most) * sizeof(float), "unpacking the weights");
+      alloc_for(*backend_, static_cast<size_t>(largest_room()) * sizeof(float), "unpacking the weights");
   for (size_t i = 0; i < parameters_.size(); ++i) {
     const Parameter& p = parameters_[i];
     if (!is_packable(i, p)) continue;

@@ -329,4 +329,12 @@ void SafetensorsFile::read_range(const TensorEntry& entry, int64_t begin, int64_
   }
 }
 
+void SafetensorsFile::read_int8(const TensorEntry& entry, int8_t* out) const {
+  const std::string where = "tensor " + shown_name(entry.name);
+  if (entry.dtype != "I8") fail(path_, where + ": has dtype " + entry.dtype + ", expected I8");
+  bytes(entry);  // refuses an entry of another file
+  read_exactly(fd_, out, static_cast<size_t>(entry.end - entry.begin),
+               data_begin_ + static_cast<size_t>(entry.begin), path_ + ": " + where);
+}
+
 }  // namespace dn

@@ -43,6 +43,8 @@ class SafetensorsFile {
   void read(const TensorEntry& entry, float* out) const;
   // The same conversion for elements [begin, begin + count).
   void read_range(const TensorEntry& entry, int64_t begin, int64_t count, float* out) const;
+  // The same for I8, as it is stored.
+  void read_int8(const TensorEntry& entry, int8_t* out) const;
   // The tensor's bytes as they are in the file, entry.end - entry.begin of them; they may be unaligned.
   const uint8_t* bytes(const TensorEntry& entry) const;
 
@@ -71,7 +73,7 @@ class SafetensorsWriter {
   struct Declaration {
     std::string name;
     std::vector<int64_t> shape;
-    Dtype dtype = Dtype::kF32;  // kF32, kF16 or kBF16
+    Dtype dtype = Dtype::kF32;  // kF32, kF16, kBF16 or kI8
   };
   SafetensorsWriter(const std::string& path, std::vector<Declaration> tensors,
                     std::map<std::string, std::string> metadata);
@@ -82,9 +84,11 @@ class SafetensorsWriter {
   // is NaN or infinite, or becomes infinite in a 16-bit dtype, is an error naming the tensor: the reader
   // would refuse the file. After an error nothing is left behind, and further calls fail.
   void write(const float* values, int64_t count);
+  void write_int8(const int8_t* values, int64_t count);  // of a kI8 tensor
   void commit();
 
  private:
+  const Declaration& next(int64_t count, bool is_int8);
   void write_bytes(const void* bytes, size_t count);
   void discard();
   [[noreturn]] void fail(const std::string& doing, int error);

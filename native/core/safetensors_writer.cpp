@@ -31,6 +31,7 @@ const char* dtype_name(Dtype dtype) {
     case Dtype::kF32: return "F32";
     case Dtype::kF16: return "F16";
     case Dtype::kBF16: return "BF16";
+    case Dtype::kI8: return "I8";
     default: return nullptr;
   }
 }
@@ -38,7 +39,8 @@ const char* dtype_name(Dtype dtype) {
 // Elements of a declaration; throws when the shape or dtype cannot be written.
 int64_t checked_count(const SafetensorsWriter::Declaration& tensor, const std::string& path) {
   const std::string where = "tensor " + shown_name(tensor.name) + ": ";
-  if (dtype_name(tensor.dtype) == nullptr) misuse(path, where + "can be written as F32, F16 or BF16 only");
+  if (dtype_name(tensor.dtype) == nullptr)
+    misuse(path, where + "can be written as F32, F16, BF16 or I8 only");
   int64_t count = 1;
   for (const int64_t dim : tensor.shape) {
     if (dim < 0) misuse(path, where + "shape entry " + std::to_string(dim) + " is negative");
@@ -126,7 +128,8 @@ SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Declar
 
 SafetensorsWriter::~SafetensorsWriter() { discard(); }
 
-void SafetensorsWriter::write(const float* values, int64_t count) {
+// The next declared tensor, which must hold `count` values and be I8 or not.
+const SafetensorsWriter::Declaration& SafetensorsWriter::next(int64_t count, bool is_int8) {
   if (fd_ < 0) misuse(path_, "the writer is closed, by commit() or by an earlier error");
   if (next_ == tensors_.size()) {
     misuse(path_, "all " + std::to_string(tensors_.size()) + " declared tensors are written already");
@@ -137,6 +140,22 @@ void SafetensorsWriter::write(const float* values, int64_t count) {
   if (count != declared) {
     misuse(path_, where + std::to_string(count) + " values were given, expected " + std::to_string(declared));
   }
+  if (is_int8 != (tensor.dtype == Dtype::kI8)) {
+    misuse(path_, where + (is_int8 ? "int8 values were given for " : "fp32 values were given for ") +
+                      dtype_name(tensor.dtype));
+  }
+  return tensor;
+}
+
+void SafetensorsWriter::write_int8(const int8_t* values, int64_t count) {
+  next(count, true);
+  write_bytes(values, static_cast<size_t>(count));
+  ++next_;
+}
+
+void SafetensorsWriter::write(const float* values, int64_t count) {
+  const Declaration& tensor = next(count, false);
+  const std::string where = "tensor " + shown_name(tensor.name) + ": ";
   constexpr int64_t kChunk =
       1 << 16;  // values: bounds the buffer of a conversion, whatever the tensor's size
   std::vector<uint16_t> narrow(tensor.dtype == Dtype::kF32 ? 0

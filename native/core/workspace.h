@@ -1,5 +1,5 @@
 // What the model's source files share: where a parameter stands in the table, the memory of a step and the
-// plan of a batch. Private to native/core/{params,model,model_training}.cpp.
+// plan of a batch. Private to native/core/{params,parameter_file,model,model_training}.cpp.
 #pragma once
 
 #include <cstdint>
@@ -46,6 +46,31 @@ const Parameter& parameter_at(const std::vector<Parameter>& table, size_t index)
 // Backend::alloc whose error says what the bytes were for.
 std::unique_ptr<Buffer> alloc_for(Backend& backend, size_t bytes, const std::string& what);
 
+// Throws Error(kOutOfMemory) when the backend cannot give `bytes` more: what they are for, how many they are,
+// what is free and what to do about it. Called before the first allocation, so that nothing has changed.
+void require_memory(Backend& backend, size_t bytes, const std::string& what, const std::string& advice);
+
+// Host memory for a large temporary, given back to the system with the object where the backend's memory is
+// the host's: the heap would keep such pieces for every thread that loads.
+class HostTemporary {
+ public:
+  HostTemporary(Backend& backend, size_t bytes, const std::string& what) {
+    if (backend.host_memory()) {
+      buffer_ = alloc_for(backend, bytes, what);
+    } else {
+      heap_.resize(bytes);
+    }
+  }
+  template <typename T>
+  T* as() {
+    return static_cast<T*>(buffer_ ? buffer_->data() : heap_.data());
+  }
+
+ private:
+  std::unique_ptr<Buffer> buffer_;
+  std::vector<char> heap_;
+};
+
 // Cuts tensors out of one piece of memory, each 64-byte aligned. Without memory it only counts, so a layout
 // is written once and run twice: to learn its size, then to get its tensors.
 class Carver {
@@ -68,17 +93,23 @@ class Carver {
 class Arena {
  public:
   void reserve(Backend& backend, size_t bytes, const char* what) {
-    if (buffer_ && buffer_->bytes() >= bytes) return;
-    // The first shape is met exactly; a second one suggests more to come, so it gets an eighth on top.
-    const bool regrown = buffer_ != nullptr;
+    if (growth(bytes) == 0) return;
+    const size_t wanted = with_slack(bytes);
     buffer_.reset();
-    buffer_ = alloc_for(backend, regrown ? bytes + bytes / 8 : bytes, what);
+    buffer_ = alloc_for(backend, wanted, what);
+  }
+  // Bytes that reserve(bytes) would take beyond what is held.
+  size_t growth(size_t bytes) const {
+    return buffer_ && buffer_->bytes() >= bytes ? 0 : with_slack(bytes) - this->bytes();
   }
   void release() { buffer_.reset(); }
   void* data() const { return buffer_ ? buffer_->data() : nullptr; }
   size_t bytes() const { return buffer_ ? buffer_->bytes() : 0; }
 
  private:
+  // The first shape is met exactly; a second one suggests more to come, so it gets an eighth on top.
+  size_t with_slack(size_t bytes) const { return buffer_ ? bytes + bytes / 8 : bytes; }
+
   std::unique_ptr<Buffer> buffer_;
 };
 

@@ -7,6 +7,7 @@
 
 #include "core/backend.h"
 #include "core/error.h"
+#include "cpu/gemm_int8.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "cpu/thread_pool.h"
@@ -62,6 +63,15 @@ class CpuBackend : public Backend {
   }
   void unpack_weight(void* plain, const Weight& packed) override {
     cpu::unpack_weight(cpu_, static_cast<float*>(plain), packed);
+  }
+  size_t int8_bytes(int64_t K, int64_t N) const override {
+    return static_cast<size_t>(cpu::int8_bytes(K, N));
+  }
+  void pack_int8(void* packed, const Int8Matrix& plain, int64_t n_begin) override {
+    cpu::pack_int8(cpu_, packed, plain, n_begin);
+  }
+  void unpack_int8(const Int8Matrix& plain, const void* packed) override {
+    cpu::unpack_int8(cpu_, plain, packed);
   }
 
   void embedding_forward(Tensor out, const int32_t* ids, const int32_t* positions, const Weight& wte,

@@ -1,6 +1,7 @@
-// The fp32 matrix product: packs the rows of A once a call, cuts C into groups of weight panels for the
-// threads, and walks each group so that a panel block (32 KB) stays in L1 while packed rows of A stream from
-// L2.
+// The fp32 matrix product. Rows of A are packed tile by tile, columns of B are panels; a thread keeps a block
+// of the reduction of some panels (32 KB each) in L2 and meets it with tiles of A, while lines of what comes
+// next are asked for between the multiply-adds. Two ways to cut a product: by columns, all rows of A packed
+// first, or, with many rows and a small B, by rows, all of B packed first. Neither changes a bit.
 
 #include "cpu/gemm.h"
 
@@ -18,17 +19,24 @@ namespace {
 constexpr int64_t kRowBlock = 256;
 // So few rows are bound by reading the weight, and all of their packed A fits in L2.
 constexpr int64_t kFewRows = 32;
-// Packed A kept at a time: 16 MB, or kRowBlock rows when they are longer.
+// Packed A kept at a time when cut by columns: 16 MB, or kRowBlock rows when they are longer.
 constexpr int64_t kPackedFloats = int64_t{4} << 20;
-// Plain weights are packed kGroup panels by kSegment blocks at a time: 512 KB in L2, long runs of the rows in
-// memory.
+// Panels of a task. A block of plain weights is packed for all of them at a time: 256 KB in L2, long runs of
+// the rows in memory.
 constexpr int64_t kGroup = 8;
-constexpr int64_t kSegment = 2;
-constexpr int64_t kBufferFloats = kGroup * kSegment * kGemmDepth * kGemmPanel;
+constexpr int64_t kBufferFloats = kGroup * kGemmDepth * kGemmPanel;
+// Cut by rows: from so many rows on, and for B of at most so many numbers (1 MB, in L2).
+constexpr int64_t kManyRows = 2048;
+constexpr int64_t kSmallB = int64_t{256} << 10;
+constexpr int64_t kSmallDepth = 1024;
+// So many numbers of packed A (1 MB) stay in L2 by themselves.
+constexpr int64_t kNearFloats = int64_t{256} << 10;
 // Below this many elements A is packed by the caller alone: a parallel region would cost more.
 constexpr int64_t kPackAlone = 32768;
 constexpr int64_t kLine = 16;      // floats in a cache line
-constexpr int64_t kPackRows = 32;  // rows that are packed at a time
+constexpr int64_t kPackRows = 32;  // rows of a panel that are packed at a time
+constexpr int64_t kPackTiles = 4;  // tiles of A that are packed at a time
+constexpr int64_t kMostTileRows = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -38,8 +46,8 @@ struct Scratch {
   ~Scratch() { ::operator delete(data, std::align_val_t{64}); }
 };
 
-// One row chunk [m_begin, m_begin + rows) of a product and its packed A: blocks of kGemmDepth of the
-// reduction, in each the rows one after the other, kGemmDepth floats apart.
+// One row chunk [m_begin, m_begin + rows) of a product, cut into tiles of nearly equal height, and its packed
+// A: blocks of kGemmDepth of the reduction, in each the tiles one after the other.
 struct Chunk {
   const GemmProduct& p;
   const GemmKernels& kernels;
@@ -47,32 +55,70 @@ struct Chunk {
   int64_t rows;
   float* packed_a;
 
-  float* a_block(int64_t block) const { return packed_a + block * rows * kGemmDepth; }
+  int64_t blocks() const { return ceil_div(p.K, kGemmDepth); }
+  int64_t depth(int64_t block) const { return std::min(kGemmDepth, p.K - block * kGemmDepth); }
+  int64_t tiles() const { return ceil_div(rows, kernels.max_rows); }
+  int64_t tile_begin(int64_t tile) const { return rows * tile / tiles(); }
+  float* tile_a(int64_t block, int64_t tile) const {
+    return packed_a + block * kGemmDepth * rows + tile_begin(tile) * depth(block);
+  }
+  // Tiles handled against one panel before the next: blocks of nearly equal size.
+  int64_t row_blocks() const { return ceil_div(tiles(), ceil_div(kRowBlock, kernels.max_rows)); }
 };
 
-void pack_a(const Chunk& chunk, int64_t block, int64_t row_begin, int64_t row_end) {
+// Memory wanted soon and the tiles that may still ask for it, each for an equal share.
+struct Ahead {
+  GemmPrefetch memory;
+  int64_t tiles = 1;
+
+  int64_t share() const { return ceil_div(memory.lines, std::max<int64_t>(1, tiles)); }
+};
+
+// `rows` runs of `floats`, `stride` floats apart.
+Ahead ahead_of(const float* at, int64_t rows, int64_t floats, int64_t stride, int64_t tiles) {
+  Ahead ahead;
+  if (floats == stride) {
+    floats *= rows;
+    rows = 1;
+  }
+  ahead.memory.at = at;
+  ahead.memory.run = ahead.memory.left = std::max<int64_t>(1, ceil_div(floats, kLine));
+  ahead.memory.jump = stride - ahead.memory.run * kLine;
+  ahead.memory.lines = rows * ahead.memory.run;
+  ahead.tiles = tiles;
+  return ahead;
+}
+
+// Packed A of some tiles, unless all of it is near anyway.
+Ahead ahead_of_tiles(const Chunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end, int64_t tiles) {
+  if (chunk.rows * chunk.p.K <= kNearFloats) return {};
+  const int64_t rows = chunk.tile_begin(tile_end) - chunk.tile_begin(tile_begin);
+  return ahead_of(chunk.tile_a(block, tile_begin), 1, rows * chunk.depth(block), 0, tiles);
+}
+
+void pack_a(const Chunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end) {
   const GemmProduct& p = chunk.p;
-  const int64_t k = block * kGemmDepth, depth = std::min(kGemmDepth, p.K - k), m = chunk.m_begin + row_begin;
-  float* const dst = chunk.a_block(block) + row_begin * kGemmDepth;
-  if (p.a_layout == GemmLayout::kTransposed) {
-    chunk.kernels.transpose(dst, kGemmDepth, p.a + k * p.a_stride + m, p.a_stride, depth,
-                            row_end - row_begin);
-  } else if (p.a_rows != nullptr) {
-    for (int64_t r = 0; r < row_end - row_begin; ++r) {
-      std::memcpy(dst + r * kGemmDepth, p.a_rows[m + r] + k, static_cast<size_t>(depth) * sizeof(float));
+  const int64_t k = block * kGemmDepth, depth = chunk.depth(block);
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const int64_t m = chunk.m_begin + chunk.tile_begin(tile);
+    const int64_t rows = chunk.tile_begin(tile + 1) - chunk.tile_begin(tile);
+    float* const dst = chunk.tile_a(block, tile);
+    if (p.a_layout == GemmLayout::kTransposed) {
+      chunk.kernels.copy(dst, rows, p.a + k * p.a_stride + m, p.a_stride, depth, rows);
+      continue;
     }
-  } else {
-    chunk.kernels.copy(dst, kGemmDepth, p.a + m * p.a_stride + k, p.a_stride, row_end - row_begin, depth);
+    const float* src[kMostTileRows] = {};
+    for (int64_t r = 0; r < rows; ++r) src[r] = (p.a_rows ? p.a_rows[m + r] : p.a + (m + r) * p.a_stride) + k;
+    chunk.kernels.pack_rows(dst, src, rows, depth);
   }
 }
 
-// Packs the block of panels [panel_begin, panel_end) into buffer, kGemmDepth * kGemmPanel floats apart.
-void pack_panels(const Chunk& chunk, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
-                 float* buffer) {
-  const GemmProduct& p = chunk.p;
-  const int64_t panel_floats = kGemmDepth * kGemmPanel, last_cols = p.N - (panel_end - 1) * kGemmPanel;
+// Packs [k, k + depth) of panels [panel_begin, panel_end) of a plain B into dst, panel_floats apart.
+void pack_panels(const GemmProduct& p, const GemmKernels& kernels, int64_t panel_begin, int64_t panel_end,
+                 int64_t k, int64_t depth, float* dst, int64_t panel_floats) {
+  const int64_t last_cols = p.N - (panel_end - 1) * kGemmPanel;
   if (last_cols < kGemmPanel) {
-    std::memset(buffer + (panel_end - 1 - panel_begin) * panel_floats, 0,
+    std::memset(dst + (panel_end - 1 - panel_begin) * panel_floats, 0,
                 static_cast<size_t>(depth * kGemmPanel) * sizeof(float));
   }
   // Some rows of every panel at a time where rows run across panels: whole runs of memory.
@@ -82,96 +128,142 @@ void pack_panels(const Chunk& chunk, int64_t panel_begin, int64_t panel_end, int
     const int64_t rows = std::min(strip, depth - d);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
-      float* const dst = buffer + (panel - panel_begin) * panel_floats + d * kGemmPanel;
+      float* const to = dst + (panel - panel_begin) * panel_floats + d * kGemmPanel;
       if (transposed) {
-        chunk.kernels.transpose(dst, kGemmPanel, p.b + n * p.b_stride + k, p.b_stride, cols, depth);
+        kernels.transpose(to, kGemmPanel, p.b + n * p.b_stride + k, p.b_stride, cols, depth);
       } else {
-        chunk.kernels.copy(dst, kGemmPanel, p.b + (k + d) * p.b_stride + n, p.b_stride, rows, cols);
+        kernels.copy(to, kGemmPanel, p.b + (k + d) * p.b_stride + n, p.b_stride, rows, cols);
       }
     }
   }
 }
 
-// One block of the reduction for rows [row_begin, row_end) of the chunk, at most kRowBlock, and panels
-// [panel_begin, panel_end). buffer: the block of these panels, unless B is packed already.
-void multiply_block(const Chunk& chunk, int64_t block, int64_t row_begin, int64_t row_end,
-                    int64_t panel_begin, int64_t panel_end, const float* buffer) {
+// What pack_panels will read.
+Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
+                      int64_t tiles) {
+  const int64_t n = panel_begin * kGemmPanel, cols = std::min(p.N, panel_end * kGemmPanel) - n;
+  if (p.b_layout == GemmLayout::kTransposed)
+    return ahead_of(p.b + n * p.b_stride + k, cols, depth, p.b_stride, tiles);
+  return ahead_of(p.b + k * p.b_stride + n, depth, cols, p.b_stride, tiles);
+}
+
+// One block of the reduction for some tiles of the chunk and one panel, whose block is b. Tiles take turns in
+// asking for what comes of A and of B.
+void multiply_panel(const Chunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end, int64_t panel,
+                    const float* b, Ahead& ahead_a, Ahead& ahead_b) {
   const GemmProduct& p = chunk.p;
-  const bool packed = p.b_layout == GemmLayout::kPanels;
-  const int64_t k = block * kGemmDepth, depth = std::min(kGemmDepth, p.K - k);
-  const bool finish = depth == p.K - k && (p.bias || p.gelu || p.residual);
-  const int64_t tiles = ceil_div(row_end - row_begin, chunk.kernels.max_rows);
-  const int64_t lines = ceil_div(depth * kGemmPanel / kLine, tiles);
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
-    const float* const b = packed ? p.b + (panel * p.K + k) * kGemmPanel
-                                  : buffer + (panel - panel_begin) * kGemmDepth * kGemmPanel;
-    // A packed panel comes from memory: every tile asks for a share of the one after it.
-    const float* next = nullptr;
-    if (packed && panel + 1 < panel_end) {
-      next = b + p.K * kGemmPanel;
-    } else if (packed && k + depth < p.K) {
-      next = p.b + (panel_begin * p.K + k + depth) * kGemmPanel;
-    } else if (packed && n + kGemmPanel < p.N) {
-      next = b + depth * kGemmPanel;
-    }
-    int64_t m = row_begin;
-    for (int64_t i = 0; i < tiles; ++i) {  // tiles of nearly equal height
-      const int64_t rows = (row_end - row_begin) / tiles + (i < (row_end - row_begin) % tiles);
-      float* const c = p.c + (chunk.m_begin + m) * p.c_stride + n;
-      chunk.kernels.tile({c, p.c_stride, rows, cols, chunk.a_block(block) + m * kGemmDepth, b, depth,
-                          p.accumulate || block > 0, next ? next + i * lines * kLine : nullptr,
-                          next ? lines : 0});
-      if (finish) {
-        const int64_t extra = (chunk.m_begin + m) * p.extra_stride + n;
-        chunk.kernels.finish({c, p.c_stride, rows, cols, p.bias ? p.bias + n : nullptr, p.gelu,
-                              p.pre ? p.pre + extra : nullptr, p.residual ? p.residual + extra : nullptr,
-                              p.extra_stride});
-      }
-      m += rows;
+  const int64_t depth = chunk.depth(block);
+  const bool finish = block + 1 == chunk.blocks() && (p.bias || p.gelu || p.residual);
+  const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const int64_t m = chunk.m_begin + chunk.tile_begin(tile);
+    const int64_t rows = chunk.tile_begin(tile + 1) - chunk.tile_begin(tile);
+    float* const c = p.c + m * p.c_stride + n;
+    const bool both = ahead_a.memory.lines > 0 && ahead_b.memory.lines > 0;
+    Ahead& ahead = both ? (tile % 2 == 0 ? ahead_a : ahead_b) : ahead_a.memory.lines > 0 ? ahead_a : ahead_b;
+    const int64_t share = std::min(ahead.memory.lines, (both ? 2 : 1) * ahead.share());
+    chunk.kernels.tile({c, p.c_stride, rows, cols, chunk.tile_a(block, tile), b, depth,
+                        p.accumulate || block > 0, &ahead.memory, share});
+    --ahead_a.tiles;
+    --ahead_b.tiles;
+    if (finish) {
+      const int64_t extra = m * p.extra_stride + n;
+      chunk.kernels.finish({c, p.c_stride, rows, cols, p.bias ? p.bias + n : nullptr, p.gelu,
+                            p.pre ? p.pre + extra : nullptr, p.residual ? p.residual + extra : nullptr,
+                            p.extra_stride});
     }
   }
 }
 
-// C of rows [row_begin, row_end) of the chunk and panels [panel_begin, panel_end). Some blocks of the
-// reduction at a time for some rows at a time, so that the rows' part of C stays in L2 meanwhile.
-void multiply_group(const Chunk& chunk, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                    int64_t panel_end, float* buffer) {
+// Tiles [tile_begin, tile_end) of the chunk, at most a row block, against packed panels [panel_begin,
+// panel_end). next_tiles: where those begin that follow in time. after: the panel that follows, or null.
+void multiply_packed(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t next_tiles,
+                     int64_t panel_begin, int64_t panel_end, const float* after) {
   const GemmProduct& p = chunk.p;
-  const bool packed = p.b_layout == GemmLayout::kPanels;
-  const int64_t blocks = ceil_div(p.K, kGemmDepth), step = packed ? blocks : kSegment;
-  if (packed && row_end - row_begin <= kFewRows) {  // the weight is read once, in the order it lies in memory
+  const int64_t blocks = chunk.blocks(), tiles = tile_end - tile_begin;
+  const auto b_of = [&](int64_t block, int64_t panel) {
+    return p.b + (panel * p.K + block * kGemmDepth) * kGemmPanel;
+  };
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t next_block = block + 1 < blocks ? block + 1 : 0, uses = tiles * (panel_end - panel_begin);
+    const int64_t first = next_block > 0 ? tile_begin : next_tiles;
+    const int64_t last = std::min(chunk.tiles(), first + tiles);
+    Ahead ahead_a = ahead_of_tiles(chunk, next_block, first, last, uses);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      for (int64_t block = 0; block < blocks; ++block) {
-        multiply_block(chunk, block, row_begin, row_end, panel, panel + 1, nullptr);
+      const float* next = panel + 1 < panel_end ? b_of(block, panel + 1)
+                          : next_block > 0      ? b_of(next_block, panel_begin)
+                                                : after;
+      const int64_t next_depth = chunk.depth(panel + 1 < panel_end ? block : next_block);
+      Ahead ahead_b;
+      if (next != nullptr) ahead_b = ahead_of(next, 1, next_depth * kGemmPanel, 0, tiles);
+      multiply_panel(chunk, block, tile_begin, tile_end, panel, b_of(block, panel), ahead_a, ahead_b);
+    }
+  }
+}
+
+// C of tiles [tile_begin, tile_end) of the chunk and panels [panel_begin, panel_end) of a plain B. buffer:
+// kBufferFloats. next_panel: where the next task of this thread may begin.
+void multiply_plain(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t panel_begin,
+                    int64_t panel_end, int64_t next_panel, float* buffer) {
+  const GemmProduct& p = chunk.p;
+  const int64_t panel_floats = kGemmDepth * kGemmPanel, blocks = chunk.blocks();
+  const int64_t tiles = tile_end - tile_begin, parts = std::min(tiles, chunk.row_blocks());
+  const int64_t next_end = std::min(ceil_div(p.N, kGemmPanel), next_panel + panel_end - panel_begin);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t k = block * kGemmDepth, depth = chunk.depth(block);
+    pack_panels(p, chunk.kernels, panel_begin, panel_end, k, depth, buffer, panel_floats);
+    Ahead ahead_b;
+    const int64_t width = panel_end - panel_begin;
+    if (block + 1 < blocks) {
+      ahead_b = ahead_of_panels(p, panel_begin, panel_end, k + depth, chunk.depth(block + 1), tiles * width);
+    } else if (next_panel < next_end) {
+      ahead_b = ahead_of_panels(p, next_panel, next_end, 0, chunk.depth(0), tiles * width);
+    }
+    const auto part_begin = [&](int64_t part) { return tile_begin + tiles * part / parts; };
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = part_begin(part), end = part_begin(part + 1);
+      const int64_t next_part = (part + 1) % parts, next_block = (block + (next_part == 0)) % blocks;
+      Ahead ahead_a = ahead_of_tiles(chunk, next_block, part_begin(next_part), part_begin(next_part + 1),
+                                     (end - begin) * width);
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+        multiply_panel(chunk, block, begin, end, panel, buffer + (panel - panel_begin) * panel_floats,
+                       ahead_a, ahead_b);
       }
+    }
+  }
+}
+
+// C of tiles [tile_begin, tile_end) of the chunk and panels [panel_begin, panel_end).
+void multiply_group(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t panel_begin,
+                    int64_t panel_end, int64_t next_panel, float* buffer) {
+  const GemmProduct& p = chunk.p;
+  if (p.b_layout != GemmLayout::kPanels)
+    return multiply_plain(chunk, tile_begin, tile_end, panel_begin, panel_end, next_panel, buffer);
+  const int64_t tiles = tile_end - tile_begin;
+  const int64_t panel_floats = p.K * kGemmPanel;
+  const float* const after = next_panel * kGemmPanel < p.N ? p.b + next_panel * panel_floats : nullptr;
+  if (chunk.rows <= kFewRows) {  // the weight is read once, in the order it lies in memory
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      multiply_packed(chunk, tile_begin, tile_end, tile_begin, panel, panel + 1,
+                      panel + 1 < panel_end ? p.b + (panel + 1) * panel_floats : after);
     }
     return;
   }
-  const int64_t block_floats = (panel_end - panel_begin) * kGemmDepth * kGemmPanel;
-  for (int64_t first = 0; first < blocks; first += step) {
-    const int64_t last = std::min(blocks, first + step);
-    for (int64_t block = first; block < last && !packed; ++block) {
-      const int64_t k = block * kGemmDepth;
-      pack_panels(chunk, panel_begin, panel_end, k, std::min(kGemmDepth, p.K - k),
-                  buffer + (block - first) * block_floats);
-    }
-    for (int64_t m = row_begin; m < row_end; m += kRowBlock) {
-      for (int64_t block = first; block < last; ++block) {
-        multiply_block(chunk, block, m, std::min(row_end, m + kRowBlock), panel_begin, panel_end,
-                       buffer + (block - first) * block_floats);
-      }
-    }
+  const int64_t parts = std::min(tiles, chunk.row_blocks());
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = tile_begin + tiles * part / parts, end = tile_begin + tiles * (part + 1) / parts;
+    multiply_packed(chunk, begin, end, part + 1 < parts ? end : tile_begin, panel_begin, panel_end,
+                    part + 1 < parts ? p.b + panel_begin * panel_floats : after);
   }
 }
 
 void multiply_chunk(const Cpu& cpu, const Chunk& chunk, float* buffers) {
   const GemmProduct& p = chunk.p;
-  const int64_t blocks = ceil_div(p.K, kGemmDepth), strips = ceil_div(chunk.rows, kPackRows);
+  const int64_t tiles = chunk.tiles(), strips = ceil_div(tiles, kPackTiles);
   const int pack_threads = chunk.rows * p.K <= kPackAlone ? 1 : cpu.threads;
-  parallel(pack_threads, blocks * strips, [&](int64_t task, int) {
-    const int64_t begin = task % strips * kPackRows;
-    pack_a(chunk, task / strips, begin, std::min(chunk.rows, begin + kPackRows));
+  parallel(pack_threads, chunk.blocks() * strips, [&](int64_t task, int) {
+    const int64_t begin = task % strips * kPackTiles;
+    pack_a(chunk, task / strips, begin, std::min(tiles, begin + kPackTiles));
   });
 
   // Tasks: some four a thread, of whole panels; rows are divided only when there are too few panels.
@@ -179,26 +271,65 @@ void multiply_chunk(const Cpu& cpu, const Chunk& chunk, float* buffers) {
   const int64_t group = std::clamp<int64_t>(panels / wanted, 1, kGroup);
   const int64_t groups = ceil_div(panels, group);
   int64_t row_parts = 1;
-  if (cpu.threads > 1 && groups < wanted) {
-    row_parts = std::clamp<int64_t>(wanted / groups, 1, ceil_div(chunk.rows, 4 * chunk.kernels.max_rows));
-  }
+  if (cpu.threads > 1 && groups < wanted)
+    row_parts = std::clamp<int64_t>(wanted / groups, 1, ceil_div(tiles, 4));
   parallel(cpu.threads, groups * row_parts, [&](int64_t task, int worker) {
     const int64_t part = task % row_parts, panel = task / row_parts * group;
-    multiply_group(chunk, chunk.rows * part / row_parts, chunk.rows * (part + 1) / row_parts, panel,
-                   std::min(panels, panel + group), buffers + worker * kBufferFloats);
+    const int64_t next = (task + cpu.threads) / row_parts * group;  // most likely
+    multiply_group(chunk, tiles * part / row_parts, tiles * (part + 1) / row_parts, panel,
+                   std::min(panels, panel + group), next, buffers + worker * kBufferFloats);
+  });
+}
+
+void multiply_by_columns(const Cpu& cpu, const GemmProduct& p, const GemmKernels& kernels) {
+  const int64_t most_rows = std::min(p.M, std::max(kRowBlock, kPackedFloats / p.K / kRowBlock * kRowBlock));
+  const int64_t buffer_floats = p.b_layout == GemmLayout::kPanels ? 0 : cpu.threads * kBufferFloats;
+  float* const scratch = gemm_scratch(most_rows * p.K + buffer_floats);
+  for (int64_t m = 0; m < p.M; m += most_rows) {
+    multiply_chunk(cpu, {p, kernels, m, std::min(most_rows, p.M - m), scratch + buffer_floats}, scratch);
+  }
+}
+
+void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernels& kernels) {
+  GemmProduct p = plain;
+  const int64_t panels = ceil_div(p.N, kGemmPanel), panel_floats = p.K * kGemmPanel;
+  const int64_t b_floats = p.b_layout == GemmLayout::kPanels ? 0 : panels * panel_floats;
+  const int64_t task_rows = ceil_div(kRowBlock, kernels.max_rows) * kernels.max_rows;
+  const int64_t tasks = ceil_div(p.M, task_rows), task_floats = ceil_div(task_rows * p.K, kLine) * kLine;
+  float* const scratch = gemm_scratch(b_floats + cpu.threads * task_floats);
+  if (b_floats > 0) {
+    parallel(cpu.threads, panels, [&](int64_t panel, int) {
+      pack_panels(plain, kernels, panel, panel + 1, 0, plain.K, scratch + panel * panel_floats, panel_floats);
+    });
+    p.b = scratch;
+    p.b_layout = GemmLayout::kPanels;
+  }
+  parallel(cpu.threads, tasks, [&](int64_t task, int worker) {
+    const int64_t m = p.M * task / tasks, m_end = p.M * (task + 1) / tasks;
+    const Chunk chunk = {p, kernels, m, m_end - m, scratch + b_floats + worker * task_floats};
+    const int64_t tiles = chunk.tiles(), blocks = chunk.blocks();
+    for (int64_t block = 0; block < blocks; ++block) pack_a(chunk, block, 0, tiles);
+    Ahead ahead, none;  // the rows of the next task; all of B is near
+    const int64_t next = p.M * (task + cpu.threads) / tasks, uses = tiles * panels * blocks;
+    if (task + cpu.threads < tasks && p.a_layout == GemmLayout::kTransposed) {
+      ahead = ahead_of(p.a + next, p.K, chunk.rows, p.a_stride, uses);
+    } else if (task + cpu.threads < tasks && !p.a_rows) {
+      ahead = ahead_of(p.a + next * p.a_stride, chunk.rows, p.K, p.a_stride, uses);
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        multiply_panel(chunk, block, 0, tiles, panel,
+                       p.b + panel * panel_floats + block * kGemmDepth * kGemmPanel, ahead, none);
+      }
+    }
   });
 }
 
 void gemm_fp32(const Cpu& cpu, const GemmProduct& p) {
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
-  const int64_t padded_k = ceil_div(p.K, kGemmDepth) * kGemmDepth;
-  const int64_t most_rows =
-      std::min(p.M, std::max(kRowBlock, kPackedFloats / padded_k / kRowBlock * kRowBlock));
-  const int64_t buffer_floats = p.b_layout == GemmLayout::kPanels ? 0 : cpu.threads * kBufferFloats;
-  float* const scratch = gemm_scratch(most_rows * padded_k + buffer_floats);
-  for (int64_t m = 0; m < p.M; m += most_rows) {
-    multiply_chunk(cpu, {p, kernels, m, std::min(most_rows, p.M - m), scratch + buffer_floats}, scratch);
-  }
+  const int64_t many = std::max<int64_t>(kManyRows, 2 * cpu.threads * kRowBlock);
+  if (p.M >= many && p.K * p.N <= kSmallB && p.K <= kSmallDepth) return multiply_by_rows(cpu, p, kernels);
+  multiply_by_columns(cpu, p, kernels);
 }
 
 // K = 0: the sum of nothing.

@@ -22,7 +22,7 @@ constexpr int64_t kHeadTile = kGemmPanel;
 
 // out (R, n_end - n_begin) = logits of R gathered rows for the vocabulary columns [n_begin, n_end):
 // out[r * out_stride + n - n_begin] = inp_rows[r] . wte[n]. inp_rows[r] points to wte.K floats. wte: order
-// kOutIn, plain or packed. Multi-threaded; the same bits whatever the chunks.
+// kOutIn, plain or packed, or packed int8. Multi-threaded; the same bits whatever the chunks.
 void head_gemm(const Cpu& cpu, float* out, int64_t out_stride, const float* const* inp_rows, int64_t R,
                const Weight& wte, int64_t n_begin, int64_t n_end, MatmulPrecision precision);
 

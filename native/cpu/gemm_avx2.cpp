@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "cpu/gemm_prefetch.inl"
+
 namespace dn::cpu {
 namespace {
 
@@ -18,24 +20,39 @@ __m256i lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// Columns [0, 16) of c and b; cols counts from there.
+// Columns [0, 16) of c and b; cols counts from there. Asks for `lines` of t.prefetch.
 template <int kRows>
-void half_rows(const GemmTile& t, float* c, const float* b, int64_t cols) {
+void half_rows(const GemmTile& t, float* c, const float* b, int64_t cols, int64_t lines) {
   __m256 sum[kRows][2];
 #pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+  for (int r = 0; r < kRows; ++r) {
+    sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+    _mm_prefetch(reinterpret_cast<const char*>(c + r * t.c_stride), _MM_HINT_T0);
+  }
   const float* a = t.a;
-  for (int64_t k = 0; k < t.depth; ++k) {
+  const auto step = [&] {
     const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const __m256 value = _mm256_broadcast_ss(a + r * kGemmDepth);
+      const __m256 value = _mm256_broadcast_ss(a + r);
       sum[r][0] = _mm256_fmadd_ps(value, b0, sum[r][0]);
       sum[r][1] = _mm256_fmadd_ps(value, b1, sum[r][1]);
     }
-    ++a;
+    a += kRows;
     b += kGemmPanel;
+  };
+  const float* const end = b + t.depth * kGemmPanel;
+  const PrefetchPlan plan = plan_prefetch(t.depth, lines);
+  GemmPrefetch ahead = *t.prefetch;
+  for (int64_t slot = 0; slot < plan.slots; ++slot) {
+    lines -= plan.burst;
+    take_lines(&ahead, lines < 0 ? plan.burst + lines : plan.burst);
+    const float* const pause = b + plan.gap * kGemmPanel;
+    do step();
+    while (b != pause);
   }
+  *t.prefetch = ahead;
+  while (b != end) step();
   if (cols >= 16) {
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
@@ -64,11 +81,10 @@ void half_rows(const GemmTile& t, float* c, const float* b, int64_t cols) {
 
 template <int kRows>
 void tile_rows(const GemmTile& t) {
-  for (int64_t i = 0; i < t.prefetch_lines; ++i) {
-    _mm_prefetch(reinterpret_cast<const char*>(t.prefetch + i * 16), _MM_HINT_T1);
-  }
-  half_rows<kRows>(t, t.c, t.b, t.cols);
-  if (t.cols > 16) half_rows<kRows>(t, t.c + 16, t.b + 16, t.cols - 16);
+  const bool both = t.cols > 16;
+  const int64_t first = both ? t.prefetch_lines / 2 : t.prefetch_lines;
+  half_rows<kRows>(t, t.c, t.b, t.cols, first);
+  if (both) half_rows<kRows>(t, t.c + 16, t.b + 16, t.cols - 16, t.prefetch_lines - first);
 }
 
 void tile(const GemmTile& t) {
@@ -130,7 +146,12 @@ void finish(const GemmFinish& f) {
 
 void copy(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows, int64_t cols) {
   for (int64_t r = 0; r < rows; ++r) {
-    memcpy(dst + r * dst_stride, src + r * src_stride, static_cast<size_t>(cols) * sizeof(float));
+    float* const to = dst + r * dst_stride;
+    const float* const from = src + r * src_stride;
+    int64_t n = 0;
+    for (; n + 8 <= cols; n += 8) _mm256_storeu_ps(to + n, _mm256_loadu_ps(from + n));
+    for (; n + 4 <= cols; n += 4) _mm_storeu_ps(to + n, _mm_loadu_ps(from + n));
+    for (; n < cols; ++n) to[n] = from[n];
   }
 }
 
@@ -155,6 +176,27 @@ void transpose_8x8(float* dst, int64_t dst_stride, const float* src, int64_t src
   for (int i = 0; i < 4; ++i) {
     _mm256_storeu_ps(dst + i * dst_stride, _mm256_permute2f128_ps(x[i], x[i + 4], 0x20));
     _mm256_storeu_ps(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(x[i], x[i + 4], 0x31));
+  }
+}
+
+void pack_rows(float* dst, const float* const* rows, int64_t count, int64_t depth) {
+  int64_t k = 0;
+  for (; k + 8 <= depth; k += 8) {
+    float block[8][8] = {};
+    for (int64_t r = 0; r < count; ++r) _mm256_storeu_ps(block[r], _mm256_loadu_ps(rows[r] + k));
+    transpose_8x8(block[0], 8, block[0], 8);
+    for (int64_t i = 0; i < 8; ++i) {
+      float* const to = dst + (k + i) * count;
+      if (count == kMaxRows) {
+        _mm_storeu_ps(to, _mm_loadu_ps(block[i]));
+        memcpy(to + 4, block[i] + 4, 2 * sizeof(float));
+      } else {
+        for (int64_t r = 0; r < count; ++r) to[r] = block[i][r];
+      }
+    }
+  }
+  for (; k < depth; ++k) {
+    for (int64_t r = 0; r < count; ++r) dst[k * count + r] = rows[r][k];
   }
 }
 
@@ -192,7 +234,7 @@ void column_sums(float* sums, const float* src, int64_t src_stride, int64_t rows
 
 }  // namespace
 
-const GemmKernels kGemmAvx2 = {kMaxRows, tile, finish, copy, transpose, column_sums};
+const GemmKernels kGemmAvx2 = {kMaxRows, tile, finish, pack_rows, copy, transpose, column_sums};
 
 }  // namespace dn::cpu
 

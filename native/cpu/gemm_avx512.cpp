@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "cpu/gemm_avx512.inl"
+#include "cpu/gemm_prefetch.inl"
 
 namespace dn::cpu {
 namespace {
@@ -28,31 +29,26 @@ void tile_rows(const GemmTile& t) {
     const __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
 #pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r) {
-      const __m512 value = _mm512_set1_ps(a[r * kGemmDepth]);
+      const __m512 value = _mm512_set1_ps(a[r]);
       sum[r][0] = _mm512_fmadd_ps(value, b0, sum[r][0]);
       sum[r][1] = _mm512_fmadd_ps(value, b1, sum[r][1]);
     }
-    ++a;
+    a += kRows;
     b += kGemmPanel;
   };
   const float* const end = b + t.depth * kGemmPanel;
-  const char* wanted = reinterpret_cast<const char*>(t.prefetch);
-  if (t.prefetch_lines > t.depth) {  // one or two lines a step
-    while (b != end) {
-      _mm_prefetch(wanted, _MM_HINT_T1);
-      _mm_prefetch(wanted + 64, _MM_HINT_T1);
-      wanted += 128;
-      step();
-    }
-  } else {
-    const float* const prefetch_end = b + t.prefetch_lines * kGemmPanel;
-    while (b != prefetch_end) {
-      _mm_prefetch(wanted, _MM_HINT_T1);
-      wanted += 64;
-      step();
-    }
-    while (b != end) step();
+  const PrefetchPlan plan = plan_prefetch(t.depth, t.prefetch_lines);
+  GemmPrefetch ahead = *t.prefetch;
+  int64_t lines = t.prefetch_lines;
+  for (int64_t slot = 0; slot < plan.slots; ++slot) {
+    lines -= plan.burst;
+    take_lines(&ahead, lines < 0 ? plan.burst + lines : plan.burst);
+    const float* const pause = b + plan.gap * kGemmPanel;
+    do step();
+    while (b != pause);
   }
+  *t.prefetch = ahead;
+  while (b != end) step();
   const __mmask16 m0 = lanes(t.cols), m1 = lanes(t.cols - 16);
 #pragma GCC unroll 14
   for (int r = 0; r < kRows; ++r) {
@@ -82,6 +78,19 @@ void tile(const GemmTile& t) {
     case 12: return tile_rows<12>(t);
     case 13: return tile_rows<13>(t);
     default: return tile_rows<14>(t);
+  }
+}
+
+void pack_rows(float* dst, const float* const* rows, int64_t count, int64_t depth) {
+  __m512i block[16];
+  const __mmask16 wide = lanes(count);
+  for (int64_t k = 0; k < depth; k += 16) {
+    const int64_t width = depth - k < 16 ? depth - k : 16;
+    const __mmask16 m = lanes(depth - k);
+    for (int i = 0; i < 16; ++i)
+      block[i] = i < count ? _mm512_maskz_loadu_epi32(m, rows[i] + k) : _mm512_setzero_si512();
+    transpose_16x16(block);
+    for (int64_t i = 0; i < width; ++i) _mm512_mask_storeu_epi32(dst + (k + i) * count, wide, block[i]);
   }
 }
 
@@ -143,7 +152,7 @@ void finish_tile(const GemmFinish& f) {
 
 }  // namespace
 
-const GemmKernels kGemmAvx512 = {kMaxRows, tile, finish_tile, copy, transpose, column_sums};
+const GemmKernels kGemmAvx512 = {kMaxRows, tile, finish_tile, pack_rows, copy, transpose, column_sums};
 
 }  // namespace dn::cpu
 

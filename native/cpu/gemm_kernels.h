@@ -10,8 +10,19 @@ namespace dn::cpu {
 // Columns of a weight panel. A packed weight is ceil(N / kGemmPanel) panels, each (K, kGemmPanel) row-major,
 // columns past N zero: one layout for every instruction set.
 constexpr int64_t kGemmPanel = 32;
-// Length of a block of the reduction, and row stride of packed rows of A. A panel block is then 32 KB, in L1.
+// Length of a block of the reduction. A panel block is then 32 KB.
 constexpr int64_t kGemmDepth = 256;
+
+// Memory that will be wanted in L2: runs of whole cache lines at a constant distance. Tiles take lines from
+// it one by one between their multiply-adds, spread evenly: in bursts they would keep the few buffers that
+// the tile's own loads need.
+struct GemmPrefetch {
+  const float* at = nullptr;
+  int64_t left = 0;   // lines of the run still to come
+  int64_t run = 0;    // lines of every run, at least 1
+  int64_t jump = 0;   // floats from the end of a run to the next one
+  int64_t lines = 0;  // of all runs still to come
+};
 
 // One tile of C: rows x cols, cols <= kGemmPanel.
 struct GemmTile {
@@ -19,12 +30,12 @@ struct GemmTile {
   int64_t c_stride;
   int64_t rows;  // 1 .. GemmKernels::max_rows
   int64_t cols;
-  const float* a;         // rows of kGemmDepth floats
-  const float* b;         // (depth, kGemmPanel)
-  int64_t depth;          // 1 .. kGemmDepth
-  bool accumulate;        // C += instead of C =
-  const float* prefetch;  // wanted in L2 soon: this many cache lines from here on
-  int64_t prefetch_lines;
+  const float* a;          // (depth, rows): the numbers of one step of the reduction lie together
+  const float* b;          // (depth, kGemmPanel)
+  int64_t depth;           // 1 .. kGemmDepth
+  bool accumulate;         // C += instead of C =
+  GemmPrefetch* prefetch;  // not null; advanced by prefetch_lines
+  int64_t prefetch_lines;  // to ask for during this tile, no more than there are
 };
 
 // What happens to a finished tile: c += bias; then, when gelu, pre = c (if given) and c = gelu(c); c +=
@@ -45,6 +56,8 @@ struct GemmKernels {
   int64_t max_rows;  // of a tile
   void (*tile)(const GemmTile& tile);
   void (*finish)(const GemmFinish& finish);
+  // dst (depth, count) = the transpose of `count` rows of `depth` floats, count <= max_rows: A for a tile.
+  void (*pack_rows)(float* dst, const float* const* rows, int64_t count, int64_t depth);
   // dst (rows, cols) = src (rows, cols)
   void (*copy)(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
                int64_t cols);

@@ -22,13 +22,19 @@ float multiply_add(float a, float b, float c) {
 void tile(const GemmTile& t) {
   for (int64_t r = 0; r < t.rows; ++r) {
     float sum[kGemmPanel] = {};
-    const float* a = t.a + r * kGemmDepth;
+    const float* a = t.a + r;
     for (int64_t k = 0; k < t.depth; ++k) {
       const float* b = t.b + k * kGemmPanel;
-      for (int64_t n = 0; n < kGemmPanel; ++n) sum[n] = multiply_add(a[k], b[n], sum[n]);
+      for (int64_t n = 0; n < kGemmPanel; ++n) sum[n] = multiply_add(a[k * t.rows], b[n], sum[n]);
     }
     float* c = t.c + r * t.c_stride;
     for (int64_t n = 0; n < t.cols; ++n) c[n] = t.accumulate ? c[n] + sum[n] : sum[n];
+  }
+}
+
+void pack_rows(float* dst, const float* const* rows, int64_t count, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t r = 0; r < count; ++r) dst[k * count + r] = rows[r][k];
   }
 }
 
@@ -70,6 +76,6 @@ void column_sums(float* sums, const float* src, int64_t src_stride, int64_t rows
 
 }  // namespace
 
-const GemmKernels kGemmPortable = {kMaxRows, tile, finish, copy, transpose, column_sums};
+const GemmKernels kGemmPortable = {kMaxRows, tile, finish, pack_rows, copy, transpose, column_sums};
 
 }  // namespace dn::cpu

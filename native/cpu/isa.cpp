@@ -42,6 +42,19 @@ bool has_amx() {
 }
 #endif
 
+// Bit `bit` of register `index` (eax .. edx) of cpuid leaf 7.
+bool feature(unsigned subleaf, int index, int bit) {
+#if defined(__x86_64__)
+  unsigned registers[4] = {};
+  if (!__get_cpuid_count(7, subleaf, &registers[0], &registers[1], &registers[2], &registers[3]))
+    return false;
+  return (registers[index] >> bit & 1u) != 0;
+#else
+  (void)subleaf, (void)index, (void)bit;
+  return false;
+#endif
+}
+
 Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -78,6 +91,21 @@ Isa detected_isa() {
 Isa active_isa() {
   static const Isa isa = choose();  // a throw leaves it unset, so the next call reports again
   return isa;
+}
+
+bool has_avx_vnni() {
+  static const bool has = detected_isa() >= Isa::kAvx2 && feature(1, 0, 4);
+  return has;
+}
+
+bool has_avx512_vnni() {
+  static const bool has = detected_isa() >= Isa::kAvx512 && feature(0, 2, 11);
+  return has;
+}
+
+bool has_amx_int8() {
+  static const bool has = detected_isa() >= Isa::kAmx && feature(0, 3, 25);
+  return has;
 }
 
 const char* isa_name(Isa isa) {

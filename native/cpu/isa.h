@@ -12,4 +12,11 @@ Isa active_isa();
 Isa detected_isa();
 const char* isa_name(Isa isa);
 
+// Extensions for int8 products, DN_ISA aside: an instruction set uses them where the machine has them.
+bool has_avx_vnni();     // 256-bit VNNI without AVX-512
+bool has_avx512_vnni();  // beside kAvx512
+bool has_amx_int8();     // beside kAmx
+// Name of the kernels that int8 products of many rows use here (gemm_int8.cpp).
+const char* active_int8();
+
 }  // namespace dn::cpu

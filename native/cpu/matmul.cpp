@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "cpu/gemm.h"
+#include "cpu/gemm_int8.h"
 #include "cpu/ops.h"
 #include "cpu/thread_pool.h"
 
@@ -27,7 +28,11 @@ void check_tensor(const char* op, const char* name, const Tensor& t, int64_t row
 }
 
 void check_weight(const char* op, const Weight& w, bool may_be_packed) {
-  if (w.dtype != Dtype::kF32) refuse(op, "the weight " + w.shape() + " must be fp32 on the CPU");
+  const bool is_int8 = w.dtype == Dtype::kI8 && w.packed && may_be_packed;
+  if (w.dtype != Dtype::kF32 && !is_int8) {
+    refuse(op, "the weight " + w.shape() + " must be fp32" + (may_be_packed ? ", or packed int8," : "") +
+                   " on the CPU");
+  }
   if (w.packed && !may_be_packed) refuse(op, "the weight " + w.shape() + " is packed, expected a plain one");
   if (w.K < 0 || w.N < 0 || (w.data == nullptr && w.K * w.N > 0))
     refuse(op, "the weight " + w.shape() + " has no data");
@@ -42,6 +47,20 @@ void set_weight(GemmProduct& p, const Weight& w) {
   p.b_stride = w.order == WeightOrder::kInOut ? w.N : w.K;
   p.N = w.N;
   p.K = w.K;
+}
+
+// The product with an fp32 or a packed int8 weight, its columns from n_begin on; n_begin is a multiple of
+// kGemmPanel.
+void multiply(const Cpu& cpu, GemmProduct p, const Weight& w, int64_t n_begin, MatmulPrecision precision) {
+  const int64_t columns = p.N;
+  set_weight(p, w);
+  p.N = columns;
+  if (w.dtype == Dtype::kI8) {
+    gemm_int8(cpu, p, static_cast<const char*>(w.data) + int8_bytes(w.K, n_begin));
+  } else {
+    p.b += n_begin * w.K;  // panels and rows alike
+    gemm(cpu, p, precision);
+  }
 }
 
 // Both directions between plain order and panels, a panel a task.
@@ -74,6 +93,8 @@ void pack_weight(const Cpu& cpu, float* packed, const Weight& plain) {
 
 void unpack_weight(const Cpu& cpu, float* plain, const Weight& packed) {
   check_weight("unpack_weight", packed, true);
+  if (packed.dtype != Dtype::kF32)
+    refuse("unpack_weight", "the weight " + packed.shape() + " is int8, expected fp32");
   if (!packed.packed)
     refuse("unpack_weight", "the weight " + packed.shape() + " is plain, expected a packed one");
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
@@ -88,6 +109,7 @@ void unpack_weight(const Cpu& cpu, float* plain, const Weight& packed) {
 }
 
 void weight_row(const Weight& w, int64_t n, float* out) {
+  if (w.dtype == Dtype::kI8) return int8_column(w.data, w.K, n, out);
   const float* const data = static_cast<const float*>(w.data);
   if (!w.packed) {
     std::memcpy(out, data + n * w.K, static_cast<size_t>(w.K) * sizeof(float));
@@ -113,13 +135,13 @@ void matmul_forward(const Cpu& cpu, Tensor out, Tensor inp, const Weight& w, Ten
   p.a = inp.f32();
   p.a_stride = inp.stride;
   p.M = inp.rows;
-  set_weight(p, w);
+  p.N = w.N;
   if (bias) p.bias = bias.f32();
   p.gelu = epilogue == Epilogue::kGelu;
   if (epilogue == Epilogue::kGelu && extra) p.pre = extra.f32();
   if (epilogue == Epilogue::kResidual) p.residual = extra.f32();
   p.extra_stride = extra.stride;
-  gemm(cpu, p, precision);
+  multiply(cpu, p, w, 0, precision);
 }
 
 void matmul_backward(const Cpu& cpu, Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,
@@ -172,10 +194,8 @@ void head_gemm(const Cpu& cpu, float* out, int64_t out_stride, const float* cons
   p.c_stride = out_stride;
   p.a_rows = inp_rows;
   p.M = R;
-  set_weight(p, wte);
-  p.b += n_begin * wte.K;  // panels and rows alike; n_begin is a multiple of kHeadTile
   p.N = n_end - n_begin;
-  gemm(cpu, p, precision);
+  multiply(cpu, p, wte, n_begin, precision);  // n_begin is a multiple of kHeadTile
 }
 
 }  // namespace dn::cpu

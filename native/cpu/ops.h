@@ -20,7 +20,7 @@ struct Cpu {
 int64_t packed_elements(int64_t K, int64_t N);
 void pack_weight(const Cpu& cpu, float* packed, const Weight& plain);
 void unpack_weight(const Cpu& cpu, float* plain, const Weight& packed);
-// Copies row n of an (N, K) = kOutIn weight (an embedding), plain or packed, to out (K).
+// Copies row n of an (N, K) = kOutIn weight (an embedding), plain or packed, to out (K) as fp32.
 void weight_row(const Weight& w, int64_t n, float* out);
 void matmul_forward(const Cpu& cpu, Tensor out, Tensor inp, const Weight& w, Tensor bias, Epilogue epilogue,
                     Tensor extra, MatmulPrecision precision);

@@ -312,6 +312,62 @@ DN_TEST(matmul_gelu_accuracy) {
   }
 }
 
+// With many rows and a small weight a product is cut by rows, with more threads by columns: the same bits,
+// also for a few of the rows alone, for every layout of the weight, and for a gradient with many rows.
+DN_TEST(matmul_many_rows) {
+  const int64_t M = 2309, N = 45, K = 301;
+  Numbers numbers(8);
+  std::vector<float> a = numbers.vector(M * K), b = numbers.vector(K * N), bias = numbers.vector(N);
+  const Reference ref = reference(a, b, M, N, K);
+  std::vector<float> transposed(b.size());
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t n = 0; n < N; ++n)
+      transposed[static_cast<size_t>(n * K + k)] = b[static_cast<size_t>(k * N + n)];
+  }
+  for (const Isa isa : isas()) {
+    std::vector<float> panels(static_cast<size_t>(packed_elements(K, N)));
+    Weight packed = weight(b, WeightOrder::kInOut, K, N);
+    pack_weight({1, isa}, panels.data(), packed);
+    packed.data = panels.data();
+    packed.packed = true;
+    std::vector<float> first(static_cast<size_t>(M * N));
+    matmul_forward({16, isa}, matrix(first, M, N), matrix(a, M, K), packed, {}, Epilogue::kNone, {},
+                   MatmulPrecision::kFP32);
+    CHECK(worst(ref.exact, first.data()) <= 2 * worst(ref.exact, ref.naive.data()) + kEps * scale(ref.exact));
+    for (const int threads : {1, 2, 16}) {
+      for (const Weight& w :
+           {packed, weight(b, WeightOrder::kInOut, K, N), weight(transposed, WeightOrder::kOutIn, K, N)}) {
+        std::vector<float> out(first.size(), 3.0f);
+        matmul_forward({threads, isa}, matrix(out, M, N), matrix(a, M, K), w, {}, Epilogue::kNone, {},
+                       MatmulPrecision::kFP32);
+        CHECK_MSG(same_bits(first, out),
+                  std::string(isa_name(isa)) + ": forward by rows, " + std::to_string(threads) + " threads");
+      }
+    }
+    std::vector<float> few(static_cast<size_t>(21 * N));
+    matmul_forward({1, isa}, matrix(few, 21, N), matrix(a, M, K).slice(1000, 21), packed, {}, Epilogue::kNone,
+                   {}, MatmulPrecision::kFP32);
+    CHECK(std::memcmp(few.data(), &first[static_cast<size_t>(1000 * N)], few.size() * 4) == 0);
+
+    // dweight (M, N) += dout^T inp, with K tokens.
+    std::vector<float> dout(a.size()), dweight_first;
+    for (int64_t m = 0; m < M; ++m) {
+      for (int64_t k = 0; k < K; ++k)
+        dout[static_cast<size_t>(k * M + m)] = a[static_cast<size_t>(m * K + k)];
+    }
+    const std::vector<float> unused(static_cast<size_t>(M * N));
+    for (const int threads : {1, 2, 16}) {
+      std::vector<float> dweight(static_cast<size_t>(M * N));
+      matmul_backward({threads, isa}, {}, matrix(dweight, M, N), {}, matrix(dout, K, M), matrix(b, K, N),
+                      weight(unused, WeightOrder::kOutIn, N, M), MatmulPrecision::kFP32);
+      if (threads == 1) dweight_first = dweight;
+      CHECK_MSG(same_bits(dweight_first, dweight),
+                std::string(isa_name(isa)) + ": dweight by rows, " + std::to_string(threads) + " threads");
+    }
+    CHECK_MSG(same_bits(dweight_first, first), std::string(isa_name(isa)) + ": dweight is not the product");
+  }
+}
+
 // A row alone, anywhere in a batch, and with any thread count: the same bits, forward and backward, in both
 // precisions.
 DN_TEST(matmul_rows_and_threads_do_not_matter) {

@@ -210,14 +210,15 @@ DN_TEST(noise_spindle_refuses_bad_input) {
   NoiseOptions options = noise_options();
   options.spindle_information = {1, 2};
   CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument,
-               "token 2 of sequence 0 has the id 2; spindle_information has 2");
+               "token 2 of sequence 0 has the id 2; the spindle information has 2 entries");
   for (const float value : {0.0f, -1.0f, static_cast<float>(NAN), static_cast<float>(INFINITY)}) {
     options.spindle_information = {1, value, 3};
-    CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument, "spindle_information of id 1 is");
+    CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument, "the spindle information of id 1 is");
   }
   options.spindle_information = {1, 2, 3};
   options.spindle_lambda = NAN;
-  CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument, "spindle_lambda is not a finite number");
+  CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument,
+               "the spindle's lambda is not a finite number");
   options.spindle_lambda = 0.3;
   clean.mask = {0, 1, 0};
   CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument, "give t as well");

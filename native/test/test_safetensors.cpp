@@ -300,8 +300,8 @@ DN_TEST(safetensors_writer_refuses_misuse) {
                "\"a\" is declared twice");
   CHECK_THROWS(SafetensorsWriter(path, {{"a", {2, -1}}}, {}), Code::kArgument, "shape entry -1 is negative");
   CHECK_THROWS(SafetensorsWriter(path, {{"a", {INT64_MAX, 2}}}, {}), Code::kArgument, "too large");
-  CHECK_THROWS(SafetensorsWriter(path, {{"a", {1}, Dtype::kI8}}, {}), Code::kArgument,
-               "F32, F16 or BF16 only");
+  CHECK_THROWS(SafetensorsWriter(path, {{"a", {1}, Dtype::kI32}}, {}), Code::kArgument,
+               "F32, F16, BF16 or I8 only");
   CHECK_THROWS(SafetensorsWriter(path, {{"__metadata__", {1}}}, {}), Code::kArgument, "cannot name a tensor");
   CHECK_THROWS(SafetensorsWriter(path, {{"\xFF", {1}}}, {}), Code::kArgument, "not valid UTF-8");
   CHECK_THROWS(SafetensorsWriter(path, {}, {{"k", "\xFF"}}), Code::kArgument, "metadata \"k\"");

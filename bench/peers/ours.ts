@@ -1,0 +1,91 @@
+/** This library as a contender of its own benchmark. */
+import { DiffuGPT, info, Trainer } from 'diffusion-native';
+
+import { type Contender, type Job, sample, serve } from './channel.js';
+import { maskOdd, tokensOf } from './inputs.js';
+
+let model: DiffuGPT;
+let work: () => Promise<unknown> = async () => undefined;
+
+/** The sample of a forward with logits or hidden states over plain tokens. */
+async function forward(T: number, output: 'logits' | 'hidden'): Promise<number[]> {
+	const [values] = await model.forward(tokensOf(model.config.vocab, T), { output });
+	return sample(values as Float32Array, T, output === 'logits' ? model.config.vocab : model.config.channels);
+}
+
+async function prepare(job: Job): Promise<number[]> {
+	const { vocab, maskId } = model.config;
+	switch (job.kind) {
+		case 'forward': {
+			const tokens = tokensOf(vocab, job.T);
+			work = () => model.forward(tokens, { output: job.output });
+			return forward(job.T, job.output);
+		}
+		case 'denoise': {
+			const tokens = maskOdd(tokensOf(vocab, job.T), maskId);
+			const step = () => model.generate({ tokens }, { sampler: 'confidence', steps: 1, seed: 1 });
+			const { sequence: found, stats } = await step();
+			const [logits] = await model.forward(tokens, { output: 'aligned-logits' });
+			let same = 0;
+			for (let i = 1; i < job.T; i += 2) {
+				const row = (logits as Float32Array).subarray(i * vocab, (i + 1) * vocab);
+				row[maskId] = -Infinity;
+				if (row[found[i] as number] === row.reduce((best, value) => Math.max(best, value))) same++;
+			}
+			if (stats.forwards !== 1 || same !== job.T / 2)
+				throw new Error(`${stats.forwards} forwards, ${same} of ${job.T / 2} tokens are the most probable ones`);
+			work = step;
+			return forward(job.T, 'logits');
+		}
+		case 'train': {
+			// No clipping: the peers do none.
+			const trainer = new Trainer(model, { maxSteps: 1000, learningRate: 1e-4, gradClip: 0 });
+			const tokens = Array.from({ length: job.B }, (_, s) => tokensOf(vocab, job.T, s));
+			const mask = tokens.map((ids) => Uint8Array.from(ids, (_, i) => i % 2));
+			work = () => trainer.step({ tokens, mask, t: tokens.map(() => 0.5) });
+			const losses: number[] = [];
+			for (let i = 0; i < 2; i++) losses.push(((await work()) as { loss: number }).loss);
+			return losses;
+		}
+		case 'sample': {
+			const tokens = new Int32Array(job.T).fill(maskId);
+			tokens[0] = 0;
+			const { steps, topP, temperature } = job;
+			const generate = (count: number) =>
+				model.generate({ tokens }, { sampler: 'ancestral', steps: count, topP, temperature, seed: 1 });
+			await generate(2);
+			work = () => generate(steps);
+			return forward(job.T, 'logits');
+		}
+		case 'decode': {
+			const tokens = tokensOf(vocab, job.prompt);
+			const options = { sampler: 'autoregressive', temperature: 0, seed: 1 } as const;
+			await model.generate({ tokens }, { ...options, length: 4 });
+			work = () => model.generate({ tokens }, { ...options, length: job.tokens });
+			const [logits] = await model.forward(tokens, { attention: 'causal', rows: [Int32Array.of(job.prompt - 1)] });
+			return centred(logits as Float32Array);
+		}
+	}
+}
+
+/** 64 logits less their mean: what is left of them in probabilities that some engines give instead. */
+function centred(logits: Float32Array): number[] {
+	const picked = sample(logits, 1, logits.length).slice(0, 64);
+	const mean = picked.reduce((sum, value) => sum + value) / picked.length;
+	return picked.map((value) => value - mean);
+}
+
+const contender: Contender = {
+	async open({ path, dtype }) {
+		model = await DiffuGPT.fromPretrained(path, { device: 'cpu', dtype: dtype as 'fp32' | 'int8' });
+		const { version, cpu } = info();
+		return { version: `diffusion-native ${version} (${cpu.isa})` };
+	},
+	prepare,
+	async run() {
+		await work();
+		return undefined;
+	},
+};
+
+await serve(contender);

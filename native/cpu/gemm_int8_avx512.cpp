@@ -1,0 +1,100 @@
+// The int8 product's kernels for AVX-512 with VNNI. A tile is up to 14 rows of two vectors: 28 sums, two
+// vectors of weights and one broadcast of four inputs fill the 32 registers.
+
+#include "cpu/gemm_int8_kernels.h"
+
+#if defined(__x86_64__) && !defined(_MSC_VER)
+#include "cpu/gemm_int8_avx512.inl"
+
+namespace dn::cpu {
+namespace {
+
+constexpr int kMaxRows = 14;
+
+// sum += four products of a byte of a and a signed byte of w. By hand: the flags of this file stop short of
+// VNNI, which other sources with them must not use, and GCC 12 copies every sum around its own intrinsic.
+__attribute__((always_inline)) inline void multiply_add(__m512i& sum, __m512i a, __m512i w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(w));
+}
+
+template <int kRows>
+void tile_rows(const Int8Tile& t) {
+  __m512i sum[kRows][2];
+  const __m512i start0 = _mm512_loadu_si512(t.panel->correction);
+  const __m512i start1 = _mm512_loadu_si512(t.panel->correction + 16);
+#pragma GCC unroll 14
+  for (int r = 0; r < kRows; ++r) {
+    sum[r][0] = start0;
+    sum[r][1] = start1;
+    _mm_prefetch(reinterpret_cast<const char*>(t.c + r * t.c_stride), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(t.c + r * t.c_stride + 16), _MM_HINT_T0);
+  }
+  // Every third row has a pointer: the two after it are within reach of one index register.
+  const int64_t stride = t.a_stride;
+  const uint8_t* a[(kRows + 2) / 3];
+#pragma GCC unroll 5
+  for (int i = 0; i < (kRows + 2) / 3; ++i) a[i] = t.a + 3 * i * stride;
+  const char* w = reinterpret_cast<const char*>(t.panel + 1);
+  const char* wanted = t.prefetch;
+  int64_t lines = t.prefetch_lines;
+  for (int64_t k = 0; k < t.depth; k += kInt8Group, w += kGemmPanel * kInt8Group) {
+    if (lines > 0) {
+      _mm_prefetch(wanted, _MM_HINT_T1);
+      _mm_prefetch(wanted + 64, _MM_HINT_T1);
+      wanted += 128;
+      lines -= 2;
+    }
+    const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
+#pragma GCC unroll 14
+    for (int r = 0; r < kRows; ++r) {
+      int32_t four;
+      __builtin_memcpy(&four, a[r / 3] + r % 3 * stride + k, 4);
+      const __m512i value = _mm512_set1_epi32(four);
+      multiply_add(sum[r][0], value, w0);
+      multiply_add(sum[r][1], value, w1);
+    }
+  }
+  const __mmask16 m0 = first_lanes(t.cols), m1 = first_lanes(t.cols - 16);
+  const __m512 scale0 = _mm512_loadu_ps(t.panel->scales), scale1 = _mm512_loadu_ps(t.panel->scales + 16);
+#pragma GCC unroll 14
+  for (int r = 0; r < kRows; ++r) {
+    float* const c = t.c + r * t.c_stride;
+    const __m512 scale = _mm512_set1_ps(t.a_scales[r]);
+    _mm512_mask_storeu_ps(c, m0, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][0]), scale), scale0));
+    _mm512_mask_storeu_ps(c + 16, m1,
+                          _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][1]), scale), scale1));
+  }
+}
+
+void tile(const Int8Tile& t) {
+  switch (t.rows) {
+    case 1: return tile_rows<1>(t);
+    case 2: return tile_rows<2>(t);
+    case 3: return tile_rows<3>(t);
+    case 4: return tile_rows<4>(t);
+    case 5: return tile_rows<5>(t);
+    case 6: return tile_rows<6>(t);
+    case 7: return tile_rows<7>(t);
+    case 8: return tile_rows<8>(t);
+    case 9: return tile_rows<9>(t);
+    case 10: return tile_rows<10>(t);
+    case 11: return tile_rows<11>(t);
+    case 12: return tile_rows<12>(t);
+    case 13: return tile_rows<13>(t);
+    default: return tile_rows<14>(t);
+  }
+}
+
+}  // namespace
+
+const Int8Kernels kInt8Avx512 = {"avx512-vnni", kMaxRows, nullptr, nullptr, tile, quantise_row};
+
+}  // namespace dn::cpu
+
+#else
+
+namespace dn::cpu {
+const Int8Kernels kInt8Avx512 = {};
+}  // namespace dn::cpu
+
+#endif

@@ -1,0 +1,39 @@
+// How a tile of the fp32 matrix product spreads its prefetches over its multiply-adds. Included after
+// immintrin.h by the sources of instruction sets; everything has internal linkage.
+
+#include "cpu/gemm_kernels.h"
+
+namespace dn::cpu {
+namespace {
+
+// `slots` places, `gap` steps of the reduction each, with `burst` lines in each of them: slots * gap <=
+// depth.
+struct PrefetchPlan {
+  int64_t slots;
+  int64_t burst;
+  int64_t gap;
+};
+
+PrefetchPlan plan_prefetch(int64_t depth, int64_t lines) {
+  PrefetchPlan plan = {0, 1, 1};
+  if (lines <= 0) return plan;
+  plan.burst = (lines + depth - 1) / depth;
+  plan.slots = (lines + plan.burst - 1) / plan.burst;
+  plan.gap = depth / plan.slots;
+  return plan;
+}
+
+__attribute__((always_inline)) inline void take_lines(GemmPrefetch* p, int64_t count) {
+  p->lines -= count;
+  for (; count > 0; --count) {
+    _mm_prefetch(reinterpret_cast<const char*>(p->at), _MM_HINT_T1);
+    p->at += 16;
+    if (--p->left == 0) {
+      p->left = p->run;
+      p->at += p->jump;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dn::cpu

@@ -1,0 +1,99 @@
+import test from 'ava';
+
+import { parseSteps } from '../bench/cases/operations.js';
+import { difference } from '../bench/peers/compare.js';
+import { toBfloat, toHalf } from '../bench/peers/gguf.js';
+import { byteLength, integer, message, string } from '../bench/peers/protobuf.js';
+import { fill, type Results } from '../bench/tables.js';
+
+test('half precision rounds to nearest even, subnormals included', (t) => {
+	const cases: [number, number][] = [
+		[0, 0],
+		[-0, 0x8000],
+		[1, 0x3c00],
+		[-2, 0xc000],
+		[65504, 0x7bff],
+		[65520, 0x7c00],
+		[1 + 2 ** -11, 0x3c00],
+		[1 + 3 * 2 ** -11, 0x3c02],
+		[2 - 2 ** -11, 0x4000],
+		[2 ** -14, 0x0400],
+		[2 ** -15, 0x0200],
+		[2 ** -24, 0x0001],
+		[2 ** -25, 0],
+		[3 * 2 ** -25, 0x0002],
+		[2 ** -14 - 2 ** -25, 0x0400],
+		[2 ** -30, 0],
+	];
+	for (const [value, expected] of cases) t.is(toHalf(value), expected, String(value));
+});
+
+test('bfloat16 rounds to nearest even', (t) => {
+	t.is(toBfloat(1), 0x3f80);
+	t.is(toBfloat(1 + 2 ** -8), 0x3f80);
+	t.is(toBfloat(1 + 3 * 2 ** -8), 0x3f82);
+	t.is(toBfloat(-1 - 2 ** -7), 0xbf81);
+});
+
+test('protobuf messages', (t) => {
+	const bytes = message(1, [...integer(1, 300), ...string(2, 'ab'), ...integer(3, -1)]);
+	const expected = [0x0a, 18, 0x08, 0xac, 0x02, 0x12, 2, 0x61, 0x62, 0x18, ...new Array<number>(9).fill(255), 1];
+	t.deepEqual([...Buffer.concat(bytes)], expected);
+	t.is(byteLength(bytes), expected.length);
+});
+
+test('a contender that computes something else differs', (t) => {
+	t.is(difference([3, 4], [3, 4]).largest, 0);
+	t.true(Math.abs(difference([1, -1, 1, -1], [1, -1, 1, -0.5]).largest - 0.5) < 1e-12);
+	t.true(Number.isNaN(difference([1, 2], [1, Number.NaN]).largest));
+	t.true(Number.isNaN(difference([1, 2, 3], [1, Number.NaN, 3]).largest));
+	t.throws(() => difference([1, 2], [1]));
+	t.throws(() => difference([], []));
+});
+
+const output = `124m T = 256, all logits: cpu/avx512, 2 threads, fp32 peak of a core 175 GFLOP/s; 418.2 ms cpu, 211.3 ms wall
+  op                        calls    cpu ms  share   wall ms     GFLOP  GFLOP/s of peak    GB/s
+  head_logits                   1    115.13  27.5%     58.34     19.76    171.7   69.0%     1.8
+  matmul (768, 3072)           12     85.35  20.4%     43.11     14.50    169.8   68.3%     1.9
+  layernorm_forward            25      4.00   1.0%      2.00      0.00      0.0    0.0%    10.0
+  outside ops                          1.15   0.3%
+  all                                418.24                      65.66    157.0   63.1%
+`;
+
+test('the native benchmark is read op by op, and the tables follow from it', (t) => {
+	const [step] = parseSteps(output);
+	t.is(step?.ops['matmul (768, 3072), calls'], 12);
+	t.is(step?.ops['matmul (768, 3072), wall ms'], 43.11);
+	t.is(step?.ops['head_logits, GFLOP'], 19.76);
+	t.is(Object.keys(step?.ops ?? {}).length, 15);
+
+	const result = (name: string, extra: Record<string, number>) => ({
+		name,
+		device: 'avx512',
+		dtype: 'fp32',
+		shape: {},
+		tokensPerSecond: 0,
+		ms: { median: 1, p10: 1, p90: 1 },
+		gflops: null,
+		peakRssBytes: 0,
+		repeats: 1,
+		extra,
+	});
+	const results: Results = {
+		machine: {},
+		results: [
+			result('machine', { 'fp32 peak, t1, GFLOP/s': 175, 'fp32 peak, t2, GFLOP/s': 350, 'memory read, t2, GB/s': 30 }),
+			result('operations/gpt2/forward/T256/logits', step?.ops ?? {}),
+		],
+	};
+	const text = fill(
+		'a\n<!-- table: roofline forward T = 256 -->\nold\n<!-- end -->\n<!-- table: peers --><!-- end -->',
+		results,
+	);
+	// 19.76 GFLOP at 350 GFLOP/s are 56.46 ms, of 58.34; 40 MB at 30 GB/s are 1.33 ms, of 2.
+	t.regex(text, /\| head_logits \| 1 \| 19\.76 \| 207 \| 56\.46 \| compute \| 58\.34 \| 97 \|/);
+	t.regex(text, /\| layernorm_forward \| 25 \| 0\.00 \| 40 \| 1\.33 \| memory \| 2\.00 \| 67 \|/);
+	t.false(text.includes('old'));
+	t.throws(() => fill('<!-- table: nonsense -->\n<!-- end -->', results));
+	t.true(fill('<!-- table: peers -->\n<!-- end -->', { machine: {}, results: [] }).includes('Not measured yet.'));
+});

@@ -1,0 +1,133 @@
+/** Policies of a user's own, and the predicted length. */
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+
+import test from 'ava';
+import type { SamplerPolicy } from 'diffusion-native';
+
+import { root } from './helpers/fixtures.js';
+import { collect, maskId, prompt } from './helpers/generate.js';
+import { sharpModel } from './helpers/models.js';
+
+test("a user's policy is a plain object with one method", async (t) => {
+	const model = await sharpModel();
+	const leftToRight: SamplerPolicy = { decide: ({ positions }) => ({ commit: [positions[0] as number] }) };
+	const { events, result } = await collect(model, prompt, { sampler: leftToRight, length: 6 });
+	t.deepEqual(
+		events.map(({ committed }) => committed),
+		[[4], [5], [6], [7], [8], [9]],
+	);
+	const builtIn = await model.generate(prompt, { block: 1, length: 6 });
+	t.deepEqual(result.tokens, builtIn.tokens);
+	const early: SamplerPolicy = {
+		decide: ({ positions }) => ({ commit: Array.from(positions.subarray(0, 2)), stop: true }),
+	};
+	const stopped = await model.generate(prompt, { sampler: early, length: 6 });
+	t.is(stopped.tokens.length, 2);
+	t.is(stopped.stats.forwards, 1);
+	await model.dispose();
+});
+
+test('the policy in docs/sampling.md does what it says', async (t) => {
+	const page = readFileSync(join(root, 'docs', 'sampling.md'), 'utf8');
+	const source = /```js\n([\s\S]*?)```/.exec(page)?.[1] ?? '';
+	const spreading = new Function(`${source}; return spreading;`)() as SamplerPolicy;
+	const model = await sharpModel();
+	let together = 0;
+	const watched: SamplerPolicy = {
+		decide(view) {
+			const decision = spreading.decide(view);
+			const best = view.positions[view.probability.indexOf(Math.max(...view.probability))] as number;
+			t.true(decision.commit.includes(best));
+			for (const position of decision.commit) {
+				t.true(Math.abs(position - best) <= 1);
+				if (position === best) continue;
+				t.true((view.probability[view.positions.indexOf(position)] as number) > 0.5);
+				together++;
+			}
+			return decision;
+		},
+	};
+	const options = { length: 40, block: 16, seed: 1 };
+	const result = await model.generate(prompt, { ...options, sampler: watched });
+	t.deepEqual(result.tokens, (await model.generate(prompt, { ...options, sampler: spreading })).tokens);
+	t.is(result.stats.forwards, 40 - together);
+	t.true(together > 0);
+	await model.dispose();
+});
+
+test('a policy that breaks the rules is an error, never a hang', async (t) => {
+	const model = await sharpModel();
+	const fails = (policy: SamplerPolicy, message: RegExp) =>
+		t.throwsAsync(model.generate(prompt, { sampler: { name: 'mine', ...policy }, length: 4 }), {
+			code: 'ERR_DN_ARGUMENT',
+			message,
+		});
+	await fails({ decide: () => ({ commit: [] }) }, /'mine' made no progress/);
+	await fails({ choose: () => [], decide: () => ({ commit: [] }) }, /no progress/);
+	await fails(
+		{
+			verify: () => [],
+			decide: ({ tentative, positions }) =>
+				tentative.length > 0
+					? { commit: [], reopen: Array.from(tentative) }
+					: { commit: [positions[0] as number], tentative: true },
+		},
+		/no progress/,
+	);
+	await fails({ decide: () => ({ commit: [0] }) }, /committed position 0/);
+	await fails({ decide: ({ positions }) => ({ commit: [positions[0] as number, positions[0] as number] }) }, /twice/);
+	await fails({ decide: () => undefined as never }, /commit/);
+	await fails({ choose: () => [2], decide: () => ({ commit: [] }) }, /chose position 2/);
+	await fails({ decide: ({ positions }) => ({ commit: [positions[0] as number], tokens: [maskId] }) }, /no text token/);
+	await fails({ decide: ({ positions }) => ({ commit: [positions[0] as number], tokens: [] }) }, /0 tokens/);
+	await fails({ decide: () => ({ commit: [], reopen: [4] }) }, /not tentative/);
+	const thrown = new RangeError('mine');
+	await t.throwsAsync(
+		model.generate(prompt, {
+			length: 4,
+			sampler: {
+				decide() {
+					throw thrown;
+				},
+			},
+		}),
+		{ is: thrown },
+	);
+	t.is((await model.generate(prompt, { length: 3 })).tokens.length, 3);
+	await model.dispose();
+});
+
+test('the predicted length follows the formulas', async (t) => {
+	const model = await sharpModel({ eosId: 43 });
+	const max = 20;
+	const tokens = Int32Array.from([...prompt.tokens, ...new Array<number>(max).fill(maskId)]);
+	const [aligned] = (await model.forward(tokens, { output: 'aligned-logits' })) as [Float32Array];
+	const e = Array.from({ length: max }, (_, i) => {
+		const row = Array.from(aligned.subarray((4 + i) * 61, (5 + i) * 61)).filter((__, id) => id !== maskId);
+		const largest = Math.max(...row);
+		return Math.exp((row[43] as number) - largest) / row.reduce((sum, l) => sum + Math.exp(l - largest), 0);
+	});
+	const ask = (options: object) => model.predictLength(prompt, { max, ...options });
+	const first = await ask({});
+	t.is(first.method, 'first-step');
+	t.is(first.probabilities.length, max);
+	for (const [i, p] of e.entries()) t.true(Math.abs((first.probabilities[i] as number) - p) < 1e-5);
+	t.is(first.length, e.indexOf(Math.max(...e)));
+	const bound = e.slice().sort((a, b) => a - b)[10] as number;
+	const at = (hit: number): number => (hit < 0 ? max : hit);
+	t.is(
+		(await ask({ method: 'threshold', probability: bound * 0.999 })).length,
+		at(e.findIndex((p) => p >= bound * 0.999)),
+	);
+	t.is((await ask({ method: 'threshold', probability: 1 })).length, max);
+	const sorted = e.slice().sort((a, b) => a - b) as number[];
+	const median = ((sorted[9] as number) + (sorted[10] as number)) / 2;
+	t.is((await ask({ method: 'quantile' })).length, at(e.findIndex((p) => p >= median)));
+	const survives = e.map((_, i) => e.slice(0, i + 1).reduce((s, p) => s * (1 - p), 1));
+	t.is((await ask({ method: 'expected', coverage: 0.4 })).length, at(survives.findIndex((s) => 1 - s >= 0.4)));
+	t.is((await ask({ method: 'constant' })).length, max);
+	const cropped = await model.generate(prompt, { length: { max, method: 'first-step' } });
+	t.is(cropped.stats.canvas, 4 + first.length + 1);
+	await model.dispose();
+});
