@@ -1,8 +1,10 @@
 // Writes the pairs (prompt, answer) the shipped model is trained on: definitions from WordNet, numbers in words and
-// spelling. One JSON object a line: { kind, prompt, answer }; also corpus.txt for the tokenizer. Splits are disjoint: definitions and spelling by a hash of the
-// headword (a word is in one split for both kinds), numbers by a hash of the number.
+// spelling. One JSON object a line: { kind, prompt, answer }; also corpus.txt for the tokenizer. Splits are disjoint:
+// definitions and spelling by a hash of the headword (a word is in one split for both kinds), numbers by a hash of the
+// number. Spelling is trained on made-up words too, the head of one training word with the tail of another: real words
+// alone show too few of the vocabulary's pieces often enough to learn their letters. They are in no other split.
 //
-// node make-data.mjs --out DIR [--seed 1] [--numbers 90000] [--test-numbers 2500]
+// node make-data.mjs --out DIR [--seed 1] [--numbers 60000] [--test-numbers 2500] [--made-up 200000]
 import { createHash } from 'node:crypto';
 import { createReadStream, mkdirSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
@@ -14,12 +16,15 @@ const { values: options } = parseArgs({
 	options: {
 		out: { type: 'string' },
 		seed: { type: 'string', default: '1' },
-		numbers: { type: 'string', default: '90000' },
+		numbers: { type: 'string', default: '60000' },
 		'test-numbers': { type: 'string', default: '2500' },
+		'made-up': { type: 'string', default: '200000' },
 	},
 });
 if (!options.out) {
-	console.error('usage: node make-data.mjs --out DIR [--seed 1] [--numbers 90000] [--test-numbers 2500]');
+	console.error(
+		'usage: node make-data.mjs --out DIR [--seed 1] [--numbers 60000] [--test-numbers 2500] [--made-up 200000]',
+	);
 	process.exit(2);
 }
 
@@ -93,9 +98,8 @@ for await (const { word, part, gloss } of definitions()) {
 	splits[splitOf(word.toLowerCase())].push({ kind: 'definition', prompt: `${word} (${part}):`, answer: gloss });
 	if (/^[a-z]{2,16}$/.test(word)) words.add(word);
 }
-for (const word of words) {
-	splits[splitOf(word)].push({ kind: 'spelling', prompt: `spell ${word}:`, answer: [...word].join('-') });
-}
+const spelling = (word) => ({ kind: 'spelling', prompt: `spell ${word}:`, answer: [...word].join('-') });
+for (const word of words) splits[splitOf(word)].push(spelling(word));
 
 // Numbers: as many of every length from 1 to 12 digits as there are, up to an equal share.
 const seen = new Set();
@@ -117,6 +121,19 @@ for (
 	splits[split].push({ kind: 'number', prompt: `${n} in words:`, answer: inWords(n) });
 }
 
+// What the tokenizer learns from: no made-up words, and no digits, so that every digit stays a token of its own.
+const corpus = splits.train.map(({ prompt, answer }) => `${prompt} ${answer}\n`.replace(/\d/g, ''));
+
+const known = [...words].filter((word) => splitOf(word) === 'train');
+const madeUp = new Set();
+for (let i = 0; madeUp.size < Number(options['made-up']); i++) {
+	const draw = (what, below) => Math.floor(hash(`${what}:${options.seed}:${i}`) * below);
+	const [head, tail] = [known[draw('head', known.length)], known[draw('tail', known.length)]];
+	const word = head.slice(0, 1 + draw('cut', head.length)) + tail.slice(draw('join', tail.length));
+	if (word.length >= 2 && word.length <= 16 && !words.has(word)) madeUp.add(word);
+}
+for (const word of madeUp) splits.train.push({ ...spelling(word), madeUp: true });
+
 mkdirSync(options.out, { recursive: true });
 for (const [name, pairs] of Object.entries(splits)) {
 	// A fixed shuffle, so that the kinds are mixed in the file.
@@ -127,6 +144,4 @@ for (const [name, pairs] of Object.entries(splits)) {
 	console.log(name, pairs.length, kinds);
 }
 
-// What the tokenizer learns from: no digits, so that every digit stays a token of its own.
-const corpus = splits.train.map(({ prompt, answer }) => `${prompt} ${answer}\n`.replace(/\d/g, ''));
 writeFileSync(join(options.out, 'corpus.txt'), corpus.join(''));

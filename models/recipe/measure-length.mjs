@@ -1,7 +1,7 @@
 // Measures everything that docs/length.md reports, on the shipped model or another: one JSON file per question, and the
 // HTML report of the length methods. Margins and heads come from the validation split, scores from the test split.
 //
-// node models/recipe/measure-length.mjs [--model models/tiny] [--twin models/tiny-ar] [--data runs/tiny/data]
+// node models/recipe/measure-length.mjs [--model models/tiny] [--twin models/tiny-autoregressive] [--data runs/tiny/data]
 //   [--out runs/tiny/length] [--stage methods|first-step|sharpening|training|twin|parallel|definitions ...] [--max 256]
 //   [--pairs 2400] [--generations 256] [--seeds 1,2,3] [--steps 300] [--save DIR]
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';

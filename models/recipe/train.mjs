@@ -1,8 +1,14 @@
 // Trains the model that ships, end to end: data, tokenizer, token files, the autoregressive twin, the diffusion model adapted
-// from it, and the two fp16 folders under models/. Every stage that is already done is skipped, and an interrupted training
-// stage continues from its last checkpoint.
+// from it at a constant learning rate, its cooling, a stage with made-up words around every piece of the vocabulary
+// (make-pieces.mjs), and a last one with long padding. Every stage that is already done is
+// skipped, and an interrupted one continues from its last checkpoint. release.mjs then writes and measures the two folders
+// under models/.
 //
-// node models/recipe/train.mjs [--run runs/tiny] [--autoregressive-steps N] [--diffusion-steps N] [--stage NAME ...]
+// Padding is short until the last stage, where the model learns to find the end in a canvas of any length: long padding is two
+// thirds of the work.
+//
+// node models/recipe/train.mjs [--run runs/tiny] [--autoregressive-steps N] [--diffusion-steps N] [--cooling-steps N]
+//   [--pieces-steps N] [--length-steps N] [--batch-tokens N] [--seed N]
 import { execFileSync } from 'node:child_process';
 import { existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
@@ -14,8 +20,11 @@ import { DiffuGPT, prepare, TokenDataset, Tokenizer, Trainer, trainTokenizer } f
 const { values: options } = parseArgs({
 	options: {
 		run: { type: 'string', default: 'runs/tiny' },
-		'autoregressive-steps': { type: 'string', default: '2500' },
-		'diffusion-steps': { type: 'string', default: '8000' },
+		'autoregressive-steps': { type: 'string', default: '3000' },
+		'diffusion-steps': { type: 'string', default: '4500' },
+		'cooling-steps': { type: 'string', default: '2600' },
+		'pieces-steps': { type: 'string', default: '1400' },
+		'length-steps': { type: 'string', default: '1000' },
 		'batch-tokens': { type: 'string', default: '8192' },
 		seed: { type: 'string', default: '1' },
 	},
@@ -33,7 +42,13 @@ if (!existsSync(path('tokenizer.json'))) {
 	await trainTokenizer(path('data', 'corpus.txt'), { vocabSize: 8192, out: path('tokenizer.json') });
 }
 const tokenizer = Tokenizer.fromFile(path('tokenizer.json'));
-for (const split of ['train', 'validation']) {
+if (!existsSync(path('data', 'pieces.jsonl'))) {
+	const given = ['--data', path('data'), '--tokenizer', path('tokenizer.json'), '--out', path('data', 'pieces.jsonl')];
+	execFileSync(process.execPath, [fileURLToPath(new URL('make-pieces.mjs', import.meta.url)), ...given], {
+		stdio: 'inherit',
+	});
+}
+for (const split of ['train', 'pieces', 'validation']) {
 	if (existsSync(path(`${split}.bin`))) continue;
 	const set = await prepare(path('data', `${split}.jsonl`), {
 		tokenizer,
@@ -45,6 +60,7 @@ for (const split of ['train', 'validation']) {
 	console.log(split, set.sequences, 'sequences,', set.tokens, 'tokens');
 }
 const data = await TokenDataset.open(path('train.bin'));
+const pieces = await TokenDataset.open(path('pieces.bin'));
 const validation = await TokenDataset.open(path('validation.bin'));
 const eosId = tokenizer.idOf('<|endoftext|>');
 const maskId = tokenizer.idOf('<|mask|>');
@@ -100,21 +116,40 @@ await train('autoregressive', () => DiffuGPT.fromConfig(config, { seed: Number(o
 	evalEvery: 250,
 	checkpoint: { dir: path('autoregressive'), every: 250, keep: 2 },
 });
-const twin = path(
-	'autoregressive',
-	readdirSync(path('autoregressive'))
-		.filter((entry) => entry.startsWith('step-'))
-		.sort()
-		.at(-1),
-);
-await train('diffusion', () => DiffuGPT.fromPretrained(twin, { config }), {
-	...common,
-	objective: 'diffusion',
-	timeSampler: 'stratified',
+/** The newest checkpoint of a stage. */
+function newest(name) {
+	const steps = readdirSync(path(name)).filter((entry) => entry.startsWith('step-'));
+	return path(name, steps.sort().at(-1));
+}
+const diffusion = { ...common, objective: 'diffusion', timeSampler: 'stratified', evalEvery: 500 };
+await train('diffusion', () => DiffuGPT.fromPretrained(newest('autoregressive'), { config }), {
+	...diffusion,
 	attentionAnnealing: { steps: 300 },
-	padding: { logUniform: 256 },
+	padding: { logUniform: 32 },
 	maxSteps: Number(options['diffusion-steps']),
-	learningRate: { kind: 'cosine', peak: 1.5e-3, warmupSteps: 200, final: 5e-5 },
-	evalEvery: 500,
+	learningRate: { kind: 'constant', peak: 1.5e-3, warmupSteps: 200 },
 	checkpoint: { dir: path('diffusion'), every: 250, keep: 2 },
+});
+await train('cooling', () => DiffuGPT.fromPretrained(newest('diffusion'), { config }), {
+	...diffusion,
+	padding: { logUniform: 32 },
+	maxSteps: Number(options['cooling-steps']),
+	learningRate: { kind: 'cosine', peak: 1.5e-3, warmupSteps: 50, final: 1e-4 },
+	checkpoint: { dir: path('cooling'), every: 250, keep: 2 },
+});
+await train('pieces', () => DiffuGPT.fromPretrained(newest('cooling'), { config }), {
+	...diffusion,
+	data: pieces,
+	padding: { logUniform: 32 },
+	maxSteps: Number(options['pieces-steps']),
+	learningRate: { kind: 'cosine', peak: 8e-4, warmupSteps: 50, final: 1e-4 },
+	checkpoint: { dir: path('pieces'), every: 250, keep: 2 },
+});
+await train('length', () => DiffuGPT.fromPretrained(newest('pieces'), { config }), {
+	...diffusion,
+	data: pieces,
+	padding: { logUniform: 256 },
+	maxSteps: Number(options['length-steps']),
+	learningRate: { kind: 'cosine', peak: 4e-4, warmupSteps: 50, final: 1e-5 },
+	checkpoint: { dir: path('length'), every: 250, keep: 2 },
 });
