@@ -89,7 +89,7 @@ result="bench/results/gpu-$device.json"
 } > "$result"
 say "wrote $result"
 
-addon=build-cmake/Release/diffusion_native.node
+addon=build-cuda/Release/diffusion_native.node
 if command -v node > /dev/null && [ -f "$addon" ] && [ -f dist/lib/cli/main.js ]; then
   say 'end to end through Node'
   DIFFUSION_NATIVE_BINDING=$PWD/$addon node dist/lib/cli/main.js info

@@ -296,7 +296,7 @@ function load(): { binding: Binding; path: string } {
 		const found = attempt(override);
 		if (found) return found;
 	} else {
-		for (const folder of ['build-cmake/Release', 'build/Release']) {
+		for (const folder of ['build-cuda/Release', 'build-cmake/Release', 'build/Release']) {
 			const path = join(root, folder, 'diffusion_native.node');
 			if (!existsSync(path)) {
 				tried.push(`${path}: no such file`);

@@ -2,6 +2,7 @@
 
 #include "core/parameter_file.h"
 
+#include <cmath>
 #include <vector>
 
 #include "core/error.h"
@@ -44,9 +45,10 @@ void load_parameter(Model& model, size_t index, const SafetensorsFile& file, con
   file.read(*scales, factors.data());
   for (int64_t n = 0; n < columns; ++n) {
     const float factor = factors[static_cast<size_t>(n)];
-    if (factor >= 0) continue;
+    if (factor >= 0 && std::isfinite(factor)) continue;
     refuse(file, *scales,
-           "scale " + std::to_string(n) + " is " + std::to_string(factor) + ", expected 0 or more");
+           "scale " + std::to_string(n) + " is " + std::to_string(factor) +
+               ", expected a finite number, 0 or more");
   }
   HostTemporary memory(model.backend(), static_cast<size_t>(parameter.count), "reading " + parameter.name);
   int8_t* const values = memory.as<int8_t>();
