@@ -101,7 +101,9 @@ const caches: [string, GenerateOptions][] = [
 
 export const generateCases: BenchCase[] = [
 	...samplers(64).flatMap(([label, options]) =>
-		[1, 4, 16].map((batch) => generate('tiny', label, batch, { ...options, length: 256, seed: 1 }, 3)),
+		[1, 4, 16].map((batch) =>
+			generate('tiny', label, batch, { ...options, length: 256, seed: 1 }, batch === 1 ? 3 : 1),
+		),
 	),
 	...caches.map(([label, cache]) =>
 		generate('tiny', label, 1, { sampler: 'confidence', steps: 256, block: 32, ...cache, length: 256, seed: 1 }, 3),
