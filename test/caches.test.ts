@@ -6,32 +6,18 @@ import {
 	type DiffuGPT,
 	DiffusionNativeError,
 	type GenerateOptions,
-	type GenerateResult,
 	type Prompt,
 	type SamplerPolicy,
 } from 'diffusion-native';
 
 import { binding } from '../lib/binding.js';
+import { collect } from './helpers/generate.js';
 import { logSoftmax, sharpModel } from './helpers/models.js';
 import { NaiveGpt2 } from './helpers/naive-gpt2.js';
 
 const maskId = 60;
 const prompt = [5, 17, 33, 2, 9];
 const kinds: CacheKind[] = ['prefix', 'dual'];
-
-async function collect(
-	model: DiffuGPT,
-	given: Prompt,
-	options: GenerateOptions,
-): Promise<{ events: DenoiseStep[]; result: GenerateResult }> {
-	const stream = model.stream(given, options);
-	const events: DenoiseStep[] = [];
-	for (;;) {
-		const { done, value } = await stream.next();
-		if (done) return { events, result: value };
-		events.push(value);
-	}
-}
 
 interface CachedTrace {
 	committed: number[][];

@@ -1,6 +1,7 @@
 // What the tests of the whole model share: a small model, batches and targets for it.
 #pragma once
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -43,6 +44,21 @@ inline std::vector<float> parameter(Model& model, size_t i) {
   std::vector<float> values(idx(model.parameters()[i].count));
   model.get_parameter(i, values.data());
   return values;
+}
+
+// One step of AdamW with a clipped gradient; the mean loss before it.
+inline double train_step(Model& model, const Batch& batch, const LossRows& rows, int64_t step) {
+  std::vector<float> losses(rows.rows.size());
+  model.zero_gradients();
+  model.loss_and_gradients(batch, rows, {}, losses.data());
+  AdamWStep adamw;
+  adamw.learning_rate = 3e-3f;
+  adamw.step = step;
+  adamw.gradient_scale = static_cast<float>(1 / (1 + std::sqrt(model.gradient_sum_of_squares())));
+  model.adamw(adamw, 0.1f);
+  double sum = 0;
+  for (const float x : losses) sum += static_cast<double>(x);
+  return sum / static_cast<double>(losses.size());
 }
 
 // Larger weights than GPT-2's at the start, so that attention is not flat and every gradient matters.

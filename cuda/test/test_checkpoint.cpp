@@ -1,15 +1,12 @@
 // A checkpoint, parameters and AdamW's moments, changes devices in the middle of a training run.
 
-#include <unistd.h>
-
-#include <cmath>
-#include <cstdio>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "core/safetensors.h"
 #include "cuda/test/model_case.h"
+#include "test/temporary_folder.h"
 
 namespace dn::cuda_test {
 namespace {
@@ -18,18 +15,9 @@ namespace {
 std::vector<float> train_on(Model& model, int64_t first_step, int64_t last_step, std::vector<double>* curve) {
   const Batch batch = make_batch({24, 16});
   const LossRows rows = make_rows(40);
-  std::vector<float> losses(rows.rows.size()), result;
+  std::vector<float> result;
   for (int64_t step = first_step; step <= last_step; ++step) {
-    model.zero_gradients();
-    model.loss_and_gradients(batch, rows, {}, losses.data());
-    double sum = 0;
-    for (const float x : losses) sum += static_cast<double>(x);
-    curve->push_back(sum / static_cast<double>(losses.size()));
-    AdamWStep adamw;
-    adamw.learning_rate = 3e-3f;
-    adamw.step = step;
-    adamw.gradient_scale = static_cast<float>(1 / (1 + std::sqrt(model.gradient_sum_of_squares())));
-    model.adamw(adamw, 0.1f);
+    curve->push_back(train_step(model, batch, rows, step));
   }
   for (size_t i = 0; i < model.parameters().size(); ++i) {
     const std::vector<float> values = parameter(model, i);
@@ -87,7 +75,8 @@ DN_TEST(cuda_model_checkpoints_change_devices) {
   const auto make = [](bool gpu) {
     return std::make_unique<Model>(gpu ? make_cuda_backend(0, Dtype::kF32) : make_cpu_backend(1), kConfig);
   };
-  const std::string path = "/tmp/dn-cuda-check-" + std::to_string(getpid()) + ".safetensors";
+  const TemporaryFolder folder;
+  const std::string path = folder / "model.safetensors";
   for (const bool gpu_first : {false, true}) {
     const char* const what = gpu_first ? "from CUDA to the CPU" : "from the CPU to CUDA";
     std::vector<double> before, stayed_curve, moved_curve;
@@ -97,7 +86,6 @@ DN_TEST(cuda_model_checkpoints_change_devices) {
     train_on(*stayed, 1, 6, &before);
     save(*stayed, path);
     load(*moved, path);
-    std::remove(path.c_str());
     for (size_t i = 0; i < stayed->parameters().size(); ++i) {
       const size_t n = idx(stayed->parameters()[i].count);
       std::vector<float> a(n), b(n);

@@ -98,16 +98,7 @@ DN_TEST(cuda_model_trains) {
     model.begin_training();
     std::vector<float> losses(rows.rows.size());
     for (int64_t step = 1; step <= 20; ++step) {
-      model.zero_gradients();
-      model.loss_and_gradients(batch, rows, {}, losses.data());
-      double sum = 0;
-      for (const float x : losses) sum += static_cast<double>(x);
-      curve->push_back(sum / static_cast<double>(losses.size()));
-      AdamWStep adamw;
-      adamw.learning_rate = 3e-3f;
-      adamw.step = step;
-      adamw.gradient_scale = static_cast<float>(1 / (1 + std::sqrt(model.gradient_sum_of_squares())));
-      model.adamw(adamw, 0.1f);
+      curve->push_back(train_step(model, batch, rows, step));
       if (step == 10) {  // packs and unpacks nothing that matters: master weights stay fp32
         model.loss(batch, rows, {}, losses.data());
       }

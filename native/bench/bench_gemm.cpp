@@ -4,17 +4,15 @@
 // filter picks lines whose name contains it. Figures are medians; one thread is timed by its processor time,
 // which says the same on a machine with other work.
 
-#include <sys/resource.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
 #include <functional>
 #include <iterator>
 #include <string>
 #include <vector>
 
+#include "bench/bench_clock.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
@@ -28,25 +26,7 @@ namespace {
 
 using namespace dn;
 using namespace dn::cpu;
-// Processor time of the process, or wall time where several threads share the work.
-double seconds_now(int threads) {
-  timespec t;
-  clock_gettime(threads == 1 ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &t);
-  return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec) * 1e-9;
-}
-
-// How often the system has taken a core from the process.
-int64_t interruptions() {
-  rusage usage;
-  getrusage(RUSAGE_SELF, &usage);
-  return usage.ru_nivcsw;
-}
-
-double median(std::vector<double> v) {
-  std::sort(v.begin(), v.end());
-  return v[v.size() / 2];
-}
-
+using namespace dn::bench;
 constexpr int64_t kPeakLoops = 20000;
 constexpr int kChains = 24;  // independent sums: more than latency times ports, few enough for the registers
 

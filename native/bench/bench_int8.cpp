@@ -4,16 +4,14 @@
 // case = 0.15] [threads = 1]; the filter picks lines whose name contains it. Figures are medians of calls
 // that no other process interrupted; one thread is timed by its processor time.
 
-#include <sys/resource.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
 #include <functional>
 #include <string>
 #include <vector>
 
+#include "bench/bench_clock.h"
 #include "cpu/gemm_int8.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
@@ -26,26 +24,7 @@ namespace {
 
 using namespace dn;
 using namespace dn::cpu;
-
-// Processor time of the process, or wall time where several threads share the work.
-double seconds_now(int threads) {
-  timespec t;
-  clock_gettime(threads == 1 ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &t);
-  return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec) * 1e-9;
-}
-
-// How often the system has taken a core from the process.
-int64_t interruptions() {
-  rusage usage;
-  getrusage(RUSAGE_SELF, &usage);
-  return usage.ru_nivcsw;
-}
-
-double median(std::vector<double> v) {
-  if (v.empty()) return 0;
-  std::sort(v.begin(), v.end());
-  return v[v.size() / 2];
-}
+using namespace dn::bench;
 
 constexpr int64_t kPeakLoops = 20000;
 // Independent sums: more than latency times ports, few enough for the registers.
@@ -154,8 +133,8 @@ double int8_peak(int threads, const Int8Kernels& kernels) {
 #endif
 }
 
-void bench(const char* filter, double budget, int threads, const Int8Kernels& kernels, int64_t M, int64_t K,
-           int64_t N) {
+void run_case(const char* filter, double budget, int threads, const Int8Kernels& kernels, int64_t M,
+              int64_t K, int64_t N) {
   const std::string name = std::string(kernels.name) + " t" + std::to_string(threads) +
                            " M=" + std::to_string(M) + " " + std::to_string(K) + "x" + std::to_string(N);
   if (name.find(filter) == std::string::npos) return;
@@ -221,7 +200,7 @@ int main(int argc, char** argv) {
       const int64_t shapes[][2] = {{768, 2304}, {768, 768}, {768, 3072}, {3072, 768}, {768, 50257}};
       for (const auto& s : shapes) {
         if (M * s[1] > 256 * 50257) continue;
-        bench(filter, budget, threads, *kernels, M, s[0], s[1]);
+        run_case(filter, budget, threads, *kernels, M, s[0], s[1]);
       }
     }
   }

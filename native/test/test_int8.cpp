@@ -14,6 +14,7 @@
 #include "cpu/gemm_int8.h"
 #include "cpu/ops.h"
 #include "test/check.h"
+#include "test/temporary_folder.h"
 
 namespace {
 
@@ -521,8 +522,8 @@ DN_TEST(int8_model_refuses_training_and_values_that_are_not_finite) {
 }
 
 DN_TEST(int8_tensors_are_written_and_read) {
-  const std::string path =
-      "/tmp/dn-int8-test-" + std::to_string(reinterpret_cast<uintptr_t>(&path)) + ".safetensors";
+  const TemporaryFolder folder;
+  const std::string path = folder / "model.safetensors";
   const ModelConfig config{1, 2, 32, 8, 64};
   Model model(make_cpu_backend(1), config, Dtype::kI8), copy(make_cpu_backend(1), config, Dtype::kI8);
   model.initialise(1);
@@ -564,7 +565,6 @@ DN_TEST(int8_tensors_are_written_and_read) {
     CHECK_THROWS(load_parameter(copy, index, file, *file.find("w"), file.find("s")), Code::kCheckpoint,
                  "index 77");
   }
-  std::remove(path.c_str());
 }
 
 }  // namespace

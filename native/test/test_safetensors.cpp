@@ -16,30 +16,12 @@
 #include "core/half.h"
 #include "core/safetensors.h"
 #include "test/check.h"
+#include "test/temporary_folder.h"
 
 namespace {
 
 using namespace dn;
 namespace fs = std::filesystem;
-
-// A fresh directory, removed with all it holds.
-class Folder {
- public:
-  Folder() {
-    std::string name = (fs::temp_directory_path() / "dn-test-XXXXXX").string();
-    if (mkdtemp(&name[0]) == nullptr) throw Error(Code::kInternal, "no temporary directory");
-    path_ = name;
-  }
-  ~Folder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  std::string operator/(const std::string& name) const { return (path_ / name).string(); }
-  size_t files() const { return static_cast<size_t>(std::distance(fs::directory_iterator(path_), {})); }
-
- private:
-  fs::path path_;
-};
 
 std::string file_bytes(const std::string& json, const std::string& data) {
   const uint64_t length = json.size();
@@ -74,7 +56,7 @@ std::string entry(const std::string& shape, const std::string& offsets, const st
 }  // namespace
 
 DN_TEST(safetensors_write_then_read) {
-  Folder folder;
+  TemporaryFolder folder;
   const std::string path = folder / "a.safetensors";
   std::vector<float> big(150001);  // several conversion chunks, and an odd end
   for (size_t i = 0; i < big.size(); ++i) big[i] = std::sin(static_cast<float>(i)) * 100;
@@ -226,7 +208,7 @@ DN_TEST(safetensors_refuses_false_lengths) {
 }
 
 DN_TEST(safetensors_refuses_values_that_are_not_finite) {
-  Folder folder;
+  TemporaryFolder folder;
   const std::string path = folder / "nan.safetensors";
   std::vector<float> values(10000, 1.5f);
   values[9998] = std::numeric_limits<float>::quiet_NaN();
@@ -259,7 +241,7 @@ DN_TEST(safetensors_refuses_values_that_are_not_finite) {
 }
 
 DN_TEST(safetensors_refuses_unusual_paths) {
-  Folder folder;
+  TemporaryFolder folder;
   CHECK_THROWS(SafetensorsFile(folder / "missing"), Code::kCheckpoint,
                "missing: cannot be opened: No such file");
   CHECK_THROWS(SafetensorsFile(folder / ""), Code::kCheckpoint,
@@ -280,7 +262,7 @@ DN_TEST(safetensors_refuses_unusual_paths) {
 }
 
 DN_TEST(safetensors_notices_truncation_after_opening) {
-  Folder folder;
+  TemporaryFolder folder;
   const std::string path = folder / "a.safetensors";
   put(path, file_bytes("{\"a\":" + entry("[40000]", "[0,160000]") + "}", std::string(160000, '\0')));
   SafetensorsFile file(path);
@@ -293,7 +275,7 @@ DN_TEST(safetensors_notices_truncation_after_opening) {
 }
 
 DN_TEST(safetensors_writer_refuses_misuse) {
-  Folder folder;
+  TemporaryFolder folder;
   const std::string path = folder / "a";
   const float values[4] = {1, 2, 3, 4};
   CHECK_THROWS(SafetensorsWriter(path, {{"a", {1}}, {"a", {2}}}, {}), Code::kArgument,
@@ -316,7 +298,7 @@ DN_TEST(safetensors_writer_refuses_misuse) {
 }
 
 DN_TEST(safetensors_writer_leaves_nothing_half_written) {
-  Folder folder;
+  TemporaryFolder folder;
   const std::string path = folder / "a";
   put(path, "precious");
   const auto untouched = [&] { return folder.files() == 1 && fs::file_size(path) == 8; };
@@ -353,7 +335,7 @@ DN_TEST(safetensors_writer_leaves_nothing_half_written) {
 // A limit on the size of files stands in for a full disk: write(2) fails half-way in the same manner (EFBIG
 // for ENOSPC).
 DN_TEST(safetensors_writer_reports_a_full_disk) {
-  Folder folder;
+  TemporaryFolder folder;
   const std::string path = folder / "a";
   put(path, "precious");
   std::vector<float> values(100000, 1.0f);
