@@ -224,6 +224,20 @@ test.serial('evaluateLength: its numbers are those of the methods, and the repor
 	t.is(split.pairs, 60);
 	t.deepEqual(same, split.bounds);
 	t.is(split.generations, null);
+	const kept = { max, method: 'threshold', coverage: 0.77 } as const;
+	const own = toyPairs(120, 95n);
+	await t.throwsAsync(toy.predictLength({ tokens: Int32Array.of(1, 5) }, kept), { message: /0\.77/ });
+	const given = { max, generations: 0, methods: ['threshold'] as const, coverage: [0.77], calibration: own };
+	await evaluateLength(toy, pairs, given);
+	await t.throwsAsync(toy.predictLength({ tokens: Int32Array.of(1, 5) }, kept), { message: /0\.77/ });
+	await evaluateLength(toy, pairs, { ...given, keep: true });
+	const prompts = Array.from({ length: 8 }, (_, k) => ({ tokens: Int32Array.of(1, 2 + k) }));
+	const lengths = (): Promise<number[]> =>
+		Promise.all(prompts.map(async (prompt) => (await toy.predictLength(prompt, kept)).length));
+	const stored = await lengths();
+	await calibrateLength(toy, own, { max, method: 'threshold', coverage: 0.77 });
+	t.deepEqual(stored, await lengths());
+	await t.throwsAsync(evaluateLength(toy, pairs, { max, calibration: 'stored', keep: true }), { message: /keep/ });
 	await t.throwsAsync(evaluateLength(toy, [], { max }), { code: 'ERR_DN_ARGUMENT', message: /no records/ });
 	await t.throwsAsync(evaluateLength(toy, pairs, { max, coverage: [2] }), { message: /coverage/ });
 	await t.throwsAsync(evaluateLength(toy, pairs, { max, generations: 2, judge: toy }), { message: /judge/ });

@@ -9,7 +9,6 @@ import type { Command } from 'commander';
 
 import type { Device, DType } from '../device.js';
 import { writeFileAtomic } from '../files.js';
-import { calibrateLength } from '../length/calibrate.js';
 import { type EvaluateLengthOptions, evaluateLength, type LengthProgress } from '../length/evaluate.js';
 import { trainLengthHead } from '../length/head.js';
 import { type LengthMethod, lengthMethods } from '../length/method.js';
@@ -105,22 +104,14 @@ async function run(path: string, pairs: string, flags: Flags): Promise<void> {
 				say(`head: ${stage}`, fraction);
 			await trainLengthHead(model, flags.trainHead, { ...reading, max, onProgress });
 		}
-		if (flags.save !== undefined) {
-			for (const { method, head } of flags.calibrate === undefined ? [] : calibrated(options.methods, flags)) {
-				const onProgress = ({ fraction }: { fraction: number }): void => say(`calibration: ${method}`, fraction);
-				await calibrateLength(model, flags.calibrate as string, {
-					...{ ...reading, max, method, onProgress },
-					...defined({ head, coverage: options.coverage }),
-				});
-			}
-			await model.save(flags.save);
-		}
 		const found = await evaluateLength(model, pairs, {
 			...options,
 			...defined({ max, limit, calibration: flags.calibrate, judge, signal }),
 			max,
+			keep: flags.save !== undefined && flags.calibrate !== undefined,
 			onProgress: ({ stage, fraction }: LengthProgress) => say(stage, fraction),
 		});
+		if (flags.save !== undefined) await model.save(flags.save);
 		say('', 1);
 		if (flags.html !== undefined) await writeFileAtomic(flags.html, htmlReport(found, `Length methods: ${path}`));
 		if (flags.svg !== undefined) {
@@ -149,21 +140,6 @@ function toOptions(flags: Flags): Omit<EvaluateLengthOptions, 'max'> {
 		generate: parseJson('generate', flags.generate),
 		columns: parseJson('columns', flags.columns) as Record<string, string> | undefined,
 	});
-}
-
-/** The methods whose margins are stored. */
-function calibrated(
-	methods: EvaluateLengthOptions['methods'],
-	flags: Flags,
-): { method: LengthMethod; head?: 'token' | 'pooled' | 'quantile' }[] {
-	const plain: LengthMethod[] = ['constant', 'first-step', 'quantile', 'threshold', 'expected', 'daedal'];
-	const heads = (['token', 'pooled', 'quantile'] as const).map((head) => ({ method: 'head' as const, head }));
-	if (!methods) return [...plain.map((method) => ({ method })), ...(flags.trainHead === undefined ? [] : heads)];
-	return methods
-		.map((choice) =>
-			typeof choice === 'string' ? { method: choice } : { ...choice, method: choice.method as LengthMethod },
-		)
-		.filter(({ method }) => method !== 'block' && method !== 'rho-eos');
 }
 
 function parseSeed(text: string): bigint {

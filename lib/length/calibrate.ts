@@ -14,7 +14,7 @@
 import { check } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
 import { checkOptions } from '../option-checks.js';
-import { type LengthCalibration, lengthExtras } from './extras.js';
+import { type LengthCalibration, lengthExtras, storeCalibration } from './extras.js';
 import { firstCanvas } from './look.js';
 import { type LengthMethod, type LengthOptions, type LengthRule, resolveLength } from './method.js';
 import {
@@ -115,12 +115,7 @@ export async function calibrateLength(
 	});
 	const lengths = pairs.map((pair) => pair.answer.length);
 	const fitted = fitMargins(looks, lengths, { method, max, settings, coverages, ...(edges ? { edges } : {}) });
-	extras.calibrations = [
-		...extras.calibrations.filter(
-			(entry) => entry.method !== method || entry.max !== max || entry.settings.head !== settings.head,
-		),
-		fitted,
-	];
+	storeCalibration(extras, fitted);
 	const achieved = fitted.levels.map(({ coverage, margins }) => {
 		const bounds = looks.map((look) => boundOf(fitted, coverage, look));
 		const fits = bounds.filter((bound, i) => bound >= (lengths[i] as number)).length;

@@ -10,7 +10,7 @@ import { check } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
 import { checkOptions } from '../option-checks.js';
 import { boundOf, type EndSignal, endSignal, fitMargins, lookOf, warningsOf } from './calibrate.js';
-import { type LengthCalibration, type LengthExtras, lengthExtras } from './extras.js';
+import { type LengthCalibration, type LengthExtras, lengthExtras, storeCalibration } from './extras.js';
 import { type CompareOptions, compareGenerations, type GenerationComparison } from './generations.js';
 import { type HeadKind, type LengthMethod, type LengthOptions, resolveLength } from './method.js';
 import {
@@ -42,13 +42,18 @@ export interface EvaluateLengthOptions extends PairOptions, CompareOptions {
 	readonly calibration?: PairData | 'stored' | 'split';
 	/** Most calibration pairs. @default all */
 	readonly calibrationLimit?: number;
+	/**
+	 * Store the fitted margins with the model at the coverages asked for, as `calibrateLength` does; not with 'stored'.
+	 * @default false
+	 */
+	readonly keep?: boolean;
 	readonly onProgress?: (progress: LengthProgress) => void;
 }
 
 const evaluateLengthNames = [
 	...pairOptionNames,
 	...(['generations', 'generate', 'seeds', 'batch', 'judge', 'likelihoods', 'samples', 'onProgress'] as const),
-	...(['max', 'methods', 'coverage', 'calibration', 'calibrationLimit'] as const),
+	...(['max', 'methods', 'coverage', 'calibration', 'calibrationLimit', 'keep'] as const),
 ] satisfies (keyof EvaluateLengthOptions)[];
 
 export interface LengthProgress {
@@ -125,6 +130,10 @@ export async function evaluateLength(
 	const source = options.calibration ?? (own.calibrations.some((entry) => entry.max === max) ? 'stored' : 'split');
 	const fromStored = source === 'stored';
 	const fromSplit = source === 'split';
+	check(
+		!(options.keep && fromStored),
+		"option keep stores the margins that are fitted here, and calibration: 'stored' fits none",
+	);
 	let pairs = read.pairs;
 	let fitting: LengthPair[] = [];
 	if (fromSplit) {
@@ -217,6 +226,10 @@ export async function evaluateLength(
 				);
 		if (!fitted) continue;
 		calibrations.push(fitted);
+		if (options.keep) {
+			const levels = fitted.levels.filter((level) => coverage.includes(level.coverage));
+			storeCalibration(own, { ...fitted, levels });
+		}
 		for (const { coverage: target } of fitted.levels) {
 			const all = looks.map((look) => boundOf(fitted, target, look));
 			if (coverage.includes(target)) row(name, all, target);

@@ -44,6 +44,17 @@ export interface LengthExtras {
 
 const extras = new WeakMap<Engine, LengthExtras>();
 
+/** Adds a calibration; it replaces an earlier one of the same method, head and `max`. */
+export function storeCalibration(extras: LengthExtras, fitted: LengthCalibration): void {
+	extras.calibrations = [
+		...extras.calibrations.filter(
+			(entry) =>
+				entry.method !== fitted.method || entry.max !== fitted.max || entry.settings.head !== fitted.settings.head,
+		),
+		fitted,
+	];
+}
+
 /** Drops heads and calibrations: the weights they were fitted on have changed. */
 export function forgetLengths(engine: Engine): void {
 	extras.delete(engine);

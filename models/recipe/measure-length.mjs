@@ -2,14 +2,17 @@
 // HTML report of the length methods. Margins and heads come from the validation split, scores from the test split.
 //
 // node models/recipe/measure-length.mjs [--model models/tiny] [--twin models/tiny-autoregressive] [--data runs/tiny/data]
-//   [--out runs/tiny/length] [--stage methods|first-step|sharpening|training|twin|parallel|definitions ...] [--max 256]
-//   [--pairs 2400] [--generations 256] [--seeds 1,2,3] [--steps 300] [--save DIR]
+//   [--judge DIR] [--out runs/tiny/length] [--stage bounds|generations|definitions|first-step|sharpening|training|twin|parallel ...]
+//   [--max 256] [--pairs 2400] [--generations 192] [--seeds 1,2,3] [--steps 300] [--save DIR]
+//
+// `bounds` trains the heads, fits all margins and, with --save, writes the model that has them; the other stages take the
+// margins of the model that they are given, or fit their own. --twin is the autoregressive model that lengths are compared
+// with, --judge one of another seed, which scores generated answers.
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 
 import {
-	calibrateLength,
 	coverageChart,
 	DiffuGPT,
 	evaluate,
@@ -25,12 +28,13 @@ const { values: options } = parseArgs({
 	options: {
 		model: { type: 'string', default: 'models/tiny' },
 		twin: { type: 'string' },
+		judge: { type: 'string' },
 		data: { type: 'string', default: 'runs/tiny/data' },
 		out: { type: 'string', default: 'runs/tiny/length' },
 		stage: { type: 'string', multiple: true },
 		max: { type: 'string', default: '256' },
 		pairs: { type: 'string', default: '2400' },
-		generations: { type: 'string', default: '256' },
+		generations: { type: 'string', default: '192' },
 		seeds: { type: 'string', default: '1,2,3' },
 		steps: { type: 'string', default: '300' },
 		sampler: { type: 'string', default: '{"sampler":"threshold"}' },
@@ -50,9 +54,10 @@ const read = (split) =>
 		.map((line) => JSON.parse(line));
 const testPairs = read('test').slice(0, limit);
 const model = await DiffuGPT.fromPretrained(options.model);
-const judge = options.twin
-	? await DiffuGPT.fromPretrained(options.twin, { config: { attention: 'causal' } })
-	: undefined;
+const causal = async (path) =>
+	path === undefined ? undefined : await DiffuGPT.fromPretrained(path, { config: { attention: 'causal' } });
+const twin = await causal(options.twin);
+const judge = await causal(options.judge);
 mkdirSync(options.out, { recursive: true });
 
 /** Writes what a stage found, with the options it was run with. */
@@ -66,34 +71,49 @@ function report(name, found) {
 	console.log(`${name}: ${join(options.out, `${name}.json`)}`);
 }
 
+/** Reports how far a stage has come, every 20 seconds. */
+function progress(name) {
+	let last = performance.now();
+	return ({ stage, fraction }) => {
+		if (performance.now() - last < 20_000) return;
+		last = performance.now();
+		console.log(`${name}: ${stage} ${(100 * fraction).toFixed(0)} %`);
+	};
+}
+
 const mean = (values) => values.reduce((a, b) => a + b, 0) / Math.max(1, values.length);
 const ids = (pair) => model.tokenizer.encode(`${pair.prompt} ${pair.answer}`);
 const promptIds = (pair) => model.tokenizer.encode(pair.prompt);
 const isEnd = (id) => id === model.config.eosId || id === model.config.padId;
 
 const stages = {
-	/** Every method against constants and the whole canvas; the trained heads among them. */
-	async methods() {
-		console.log('heads', await trainLengthHead(model, file('train'), { max, limit: 6000 }));
+	/** Heads, margins, and the bounds of every method against constants. */
+	async bounds() {
+		const limited = { max, limit: 6000, onProgress: progress('heads') };
+		console.log('heads', await trainLengthHead(model, file('train'), limited));
 		const found = await evaluateLength(model, testPairs, {
-			...{ max, calibration: file('validation'), generations, seeds, generate },
+			...{ max, calibration: file('validation'), generations: 0, keep: true },
 			coverage: [0.8, 0.9, 0.95, 0.99],
-			...(judge ? { judge } : {}),
+			onProgress: progress('bounds'),
 		});
-		report('methods', found);
-		writeFileSync(join(options.out, 'methods.html'), htmlReport(found, 'Length methods'));
+		report('bounds', found);
+		writeFileSync(join(options.out, 'bounds.html'), htmlReport(found, 'Length methods: bounds'));
 		writeFileSync(join(options.out, 'coverage.svg'), coverageChart(found));
-		writeFileSync(join(options.out, 'speed.svg'), speedChart(found) ?? '');
 		console.log(textReport(found));
-		if (options.save) {
-			for (const method of ['constant', 'first-step', 'quantile', 'threshold', 'expected', 'daedal']) {
-				await calibrateLength(model, file('validation'), { method, max });
-			}
-			for (const head of ['token', 'pooled', 'quantile']) {
-				await calibrateLength(model, file('validation'), { method: 'head', head, max });
-			}
-			await model.save(options.save);
-		}
+		if (options.save) await model.save(options.save);
+	},
+
+	/** Whole generations under every method, at 95 % coverage, against the whole canvas. */
+	async generations() {
+		const found = await evaluateLength(model, testPairs.slice(0, generations), {
+			...{ max, calibration: 'stored', coverage: [0.95], generations, seeds, generate },
+			...(judge ? { judge } : {}),
+			onProgress: progress('generations'),
+		});
+		report('generations', found);
+		writeFileSync(join(options.out, 'generations.html'), htmlReport(found, 'Length methods: generations'));
+		writeFileSync(join(options.out, 'speed.svg'), speedChart(found));
+		console.log(textReport(found));
 	},
 
 	/** Calibration on definitions alone, scored on definitions alone. */
@@ -101,6 +121,8 @@ const stages = {
 		const only = (split) => read(split).filter(({ kind }) => kind === 'definition');
 		const found = await evaluateLength(model, only('test').slice(0, limit), {
 			...{ max, calibration: only('validation'), generations: 0, coverage: [0.8, 0.9, 0.95] },
+			methods: ['constant', 'quantile', 'threshold', 'expected'],
+			onProgress: progress('definitions'),
 		});
 		report('definitions', found);
 		console.log(textReport(found));
@@ -135,7 +157,7 @@ const stages = {
 	async sharpening() {
 		const parts = 10;
 		const kinds = {};
-		for (const [i, pair] of testPairs.slice(0, 120).entries()) {
+		for (const [i, pair] of testPairs.slice(0, 60).entries()) {
 			const prompt = promptIds(pair);
 			if (prompt.length + max > model.config.context) continue;
 			const implied = [];
@@ -206,6 +228,7 @@ const stages = {
 				...{
 					max,
 					calibration: file('validation'),
+					calibrationLimit: 1000,
 					generations: 0,
 					coverage: [0.95],
 					methods: ['constant', 'threshold', 'expected'],
@@ -222,7 +245,8 @@ const stages = {
 
 	/** Whether lengths come out as natural as an autoregressive model's: distances to the true lengths. */
 	async twin() {
-		if (!judge) throw new Error('the stage twin needs --twin');
+		if (!twin) throw new Error('the stage twin needs --twin');
+		const kind = 'definition';
 		const distance = (a, b) => {
 			const x = [...a].sort((p, q) => p - q);
 			const y = [...b].sort((p, q) => p - q);
@@ -231,46 +255,45 @@ const stages = {
 		};
 		const rows = [];
 		for (const seed of seeds) {
-			for (const kind of new Set(testPairs.map((pair) => pair.kind))) {
-				const pairs = testPairs.filter(
-					(pair) => pair.kind === kind && promptIds(pair).length + max <= model.config.context,
+			const fitting = testPairs.filter(
+				(pair) => pair.kind === kind && promptIds(pair).length + max <= model.config.context,
+			);
+			const list = fitting.slice(0, generations);
+			const truth = list.map((pair) => ids(pair).length - promptIds(pair).length);
+			const prompts = list.map((pair) => ({ tokens: promptIds(pair) }));
+			const lengths = async (which, given) => {
+				const results = await which.generateBatch(
+					prompts,
+					prompts.map((_, i) => ({ length: { max }, ...given(i), seed: 1000 * seed + i })),
 				);
-				const list = pairs.slice(0, generations);
-				const truth = list.map((pair) => ids(pair).length - promptIds(pair).length);
-				const prompts = list.map((pair) => ({ tokens: promptIds(pair) }));
-				const lengths = async (which, given) => {
-					const results = await which.generateBatch(
-						prompts,
-						prompts.map((_, i) => ({ ...given, length: { max }, seed: 1000 * seed + i })),
-					);
-					return {
-						wasserstein: distance(
-							results.map(({ tokens }) => tokens.length),
-							truth,
-						),
-						truncated: mean(results.map(({ finishReason }) => Number(finishReason !== 'end-of-text'))),
-					};
+				return {
+					wasserstein: distance(
+						results.map(({ tokens }) => tokens.length),
+						truth,
+					),
+					mean: mean(results.map(({ tokens }) => tokens.length)),
+					truncated: mean(results.map(({ finishReason }) => Number(finishReason !== 'end-of-text'))),
 				};
-				rows.push({
-					...{ seed, kind, pairs: list.length },
-					twin: await lengths(judge, { sampler: 'autoregressive', temperature: 1 }),
-					ancestral: await lengths(model, { sampler: 'ancestral', steps: 64 }),
-					blocks: await lengths(model, { sampler: 'first-hitting', block: 32 }),
-					greedy: await lengths(model, generate),
-				});
+			};
+			// Evenly spread quantiles in an order that does not follow the prompts: each canvas is a draw from the model's own
+			// distribution of the length.
+			const drawn = list.map((_, i) => (((i * 61 + 17 * seed) % list.length) + 0.5) / list.length);
+			const contenders = {
+				twin: () => lengths(twin, () => ({ sampler: 'autoregressive', temperature: 1 })),
+				ancestral: () => lengths(model, () => ({ sampler: 'ancestral', steps: 64 })),
+				'first-hitting, blocks': () => lengths(model, () => ({ sampler: 'first-hitting', block: 32 })),
+				'ancestral, drawn length': () =>
+					lengths(model, (i) => ({
+						...{ sampler: 'ancestral', steps: 64 },
+						length: { max, method: 'threshold', probability: drawn[i] },
+					})),
+				threshold: () => lengths(model, () => generate),
+			};
+			for (const [name, run] of Object.entries(contenders)) {
+				rows.push({ name, seed, pairs: list.length, ...(await run()) });
+				console.log(JSON.stringify(rows.at(-1)));
 			}
 		}
-		console.table(
-			rows.map(({ twin, ancestral, blocks, greedy, ...rest }) => ({
-				...rest,
-				...{
-					twin: twin.wasserstein,
-					ancestral: ancestral.wasserstein,
-					blocks: blocks.wasserstein,
-					greedy: greedy.wasserstein,
-				},
-			})),
-		);
 		report('twin', { rows });
 	},
 
@@ -296,8 +319,9 @@ const stages = {
 
 for (const name of options.stage ?? Object.keys(stages)) {
 	if (!stages[name]) throw new Error(`--stage ${name} is not known: ${Object.keys(stages).join(', ')}`);
-	if (name === 'twin' && !judge && !options.stage) continue;
+	if (name === 'twin' && !twin && !options.stage) continue;
 	await stages[name]();
 }
 await model.dispose();
+await twin?.dispose();
 await judge?.dispose();
