@@ -143,7 +143,10 @@ export class DiffuGPT {
 		return new DiffuGPT(opened, tokenizer ?? null);
 	}
 
-	/** Logits or hidden states, one array per sequence: (rows, V) or (rows, C). */
+	/**
+	 * Logits or hidden states, one array per sequence: (rows, V) or (rows, C). The arrays of several sequences are views of
+	 * one buffer.
+	 */
 	async forward(sequences: Int32Array | readonly Int32Array[], options: ForwardOptions = {}): Promise<Float32Array[]> {
 		this.engine.check();
 		checkOptions('forward', options, ['attention', 'output', 'rows', 'signal']);
@@ -156,12 +159,11 @@ export class DiffuGPT {
 			`option output is ${JSON.stringify(output)}, expected 'logits', 'aligned-logits' or 'hidden'`,
 		);
 		const { batch, rows } = packForward(list, options, config);
-		// Under the shift, token i is spoken of by row i - 1, and token 0 by none.
+		// Under the shift, token i is spoken of by row i - 1, and token 0 by none: it borrows a row, which is overwritten.
 		const shift = output === 'aligned-logits' && config.shift ? 1 : 0;
-		const wanted: number[] = [];
-		rows.forEach((list_, s) => {
-			for (const row of list_) if (row >= shift) wanted.push((batch.offsets[s] as number) + row - shift);
-		});
+		const wanted = rows.flatMap((list_, s) =>
+			Array.from(list_, (row) => (batch.offsets[s] as number) + Math.max(0, row - shift)),
+		);
 		const width = output === 'hidden' ? config.channels : config.vocab;
 		const all =
 			wanted.length === 0
@@ -173,12 +175,12 @@ export class DiffuGPT {
 					);
 		let next = 0;
 		return rows.map((list_) => {
-			const result = new Float32Array(list_.length * width);
-			for (const [r, row] of list_.entries()) {
-				if (row < shift) result.fill(Number.NaN, r * width, (r + 1) * width);
-				else result.set(all.subarray(next * width, ++next * width), r * width);
+			const begin = next * width;
+			for (const row of list_) {
+				if (row < shift) all.fill(Number.NaN, next * width, (next + 1) * width);
+				next++;
 			}
-			return result;
+			return all.subarray(begin, next * width);
 		});
 	}
 

@@ -5,6 +5,7 @@
       "native/core/model.cpp",
       "native/core/model_training.cpp",
       "native/core/noise.cpp",
+      "native/core/pages.cpp",
       "native/core/parameter_file.cpp",
       "native/core/params.cpp",
       "native/core/quantise.cpp",

@@ -5,10 +5,12 @@
 #include <napi.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "addon/async.h"
+#include "core/pages.h"
 
 namespace dn::addon {
 
@@ -97,6 +99,22 @@ Array to_array(Napi::Env env, const std::vector<T>& values) {
   Array array = Array::New(env, values.size());
   for (size_t i = 0; i < values.size(); ++i) array[i] = values[i];
   return array;
+}
+
+// A (n) result that a pool thread writes: zeros in huge pages where it is large. A runtime that forbids
+// memory of ours in its arrays (V8 with a sandbox) gives its own.
+inline Napi::Float32Array result_array(Napi::Env env, size_t n) {
+  constexpr size_t kLarge = 4 << 20;  // bytes
+  const size_t bytes = n * sizeof(float);
+  if (bytes < kLarge) return Napi::Float32Array::New(env, n);
+  auto pages = std::make_unique<Pages>(bytes);
+  const auto free_pages = [](napi_env, void*, void* hint) { delete static_cast<Pages*>(hint); };
+  napi_value buffer;
+  const napi_status status =
+      napi_create_external_arraybuffer(env, pages->data(), bytes, free_pages, pages.get(), &buffer);
+  if (status != napi_ok) return Napi::Float32Array::New(env, n);
+  pages.release();
+  return Napi::Float32Array::New(env, n, Napi::ArrayBuffer(env, buffer), 0);
 }
 
 inline void expect(Napi::Env env, bool condition, const char* message) {

@@ -272,7 +272,7 @@ Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
   // Written in place by the pool thread, like the result of forward.
   const int64_t K = static_cast<int64_t>(request->logit_rows.size());
   Napi::Float32Array values =
-      Napi::Float32Array::New(env, static_cast<size_t>(K) * static_cast<size_t>(m.config().vocab));
+      result_array(env, static_cast<size_t>(K) * static_cast<size_t>(m.config().vocab));
   float* logits = values.Data();
   auto kept = std::make_shared<Napi::ObjectReference>(Napi::Persistent(values.As<Napi::Object>()));
   return start(
@@ -320,7 +320,7 @@ Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
   const int64_t width = hidden ? m.config().channels : m.config().vocab;
   // The result is written in place by the pool thread: one copy of (R, V) logits, not two. Nobody else holds
   // it yet.
-  Napi::Float32Array values = Napi::Float32Array::New(env, static_cast<size_t>(R * width));
+  Napi::Float32Array values = result_array(env, static_cast<size_t>(R * width));
   float* out = values.Data();
   auto kept = std::make_shared<Napi::ObjectReference>(Napi::Persistent(values.As<Napi::Object>()));
   return start(

@@ -1,12 +1,11 @@
-// CpuBackend: memory straight from the kernel's zero pages; every op forwards to the family that implements
+// CpuBackend: memory from Pages; every op forwards to the family that implements
 // it (ops.h).
-
-#include <sys/mman.h>
 
 #include <cstring>
 
 #include "core/backend.h"
 #include "core/error.h"
+#include "core/pages.h"
 #include "cpu/gemm_int8.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
@@ -15,25 +14,14 @@
 namespace dn {
 namespace {
 
-// Anonymous pages: zero-filled, page-aligned, and touched only when first written, so that creating a large
-// model costs the calling thread nothing.
 class CpuBuffer : public Buffer {
  public:
-  explicit CpuBuffer(size_t bytes) : bytes_(bytes) {
-    data_ = mmap(nullptr, bytes > 0 ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data_ == MAP_FAILED) {
-      throw Error(Code::kOutOfMemory, "cannot allocate " + std::to_string(bytes) + " bytes of host memory");
-    }
-  }
-  ~CpuBuffer() override { munmap(data_, bytes_ > 0 ? bytes_ : 1); }
-  CpuBuffer(const CpuBuffer&) = delete;
-  CpuBuffer& operator=(const CpuBuffer&) = delete;
-  void* data() const override { return data_; }
-  size_t bytes() const override { return bytes_; }
+  explicit CpuBuffer(size_t bytes) : pages_(bytes) {}
+  void* data() const override { return pages_.data(); }
+  size_t bytes() const override { return pages_.bytes(); }
 
  private:
-  void* data_ = nullptr;
-  size_t bytes_;
+  Pages pages_;
 };
 
 class CpuBackend : public Backend {
