@@ -1,14 +1,16 @@
 // Trains the model that ships, end to end: data, tokenizer, token files, the autoregressive twin, the diffusion model adapted
-// from it at a constant learning rate, its cooling, a stage with made-up words around every piece of the vocabulary
-// (make-pieces.mjs), and a last one with long padding. Every stage that is already done is
+// from it at a constant learning rate, its cooling, two rounds of made-up words around every piece of the vocabulary
+// (make-pieces.mjs), each followed by a stage with long padding. Every stage that is already done is
 // skipped, and an interrupted one continues from its last checkpoint. release.mjs then writes and measures the two folders
 // under models/.
 //
-// Padding is short until the last stage, where the model learns to find the end in a canvas of any length: long padding is two
-// thirds of the work.
+// Padding is short until the last stage of a round, where the model learns to find the end in a canvas of any length: long
+// padding is two thirds of the work.
 //
-// node models/recipe/train.mjs [--run runs/tiny] [--autoregressive-steps N] [--diffusion-steps N] [--cooling-steps N]
-//   [--pieces-steps N] [--length-steps N] [--batch-tokens N] [--seed N]
+// node models/recipe/train.mjs [--run runs/tiny] [--from DIR] [--autoregressive-steps N] [--diffusion-steps N]
+//   [--cooling-steps N] [--pieces-steps N] [--length-steps N] [--words-steps N] [--ending-steps N] [--batch-tokens N] [--seed N]
+//
+// --from: a released model that has the first round behind it; only the second round is run.
 import { execFileSync } from 'node:child_process';
 import { existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
@@ -20,11 +22,14 @@ import { DiffuGPT, prepare, TokenDataset, Tokenizer, Trainer, trainTokenizer } f
 const { values: options } = parseArgs({
 	options: {
 		run: { type: 'string', default: 'runs/tiny' },
+		from: { type: 'string' },
 		'autoregressive-steps': { type: 'string', default: '3000' },
 		'diffusion-steps': { type: 'string', default: '4500' },
 		'cooling-steps': { type: 'string', default: '2600' },
 		'pieces-steps': { type: 'string', default: '1400' },
 		'length-steps': { type: 'string', default: '1000' },
+		'words-steps': { type: 'string', default: '2400' },
+		'ending-steps': { type: 'string', default: '1000' },
 		'batch-tokens': { type: 'string', default: '8192' },
 		seed: { type: 'string', default: '1' },
 	},
@@ -42,13 +47,19 @@ if (!existsSync(path('tokenizer.json'))) {
 	await trainTokenizer(path('data', 'corpus.txt'), { vocabSize: 8192, out: path('tokenizer.json') });
 }
 const tokenizer = Tokenizer.fromFile(path('tokenizer.json'));
-if (!existsSync(path('data', 'pieces.jsonl'))) {
-	const given = ['--data', path('data'), '--tokenizer', path('tokenizer.json'), '--out', path('data', 'pieces.jsonl')];
-	execFileSync(process.execPath, [fileURLToPath(new URL('make-pieces.mjs', import.meta.url)), ...given], {
+// Made-up words of each round.
+for (const [name, each, seed] of [
+	['pieces', 24, 1],
+	['words', 40, 2],
+]) {
+	if (existsSync(path('data', `${name}.jsonl`))) continue;
+	const given = ['--data', path('data'), '--tokenizer', path('tokenizer.json'), '--out', path('data', `${name}.jsonl`)];
+	const script = fileURLToPath(new URL('make-pieces.mjs', import.meta.url));
+	execFileSync(process.execPath, [script, ...given, '--each', String(each), '--seed', String(seed)], {
 		stdio: 'inherit',
 	});
 }
-for (const split of ['train', 'pieces', 'validation']) {
+for (const split of ['train', 'pieces', 'words', 'validation']) {
 	if (existsSync(path(`${split}.bin`))) continue;
 	const set = await prepare(path('data', `${split}.jsonl`), {
 		tokenizer,
@@ -61,6 +72,7 @@ for (const split of ['train', 'pieces', 'validation']) {
 }
 const data = await TokenDataset.open(path('train.bin'));
 const pieces = await TokenDataset.open(path('pieces.bin'));
+const words = await TokenDataset.open(path('words.bin'));
 const validation = await TokenDataset.open(path('validation.bin'));
 const eosId = tokenizer.idOf('<|endoftext|>');
 const maskId = tokenizer.idOf('<|mask|>');
@@ -107,49 +119,64 @@ const common = {
 	seed: Number(options.seed),
 	evalSequences: 1024,
 };
-const autoregressiveSteps = Number(options['autoregressive-steps']);
-await train('autoregressive', () => DiffuGPT.fromConfig(config, { seed: Number(options.seed), tokenizer }), {
-	...common,
-	objective: 'autoregressive',
-	maxSteps: autoregressiveSteps,
-	learningRate: { kind: 'cosine', peak: 2e-3, warmupSteps: 200, final: 1e-4 },
-	evalEvery: 250,
-	checkpoint: { dir: path('autoregressive'), every: 250, keep: 2 },
-});
 /** The newest checkpoint of a stage. */
 function newest(name) {
 	const steps = readdirSync(path(name)).filter((entry) => entry.startsWith('step-'));
 	return path(name, steps.sort().at(-1));
 }
-const diffusion = { ...common, objective: 'diffusion', timeSampler: 'stratified', evalEvery: 500 };
-await train('diffusion', () => DiffuGPT.fromPretrained(newest('autoregressive'), { config }), {
-	...diffusion,
-	attentionAnnealing: { steps: 300 },
-	padding: { logUniform: 32 },
-	maxSteps: Number(options['diffusion-steps']),
-	learningRate: { kind: 'constant', peak: 1.5e-3, warmupSteps: 200 },
-	checkpoint: { dir: path('diffusion'), every: 250, keep: 2 },
-});
-await train('cooling', () => DiffuGPT.fromPretrained(newest('diffusion'), { config }), {
-	...diffusion,
-	padding: { logUniform: 32 },
-	maxSteps: Number(options['cooling-steps']),
-	learningRate: { kind: 'cosine', peak: 1.5e-3, warmupSteps: 50, final: 1e-4 },
-	checkpoint: { dir: path('cooling'), every: 250, keep: 2 },
-});
-await train('pieces', () => DiffuGPT.fromPretrained(newest('cooling'), { config }), {
-	...diffusion,
-	data: pieces,
-	padding: { logUniform: 32 },
-	maxSteps: Number(options['pieces-steps']),
+/** What a stage of the diffusion model has of its own; the others begin where `after` ended. */
+async function diffuse(name, after, stage) {
+	await train(name, () => DiffuGPT.fromPretrained(after, { config }), {
+		...common,
+		objective: 'diffusion',
+		timeSampler: 'stratified',
+		evalEvery: 500,
+		maxSteps: Number(options[`${name}-steps`]),
+		checkpoint: { dir: path(name), every: 250, keep: 2 },
+		...stage,
+	});
+	return newest(name);
+}
+const short = { padding: { logUniform: 32 } };
+const long = { padding: { logUniform: 256 } };
+
+async function firstRound() {
+	await train('autoregressive', () => DiffuGPT.fromConfig(config, { seed: Number(options.seed), tokenizer }), {
+		...common,
+		objective: 'autoregressive',
+		maxSteps: Number(options['autoregressive-steps']),
+		learningRate: { kind: 'cosine', peak: 2e-3, warmupSteps: 200, final: 1e-4 },
+		evalEvery: 250,
+		checkpoint: { dir: path('autoregressive'), every: 250, keep: 2 },
+	});
+	const adapted = await diffuse('diffusion', newest('autoregressive'), {
+		...short,
+		attentionAnnealing: { steps: 300 },
+		learningRate: { kind: 'constant', peak: 1.5e-3, warmupSteps: 200 },
+	});
+	const cooled = await diffuse('cooling', adapted, {
+		...short,
+		learningRate: { kind: 'cosine', peak: 1.5e-3, warmupSteps: 50, final: 1e-4 },
+	});
+	const spelling = await diffuse('pieces', cooled, {
+		...short,
+		data: pieces,
+		learningRate: { kind: 'cosine', peak: 8e-4, warmupSteps: 50, final: 1e-4 },
+	});
+	return diffuse('length', spelling, {
+		...long,
+		data: pieces,
+		learningRate: { kind: 'cosine', peak: 4e-4, warmupSteps: 50, final: 1e-5 },
+	});
+}
+
+const spelling = await diffuse('words', options.from ?? (await firstRound()), {
+	...short,
+	data: words,
 	learningRate: { kind: 'cosine', peak: 8e-4, warmupSteps: 50, final: 1e-4 },
-	checkpoint: { dir: path('pieces'), every: 250, keep: 2 },
 });
-await train('length', () => DiffuGPT.fromPretrained(newest('pieces'), { config }), {
-	...diffusion,
-	data: pieces,
-	padding: { logUniform: 256 },
-	maxSteps: Number(options['length-steps']),
+await diffuse('ending', spelling, {
+	...long,
+	data: words,
 	learningRate: { kind: 'cosine', peak: 4e-4, warmupSteps: 50, final: 1e-5 },
-	checkpoint: { dir: path('length'), every: 250, keep: 2 },
 });
