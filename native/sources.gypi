@@ -45,7 +45,8 @@
       "native/cpu/rows_avx512.cpp"
     ],
     "cpu_amx_sources": [
-      "native/cpu/gemm_amx.cpp",
+      "native/cpu/gemm_bf16_amx.cpp",
+      "native/cpu/gemm_bf16_avx512.cpp",
       "native/cpu/gemm_int8_amx.cpp"
     ],
     "addon_sources": [

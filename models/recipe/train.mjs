@@ -9,6 +9,7 @@
 //
 // node models/recipe/train.mjs [--run runs/tiny] [--from DIR] [--autoregressive-steps N] [--diffusion-steps N]
 //   [--cooling-steps N] [--pieces-steps N] [--length-steps N] [--words-steps N] [--ending-steps N] [--batch-tokens N] [--seed N]
+//   [--threads N]
 //
 // --from: a released model that has the first round behind it; only the second round is run.
 import { execFileSync } from 'node:child_process';
@@ -32,8 +33,10 @@ const { values: options } = parseArgs({
 		'ending-steps': { type: 'string', default: '1000' },
 		'batch-tokens': { type: 'string', default: '8192' },
 		seed: { type: 'string', default: '1' },
+		threads: { type: 'string' },
 	},
 });
+const threads = options.threads === undefined ? {} : { threads: Number(options.threads) };
 const run = options.run;
 const context = 320;
 const path = (...parts) => join(run, ...parts);
@@ -103,7 +106,7 @@ async function train(name, start, stage) {
 	const dir = path(name);
 	const resumable = existsSync(dir) && readdirSync(dir).some((entry) => entry.startsWith('step-'));
 	const trainer = resumable
-		? await Trainer.resume(dir, { data, validation, loggers: [progress], ...stage })
+		? await Trainer.resume(dir, { data, validation, loggers: [progress], ...stage, ...threads })
 		: new Trainer(await start(), { data, validation, loggers: [progress], ...stage });
 	let checkpoint;
 	for await (const m of trainer.run()) checkpoint = m.checkpoint ?? checkpoint;
@@ -126,7 +129,7 @@ function newest(name) {
 }
 /** What a stage of the diffusion model has of its own; the others begin where `after` ended. */
 async function diffuse(name, after, stage) {
-	await train(name, () => DiffuGPT.fromPretrained(after, { config }), {
+	await train(name, () => DiffuGPT.fromPretrained(after, { config, ...threads }), {
 		...common,
 		objective: 'diffusion',
 		timeSampler: 'stratified',
@@ -141,7 +144,7 @@ const short = { padding: { logUniform: 32 } };
 const long = { padding: { logUniform: 256 } };
 
 async function firstRound() {
-	await train('autoregressive', () => DiffuGPT.fromConfig(config, { seed: Number(options.seed), tokenizer }), {
+	await train('autoregressive', () => DiffuGPT.fromConfig(config, { seed: Number(options.seed), tokenizer, ...threads }), {
 		...common,
 		objective: 'autoregressive',
 		maxSteps: Number(options['autoregressive-steps']),

@@ -176,7 +176,7 @@ void bench_shape(const Options& options, const Cpu& cpu, int64_t M, int64_t K, i
   };
   report(options, cpu, "dinp fp32" + where, flop, bytes, [&] { backward(true, MatmulPrecision::kFP32); });
   report(options, cpu, "dweight fp32" + where, flop, bytes, [&] { backward(false, MatmulPrecision::kFP32); });
-  if (cpu.isa < Isa::kAmx) return;
+  if (!bf16_kernels(cpu.isa)) return;
   report(options, cpu, "forward plain bf16" + where, flop, bytes,
          [&] { forward(plain, MatmulPrecision::kBF16); });
   report(options, cpu, "dinp bf16" + where, flop, bytes, [&] { backward(true, MatmulPrecision::kBF16); });

@@ -391,8 +391,7 @@ float* gemm_scratch(int64_t floats) {
 void gemm(const Cpu& cpu, const GemmProduct& p, MatmulPrecision precision) {
   if (p.M <= 0 || p.N <= 0) return;
   if (p.K <= 0) return gemm_empty(p, gemm_kernels(cpu.isa));
-  const bool tiles = cpu.isa == Isa::kAmx && kGemmAmx.tile != nullptr;  // a compiler may lack them
-  if (precision == MatmulPrecision::kBF16 && tiles) return gemm_bf16(cpu, p);
+  if (precision == MatmulPrecision::kBF16 && bf16_kernels(cpu.isa)) return gemm_bf16(cpu, p);
   gemm_fp32(cpu, p);
 }
 

@@ -4,8 +4,8 @@
 // reduction runs in ascending order in blocks of kGemmDepth; inside a block one chain of fused multiply-adds
 // starting from zero, and the sums of the blocks are added in order (to what is in C already when
 // accumulating). Neither the place in the batch, the tiling, the threads nor the storage of the weight (plain
-// or packed) takes part. MatmulPrecision::kBF16 keeps the same independence, with its own blocks; without AMX
-// it is fp32.
+// or packed) takes part. MatmulPrecision::kBF16 keeps the same independence, with its own blocks; where
+// bf16_kernels has none it is fp32.
 //
 // Matrices are fp32, row-major, with a row stride in elements. Nothing here checks shapes: callers do.
 #pragma once
@@ -78,8 +78,10 @@ const GemmKernels& gemm_kernels(Isa isa);
 // that a repeated step allocates nothing. Throws Error(kOutOfMemory).
 float* gemm_scratch(int64_t floats);
 
-// gemm on AMX tiles: A and B rounded to bf16, nearest even, sums in fp32. Only where gemm_kernels's machine
-// has them.
+// What multiplies in bf16 faster than in fp32 on this machine, limited to isa; null where nothing does.
+const Bf16Kernels* bf16_kernels(Isa isa);
+
+// gemm with A and B rounded to bf16, nearest even, sums in fp32. Only where bf16_kernels has some.
 void gemm_bf16(const Cpu& cpu, const GemmProduct& product);
 
 }  // namespace dn::cpu

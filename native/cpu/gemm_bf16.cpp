@@ -1,4 +1,4 @@
-// The bf16 matrix product on AMX: operands are rounded to bf16 as they are packed into tiles. A segment of
+// The bf16 matrix product on AMX or AVX512_BF16: operands are rounded to bf16 as they are packed into tiles. A segment of
 // the reduction at a time, B is packed once for all rows and A in chunks of rows that stay in L2 while they
 // meet every column. An element is one chain over the reduction, a segment continuing where the last one
 // stored; rows past the end are zero rows of a tile, so a row's numbers never depend on its neighbours.
@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cpu/gemm.h"
+#include "cpu/isa.h"
 #include "cpu/thread_pool.h"
 
 namespace dn::cpu {
@@ -26,17 +27,18 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // rows] [step] tiles; packed B: [panel][step][half] tiles.
 struct Block {
   const GemmProduct& p;
+  const Bf16Kernels& kernels;
   int64_t k, depth;
   int64_t n, cols;
   int64_t m, rows;
   uint16_t* a;
   uint16_t* b;
 
-  int64_t steps() const { return ceil_div(depth, kAmxStep); }
-  int64_t strips() const { return ceil_div(rows, kAmxRows); }
+  int64_t steps() const { return ceil_div(depth, kBf16Step); }
+  int64_t strips() const { return ceil_div(rows, kBf16Rows); }
   int64_t panels() const { return ceil_div(cols, kGemmPanel); }
-  uint16_t* strip(int64_t index) const { return a + index * steps() * kAmxTile; }
-  uint16_t* panel(int64_t index) const { return b + index * steps() * 2 * kAmxTile; }
+  uint16_t* strip(int64_t index) const { return a + index * steps() * kBf16Tile; }
+  uint16_t* panel(int64_t index) const { return b + index * steps() * 2 * kBf16Tile; }
 };
 
 // The unit of packing: what lies together in memory. One strip, panel half or, where rows of the operand run
@@ -48,20 +50,20 @@ int64_t pack_a_tasks(const Block& x) {
 void pack_a(const Block& x, int64_t task) {
   const GemmProduct& p = x.p;
   if (p.a_layout == GemmLayout::kTransposed) {
-    const int64_t d = task * kAmxStep, depth = std::min(kAmxStep, x.depth - d);
+    const int64_t d = task * kBf16Step, depth = std::min(kBf16Step, x.depth - d);
     const float* const src = p.a + (x.k + d) * p.a_stride + x.m;
     for (int64_t s = 0; s < x.strips(); ++s) {
-      const int64_t count = std::min(kAmxRows, x.rows - s * kAmxRows);
-      kGemmAmx.pack_columns(x.strip(s) + task * kAmxTile, kAmxTile, src + s * kAmxRows, p.a_stride, count,
+      const int64_t count = std::min(kBf16Rows, x.rows - s * kBf16Rows);
+      x.kernels.pack_columns(x.strip(s) + task * kBf16Tile, kBf16Tile, src + s * kBf16Rows, p.a_stride, count,
                             depth, true);
     }
     return;
   }
-  const int64_t m = x.m + task * kAmxRows, count = std::min(kAmxRows, x.m + x.rows - m);
-  const float* rows[kAmxRows] = {};
+  const int64_t m = x.m + task * kBf16Rows, count = std::min(kBf16Rows, x.m + x.rows - m);
+  const float* rows[kBf16Rows] = {};
   for (int64_t r = 0; r < count; ++r)
     rows[r] = (p.a_rows ? p.a_rows[m + r] : p.a + (m + r) * p.a_stride) + x.k;
-  kGemmAmx.pack_rows(x.strip(task), kAmxTile, rows, count, x.depth, false);
+  x.kernels.pack_rows(x.strip(task), kBf16Tile, rows, count, x.depth, false);
 }
 
 int64_t pack_b_tasks(const Block& x) {
@@ -72,24 +74,24 @@ void pack_b(const Block& x, int64_t task) {
   const GemmProduct& p = x.p;
   const auto columns_of = [&](int64_t half) { return std::clamp<int64_t>(x.cols - half * 16, 0, 16); };
   if (p.b_layout == GemmLayout::kPlain) {
-    const int64_t d = task * kAmxStep, depth = std::min(kAmxStep, x.depth - d);
+    const int64_t d = task * kBf16Step, depth = std::min(kBf16Step, x.depth - d);
     const float* const src = p.b + (x.k + d) * p.b_stride + x.n;
     for (int64_t half = 0; half < 2 * x.panels(); ++half) {
-      uint16_t* const dst = x.panel(half / 2) + (2 * task + half % 2) * kAmxTile;
-      kGemmAmx.pack_columns(dst, 2 * kAmxTile, src + half * 16, p.b_stride, columns_of(half), depth, false);
+      uint16_t* const dst = x.panel(half / 2) + (2 * task + half % 2) * kBf16Tile;
+      x.kernels.pack_columns(dst, 2 * kBf16Tile, src + half * 16, p.b_stride, columns_of(half), depth, false);
     }
     return;
   }
-  uint16_t* const dst = x.panel(task / 2) + task % 2 * kAmxTile;
+  uint16_t* const dst = x.panel(task / 2) + task % 2 * kBf16Tile;
   if (p.b_layout == GemmLayout::kPanels) {
     const float* const src = p.b + ((x.n / kGemmPanel + task / 2) * p.K + x.k) * kGemmPanel + task % 2 * 16;
-    kGemmAmx.pack_columns(dst, 2 * kAmxTile, src, kGemmPanel, 16, x.depth, false);
+    x.kernels.pack_columns(dst, 2 * kBf16Tile, src, kGemmPanel, 16, x.depth, false);
     return;
   }
   const int64_t count = columns_of(task);
   const float* rows[16] = {};
   for (int64_t i = 0; i < count; ++i) rows[i] = p.b + (x.n + task * 16 + i) * p.b_stride + x.k;
-  kGemmAmx.pack_rows(dst, 2 * kAmxTile, rows, count, x.depth, true);
+  x.kernels.pack_rows(dst, 2 * kBf16Tile, rows, count, x.depth, true);
 }
 
 // Strips [strip_begin, strip_end), two at a time, against panels [panel_begin, panel_end): along the rows of
@@ -100,8 +102,8 @@ void multiply(const Block& x, int64_t strip_begin, int64_t strip_end, int64_t pa
   const bool finish = x.k + x.depth == p.K && (p.bias || p.gelu || p.residual);
   for (int64_t s = strip_begin; s < strip_end; s += 2) {
     const bool two = s + 1 < strip_end;
-    const int64_t m = x.m + s * kAmxRows;
-    const int64_t rows = std::min(two ? 2 * kAmxRows : kAmxRows, x.m + x.rows - m);
+    const int64_t m = x.m + s * kBf16Rows;
+    const int64_t rows = std::min(two ? 2 * kBf16Rows : kBf16Rows, x.m + x.rows - m);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t n = x.n + panel * kGemmPanel, cols = std::min(kGemmPanel, x.n + x.cols - n);
       float* const c = p.c + m * p.c_stride + n;
@@ -115,7 +117,7 @@ void multiply(const Block& x, int64_t strip_begin, int64_t strip_end, int64_t pa
                                p.pre ? p.pre + extra : nullptr,
                                p.residual ? p.residual + extra : nullptr,
                                p.extra_stride};
-      kGemmAmx.tile({c, p.c_stride, rows, cols, x.strip(s), two ? x.strip(s + 1) : nullptr, x.panel(panel),
+      x.kernels.tile({c, p.c_stride, rows, cols, x.strip(s), two ? x.strip(s + 1) : nullptr, x.panel(panel),
                      x.steps(), p.accumulate || x.k > 0, finish ? &then : nullptr});
     }
   }
@@ -123,39 +125,46 @@ void multiply(const Block& x, int64_t strip_begin, int64_t strip_end, int64_t pa
 
 void multiply_block(const Cpu& cpu, const Block& x) {
   const int64_t wanted = kTasksPerThread * cpu.threads;
-  const int64_t group = std::clamp<int64_t>(kGroupNumbers / (x.steps() * 2 * kAmxTile), 1, x.panels());
+  const int64_t group = std::clamp<int64_t>(kGroupNumbers / (x.steps() * 2 * kBf16Tile), 1, x.panels());
   int64_t groups = ceil_div(x.panels(), group);
   const int64_t pairs = ceil_div(x.strips(), 2);
   const int64_t parts = cpu.threads == 1 ? 1 : std::clamp<int64_t>(ceil_div(wanted, groups), 1, pairs);
   if (cpu.threads > 1 && groups * parts < wanted) groups = std::min(x.panels(), ceil_div(wanted, parts));
   parallel(cpu.threads, groups * parts, [&](int64_t task, int) {
     const int64_t part = task % parts, g = task / parts;
-    kGemmAmx.begin();
+    x.kernels.begin();
     multiply(x, pairs * part / parts * 2, std::min(x.strips(), pairs * (part + 1) / parts * 2),
              x.panels() * g / groups, x.panels() * (g + 1) / groups);
-    kGemmAmx.end();
+    x.kernels.end();
   });
 }
 
 }  // namespace
 
+const Bf16Kernels* bf16_kernels(Isa isa) {
+  if (isa >= Isa::kAmx && kGemmBf16Amx.tile) return &kGemmBf16Amx;
+  if (isa >= Isa::kAvx512 && has_fast_bf16() && kGemmBf16Avx512.tile) return &kGemmBf16Avx512;
+  return nullptr;
+}
+
 void gemm_bf16(const Cpu& cpu, const GemmProduct& p) {
-  const int64_t deepest = p.K <= kWholeDepth ? p.K : kSegment, steps = ceil_div(deepest, kAmxStep);
+  const Bf16Kernels& kernels = *bf16_kernels(cpu.isa);
+  const int64_t deepest = p.K <= kWholeDepth ? p.K : kSegment, steps = ceil_div(deepest, kBf16Step);
   const int64_t most_cols =
-      std::min(ceil_div(p.N, kGemmPanel), std::max<int64_t>(1, kPackedB / (steps * 2 * kAmxTile))) *
+      std::min(ceil_div(p.N, kGemmPanel), std::max<int64_t>(1, kPackedB / (steps * 2 * kBf16Tile))) *
       kGemmPanel;
-  const int64_t most_pairs = std::max<int64_t>(2, kPackedA * cpu.threads / (steps * 2 * kAmxTile));
-  const int64_t most_rows = std::min(ceil_div(p.M, 2 * kAmxRows), most_pairs) * 2 * kAmxRows;
+  const int64_t most_pairs = std::max<int64_t>(2, kPackedA * cpu.threads / (steps * 2 * kBf16Tile));
+  const int64_t most_rows = std::min(ceil_div(p.M, 2 * kBf16Rows), most_pairs) * 2 * kBf16Rows;
   uint16_t* const b = reinterpret_cast<uint16_t*>(
-      gemm_scratch((most_cols / kGemmPanel * 2 + most_rows / kAmxRows) * steps * kAmxTile / 2));
-  uint16_t* const a = b + most_cols / kGemmPanel * 2 * steps * kAmxTile;
+      gemm_scratch((most_cols / kGemmPanel * 2 + most_rows / kBf16Rows) * steps * kBf16Tile / 2));
+  uint16_t* const a = b + most_cols / kGemmPanel * 2 * steps * kBf16Tile;
 
   for (int64_t k = 0; k < p.K; k += deepest) {
     const int64_t depth = std::min(deepest, p.K - k);
     for (int64_t n = 0; n < p.N; n += most_cols) {
       const int64_t cols = std::min(most_cols, p.N - n);
       for (int64_t m = 0; m < p.M; m += most_rows) {
-        const Block x = {p, k, depth, n, cols, m, std::min(most_rows, p.M - m), a, b};
+        const Block x = {p, kernels, k, depth, n, cols, m, std::min(most_rows, p.M - m), a, b};
         const int64_t b_tasks = m == 0 ? pack_b_tasks(x) : 0, a_tasks = pack_a_tasks(x);
         const int64_t numbers = (x.rows + (m == 0 ? cols : 0)) * depth;
         parallel(numbers <= kPackAlone ? 1 : cpu.threads, b_tasks + a_tasks,

@@ -73,17 +73,17 @@ extern const GemmKernels kGemmPortable;
 extern const GemmKernels kGemmAvx2;
 extern const GemmKernels kGemmAvx512;
 
-// --- bf16 on AMX ---
-// An AMX tile is 16 rows of 64 bytes. Operands are packed in steps of 32 of the reduction: A as [step] tiles
+// --- bf16 ---
+// A tile is 16 rows of 64 bytes, as AMX has them. Operands are packed in steps of 32 of the reduction: A as [step] tiles
 // of 16 rows x 32 numbers, B as [step][half] tiles of 16 pairs of the reduction x 16 columns (the two of a
 // pair adjacent). Rows, columns and numbers past the end are zero.
-constexpr int64_t kAmxStep = 32;
-constexpr int64_t kAmxRows = 16;
-constexpr int64_t kAmxTile = 512;  // numbers in a tile
+constexpr int64_t kBf16Step = 32;
+constexpr int64_t kBf16Rows = 16;
+constexpr int64_t kBf16Tile = 512;  // numbers in a tile
 
 // c (rows <= 32, cols <= kGemmPanel) = or += A B over `steps` steps, then what `finish` says of the same
 // cells.
-struct AmxTile {
+struct Bf16Tile {
   float* c;
   int64_t c_stride;
   int64_t rows;
@@ -96,11 +96,11 @@ struct AmxTile {
   const GemmFinish* finish;  // or null
 };
 
-struct AmxKernels {
+struct Bf16Kernels {
   // A thread calls begin before and end after any number of tiles.
   void (*begin)();
   void (*end)();
-  void (*tile)(const AmxTile& tile);
+  void (*tile)(const Bf16Tile& tile);
   // One column of tiles, a tile every dst_step numbers, from up to 16 rows that run along the reduction.
   // transpose: as B wants them (the rows become columns), else as A does.
   void (*pack_rows)(uint16_t* dst, int64_t dst_step, const float* const* rows, int64_t count, int64_t depth,
@@ -111,6 +111,8 @@ struct AmxKernels {
                        int64_t depth, bool transpose);
 };
 
-extern const AmxKernels kGemmAmx;
+// Where the compiler or the machine lacks the instructions these have no kernels (tile is null).
+extern const Bf16Kernels kGemmBf16Amx;
+extern const Bf16Kernels kGemmBf16Avx512;
 
 }  // namespace dn::cpu
