@@ -9,10 +9,12 @@
 #include <cstdlib>
 #include <functional>
 #include <iterator>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "bench/bench_clock.h"
+#include "core/pages.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
@@ -79,7 +81,21 @@ double fma_peak(const Cpu& cpu) {
 #endif
 }
 
-Weight weight(const std::vector<float>& v, int64_t K, int64_t N, WeightOrder order, bool packed) {
+// Operands in memory as the backend takes it.
+class Floats {
+ public:
+  explicit Floats(int64_t n) : pages_(std::make_unique<Pages>(static_cast<size_t>(n) * sizeof(float))), size_(n) {}
+  float* data() { return static_cast<float*>(pages_->data()); }
+  const float* data() const { return static_cast<const float*>(pages_->data()); }
+  float* begin() { return data(); }
+  float* end() { return data() + size_; }
+
+ private:
+  std::unique_ptr<Pages> pages_;
+  int64_t size_;
+};
+
+Weight weight(const Floats& v, int64_t K, int64_t N, WeightOrder order, bool packed) {
   Weight w;
   w.data = v.data();
   w.K = K;
@@ -89,8 +105,8 @@ Weight weight(const std::vector<float>& v, int64_t K, int64_t N, WeightOrder ord
   return w;
 }
 
-std::vector<float> numbers(int64_t n) {
-  std::vector<float> v(static_cast<size_t>(n));
+Floats numbers(int64_t n) {
+  Floats v(n);
   uint32_t state = 12345;
   for (float& x : v) x = static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-24f - 0.5f;
   return v;
@@ -146,13 +162,12 @@ void bench_shape(const Options& options, const Cpu& cpu, int64_t M, int64_t K, i
     return (kind + where).find(options.filter) != std::string::npos;
   };
   if (std::none_of(std::begin(kinds), std::end(kinds), wanted)) return;
-  std::vector<float> inp = numbers(M * K), w = numbers(K * N), out(static_cast<size_t>(M * N)),
-                     bias = numbers(N);
-  std::vector<float> panels(static_cast<size_t>(packed_elements(K, N)));
+  Floats inp = numbers(M * K), w = numbers(K * N), out(M * N), bias = numbers(N);
+  Floats panels(packed_elements(K, N));
   const WeightOrder order = N > 4096 ? WeightOrder::kOutIn : WeightOrder::kInOut;  // the head is an embedding
   const Weight plain = weight(w, K, N, order, false), packed = weight(panels, K, N, order, true);
   pack_weight(cpu, panels.data(), plain);
-  const auto tensor = [](std::vector<float>& v, int64_t rows, int64_t cols) {
+  const auto tensor = [](Floats& v, int64_t rows, int64_t cols) {
     return Tensor(v.data(), Dtype::kF32, rows, cols);
   };
   const double flop = 2.0 * static_cast<double>(M) * static_cast<double>(K) * static_cast<double>(N);
@@ -166,7 +181,7 @@ void bench_shape(const Options& options, const Cpu& cpu, int64_t M, int64_t K, i
   if (!training) return;
   report(options, cpu, "forward plain fp32" + where, flop, bytes,
          [&] { forward(plain, MatmulPrecision::kFP32); });
-  std::vector<float> dinp(inp.size()), dw(w.size());
+  Floats dinp(M * K), dw(K * N);
   const auto backward = [&](bool to_input, MatmulPrecision precision) {
     matmul_backward(cpu, to_input ? tensor(dinp, M, K) : Tensor(),
                     to_input                       ? Tensor()

@@ -7,9 +7,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
+#include <memory>
 
-#include "core/error.h"
+#include "core/pages.h"
 #include "cpu/thread_pool.h"
 
 namespace dn::cpu {
@@ -39,12 +39,6 @@ constexpr int64_t kPackTiles = 4;  // tiles of A that are packed at a time
 constexpr int64_t kMostTileRows = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Scratch {
-  float* data = nullptr;
-  int64_t floats = 0;
-  ~Scratch() { ::operator delete(data, std::align_val_t{64}); }
-};
 
 // One row chunk [m_begin, m_begin + rows) of a product, cut into tiles of nearly equal height, and its packed
 // A: blocks of kGemmDepth of the reduction, in each the tiles one after the other.
@@ -372,20 +366,13 @@ const GemmKernels& gemm_kernels(Isa isa) {
 }
 
 float* gemm_scratch(int64_t floats) {
-  thread_local Scratch scratch;
-  if (floats > scratch.floats) {
-    ::operator delete(scratch.data, std::align_val_t{64});
-    scratch.data = nullptr;
-    scratch.floats = 0;
-    const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-    scratch.data = static_cast<float*>(::operator new(bytes, std::align_val_t{64}, std::nothrow));
-    if (scratch.data == nullptr) {
-      throw Error(Code::kOutOfMemory,
-                  "cannot allocate " + std::to_string(bytes) + " bytes for a matrix product");
-    }
-    scratch.floats = floats;
+  thread_local std::unique_ptr<Pages> scratch;
+  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+  if (!scratch || bytes > scratch->bytes()) {
+    scratch.reset();  // before the larger one is taken
+    scratch = std::make_unique<Pages>(bytes);
   }
-  return scratch.data;
+  return static_cast<float*>(scratch->data());
 }
 
 void gemm(const Cpu& cpu, const GemmProduct& p, MatmulPrecision precision) {

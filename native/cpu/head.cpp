@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/pages.h"
 #include "cpu/gemm.h"
 #include "cpu/head_kernels.h"
 #include "cpu/ops.h"
@@ -48,51 +48,42 @@ class Scratch {
     {
       const std::lock_guard<std::mutex> lock(mutex());
       if (!idle().empty()) {
-        block_ = idle().back();
+        block_ = std::move(idle().back());
         idle().pop_back();
       }
     }
-    if (block_.floats >= floats) return;
-    std::free(block_.data);
-    block_ = Block{};
-    void* data = nullptr;
-    if (posix_memalign(&data, 64, static_cast<size_t>(floats) * sizeof(float)) != 0) {
-      throw Error(Code::kOutOfMemory, "head: cannot allocate " +
-                                          std::to_string(floats * static_cast<int64_t>(sizeof(float))) +
-                                          " bytes of scratch memory");
-    }
-    block_ = Block{static_cast<float*>(data), floats};
+    const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+    if (block_ && block_->bytes() >= bytes) return;
+    block_.reset();  // before the larger one is taken
+    block_ = std::make_unique<Pages>(bytes);
   }
   ~Scratch() {
     const std::lock_guard<std::mutex> lock(mutex());
-    idle().push_back(block_);
+    idle().push_back(std::move(block_));
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   // The next `floats` of the block, 64-byte aligned.
   float* take(int64_t floats) {
-    float* part = block_.data + used_;
+    float* part = static_cast<float*>(block_->data()) + used_;
     used_ += round_up(floats, 16);
     return part;
   }
 
  private:
-  struct Block {
-    float* data = nullptr;
-    int64_t floats = 0;
-  };
   // Never destroyed: a call may still run on another thread while the process ends.
   static std::mutex& mutex() {
     static std::mutex* const instance = new std::mutex;
     return *instance;
   }
-  static std::vector<Block>& idle() {
-    static std::vector<Block>* const instance = new std::vector<Block>;
+  using Blocks = std::vector<std::unique_ptr<Pages>>;
+  static Blocks& idle() {
+    static Blocks* const instance = new Blocks;
     return *instance;
   }
 
-  Block block_;
+  std::unique_ptr<Pages> block_;
   int64_t used_ = 0;
 };
 

@@ -1,5 +1,5 @@
-// The pool: workers start when first needed, spin for a moment after a region and then sleep, so that idle
-// threads cost the host nothing. A region is never late because of a sleeper: a worker that wakes after the
+// The pool: workers start when first needed, spin for a moment after a region, give way to whoever else wants
+// the core for a little longer, and then sleep, so that idle threads cost the host nothing. A region is never late because of a sleeper: a worker that wakes after the
 // last task was claimed finds the region closed and is not waited for.
 
 #include "cpu/thread_pool.h"
@@ -33,8 +33,11 @@
 namespace dn::cpu {
 namespace {
 
-// How long a worker looks for the next region before it sleeps, and the caller for its workers.
+// How long a worker looks for the next region, and the caller for its workers, without letting go of the core.
 constexpr std::chrono::microseconds kSpin{30};
+// How long after that it looks between yields: the host's own work between two steps of a loop takes less,
+// and waking a sleeper can take longer than a step.
+constexpr std::chrono::microseconds kYield{1000};
 constexpr int kMaxThreads = 1024;
 
 // Region state word: number in the upper half, closed flag, workers inside.
@@ -50,16 +53,18 @@ void cpu_pause() {
 #endif
 }
 
-// Calls done() until it is true or kSpin has passed; says which.
+// Calls done() until it is true or kSpin and then `yields` have passed; says which.
 template <typename F>
-bool spin_until(F&& done) {
+bool spin_until(std::chrono::microseconds yields, F&& done) {
   const auto end = std::chrono::steady_clock::now() + kSpin;
   for (;;) {
     for (int i = 0; i < 16; ++i) {
       if (done()) return true;
       cpu_pause();
     }
-    if (std::chrono::steady_clock::now() >= end) return done();
+    const auto now = std::chrono::steady_clock::now();
+    if (now >= end + yields) return done();
+    if (now >= end) std::this_thread::yield();
   }
 }
 
@@ -167,7 +172,7 @@ struct ThreadPool::Impl {
       return (seen & kClosed) == 0 && (seen & ~kInside) != last && id < limit.load(std::memory_order_relaxed);
     };
     for (;;) {
-      if (!(spin.load(std::memory_order_relaxed) && spin_until(called))) {
+      if (!(spin.load(std::memory_order_relaxed) && spin_until(kYield, called))) {
         std::unique_lock<std::mutex> lock(self.mutex);
         self.sleeping = true;
         self.wake.wait(lock, called);
@@ -253,7 +258,7 @@ void ThreadPool::run(int64_t tasks, int threads, TaskFn fn, void* context) {
   const uint64_t before = pool.state.fetch_or(kClosed, std::memory_order_acq_rel);
   if ((before & kInside) == 0) return;
   const auto empty = [&] { return (pool.state.load(std::memory_order_acquire) & kInside) == 0; };
-  if (pool.spin.load(std::memory_order_relaxed) && spin_until(empty)) return;
+  if (pool.spin.load(std::memory_order_relaxed) && spin_until({}, empty)) return;
   std::unique_lock<std::mutex> lock(pool.done_mutex);
   pool.done.wait(lock, empty);
 }
