@@ -108,6 +108,7 @@ export async function compareGenerations(
 			`option ${name} is ${String(value)}, expected a whole number >= 1`,
 		);
 	}
+	if (judge) checkJudge(model, judge);
 	const seeds = (options.seeds ?? [1, 2, 3]).map((seed) => toSeed(seed));
 	check(seeds.length > 0, 'option seeds is empty');
 	const pairs = all.slice(0, generations);
@@ -318,6 +319,18 @@ async function nelbos(
 	return found;
 }
 
+function checkJudge(model: DiffuGPT, judge: DiffuGPT): void {
+	const { attention, shift, vocab } = judge.config;
+	check(
+		attention === 'causal' && shift,
+		"option judge: expected an autoregressive model; load a twin with { config: { attention: 'causal' } }",
+	);
+	check(
+		vocab === model.config.vocab,
+		`option judge: it has ${vocab} ids and the model ${model.config.vocab}, and it reads the model's ids`,
+	);
+}
+
 /** An answer and its end token under the judge. */
 interface Judged {
 	nats: number;
@@ -332,10 +345,6 @@ async function judgedOf(
 	signal: AbortSignal | undefined,
 ): Promise<Judged[]> {
 	const { config } = judge;
-	check(
-		config.attention === 'causal' && config.shift,
-		"option judge: expected an autoregressive model; load a twin with { config: { attention: 'causal' } }",
-	);
 	const found = results.map(() => ({ nats: 0, tokens: 0 }));
 	const list = results.map(({ tokens, finishReason }, index) => {
 		const { prompt } = pairs[index] as LengthPair;

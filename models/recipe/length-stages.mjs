@@ -303,7 +303,7 @@ const training = {
 
 async function fineTune(model, pairs, { recipe, steps, max, progress }) {
 	const { config } = model;
-	await using trainer = new Trainer(model, { learningRate: 1e-4, weight: 'none', seed: 1 });
+	const trainer = new Trainer(model, { learningRate: 1e-4, weight: 'none', seed: 1 });
 	let next = 0;
 	for (let step = 0; step < steps; step++) {
 		const batch = { tokens: [], maskable: [], mask: [], t: [] };
@@ -335,6 +335,7 @@ async function fineTune(model, pairs, { recipe, steps, max, progress }) {
 		await trainer.step(batch);
 		progress({ stage: 'steps', fraction: step / steps });
 	}
+	await trainer.dispose();
 }
 
 /** How many tokens one forward can take: exact match of numbers and spelling; definitions under the judge. */
