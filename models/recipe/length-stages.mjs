@@ -34,9 +34,6 @@ const fits = (model, max, pair) => {
 	return length + 1 <= max && tokens.length + max <= model.config.context;
 };
 
-/** Generations of the definitions' speed and quality that every stage keeps. */
-const rowsOf = (found) => ({ pairs: found.pairs, kinds: found.kinds, rows: found.generations.rows });
-
 /** Heads, margins, and the bounds of every method against constants. */
 const bounds = {
 	uses: ['pairs', 'fitting', 'heads'],
@@ -96,40 +93,50 @@ const definitions = {
 	],
 };
 
-/** Mixed traffic, as many prompts of each kind: the fixed canvas, the early cut and one method; every seed has prompts of its own. */
-const traffic = {
-	uses: ['traffic', 'seeds', 'sampler'],
+/**
+ * Mixed traffic, as many prompts of each kind: the fixed canvas, the early cut and one method under one sampler; every seed has
+ * prompts of its own. `size` names the option with the prompts of each kind and seed.
+ */
+const mixed = (size, samplerOf) => ({
+	uses: [size, 'seeds', 'sampler'],
 	judge: true,
 	async parts(context) {
 		const { settings } = context;
+		const each = settings[size];
 		const model = await context.withLengths();
 		const judge = await context.judge();
 		const own = kinds.map((kind) =>
 			context
 				.read('test', kind)
 				.filter((pair) => fits(model, settings.max, pair))
-				.slice(0, settings.traffic * settings.seeds.length),
+				.slice(0, each * settings.seeds.length),
 		);
 		return settings.seeds.map((seed, s) => [
 			`seed ${seed}`,
 			async () => {
 				// In turns, so that a batch holds all kinds.
-				const pairs = Array.from({ length: settings.traffic * kinds.length }, (_, i) => {
+				const pairs = Array.from({ length: each * kinds.length }, (_, i) => {
 					const list = own[i % kinds.length];
-					return list[s * settings.traffic + Math.floor(i / kinds.length)];
+					return list[s * each + Math.floor(i / kinds.length)];
 				}).filter(Boolean);
 				const found = await evaluateLength(model, pairs, {
 					...{ max: settings.max, calibration: 'stored', coverage: [0.95], methods: ['threshold'] },
-					...{ generations: pairs.length, seeds: [seed], generate: settings.sampler, likelihoods: 0 },
+					...{ generations: pairs.length, seeds: [seed], generate: samplerOf(settings), likelihoods: 0 },
 					...(judge ? { judge } : {}),
 					onProgress: context.progress('traffic'),
 				});
 				console.log(textReport(found));
-				return rowsOf(found);
+				return { pairs: found.pairs, kinds: found.kinds, rows: found.generations.rows };
 			},
 		]);
 	},
-};
+});
+
+/** Under the sampler of all comparisons. */
+const traffic = mixed('traffic', ({ sampler }) => sampler);
+
+/** Under LLaDA's sampler, as many steps whatever the canvas: what a fixed canvas is usually denoised with. */
+const plainTraffic = mixed('plain', () => ({ sampler: 'confidence', steps: 64 }));
 
 /** Whole generations under every method at 95 % coverage, one seed at a time on the same prompts. */
 const methods = {
@@ -280,15 +287,19 @@ const sharpening = {
 	},
 };
 
+const recipes = [...['none', 'padding', 'padding row of its own', 'end always masked', 'prompt + mask + end + mask']];
+
 /** What the training recipe adds: the model fine-tuned with different paddings and masks, then its bounds. */
 const training = {
 	uses: ['steps', 'training'],
 	parts: (context) =>
-		['none', 'padding', 'end always masked', 'prompt + mask + end + mask'].map((recipe) => [
+		recipes.map((recipe) => [
 			recipe,
 			async () => {
 				const { max, steps, training: limit } = context.settings;
-				const tuned = await context.fresh();
+				// The token of byte 0, which no text has, is the padding row that is trained anew.
+				const own = recipe === 'padding row of its own';
+				const tuned = await context.fresh(own ? (tokenizer) => ({ padId: tokenizer.encode('\0')[0] }) : undefined);
 				await fineTune(tuned, context.read('train'), { recipe, steps, max, progress: context.progress(recipe) });
 				const found = await evaluateLength(tuned, context.read('test').slice(0, limit), {
 					...{ max, calibration: context.path('validation'), calibrationLimit: limit, generations: 0 },
@@ -375,5 +386,16 @@ const parallel = {
 };
 
 export const stages = {
-	...{ bounds, definitions, traffic, methods, twin, 'first-step': firstStep, sharpening, training, parallel },
+	...{
+		bounds,
+		definitions,
+		traffic,
+		'plain-traffic': plainTraffic,
+		methods,
+		twin,
+		'first-step': firstStep,
+		sharpening,
+		training,
+		parallel,
+	},
 };

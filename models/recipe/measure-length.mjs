@@ -6,7 +6,7 @@
 //   [--judge runs/tiny/judge/model] [--data runs/tiny/data] [--out bench/results] [--with-lengths runs/tiny/length-model]
 //   [--report runs/tiny/length] [--dtype auto] [sizes: see below]
 //
-// Stages: bounds, definitions, traffic, methods, twin, first-step, sharpening, training, parallel. `bounds` comes first: it
+// Stages: bounds, definitions, traffic, plain-traffic, methods, twin, first-step, sharpening, training, parallel. `bounds` comes first: it
 // trains the heads and fits the margins that the others use, and writes the model that has them to --with-lengths.
 //
 // Margins and heads come from the validation and training splits, figures from the test split. The method that speaks for all
@@ -17,7 +17,7 @@ import { cpus } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 
-import { DiffuGPT, info } from 'diffusion-native';
+import { DiffuGPT, info, Tokenizer } from 'diffusion-native';
 
 import { stages } from './length-stages.mjs';
 
@@ -41,8 +41,9 @@ const { values: options } = parseArgs({
 		fitting: { type: 'string', default: '3000' },
 		heads: { type: 'string', default: '3000' },
 		definitions: { type: 'string', default: '4000' },
-		// Prompts of each kind and seed in `traffic`, prompts of all kinds in `methods`, definitions in `twin`.
+		// Prompts of each kind and seed in `traffic` and `plain-traffic`, prompts of all kinds in `methods`, definitions in `twin`.
 		traffic: { type: 'string', default: '200' },
+		plain: { type: 'string', default: '10' },
 		methods: { type: 'string', default: '96' },
 		lengths: { type: 'string', default: '600' },
 		// Looks of `first-step`, prompts of each kind in `sharpening`, prompts in `parallel`.
@@ -102,7 +103,11 @@ const context = {
 		}
 		return load(options['with-lengths']);
 	},
-	fresh: () => DiffuGPT.fromPretrained(options.model),
+	/** The model once more, to be changed; `configOf`: other ids, by its tokenizer. */
+	fresh(configOf) {
+		const config = configOf?.(Tokenizer.fromFile(join(options.model, 'tokenizer.json')));
+		return DiffuGPT.fromPretrained(options.model, config && { config });
+	},
 	path: (split) => join(options.data, `${split}.jsonl`),
 	/** The pairs of a split, in the order of the file, which is a shuffled one. */
 	read(split, kind) {

@@ -323,6 +323,18 @@ function targets() {
 			),
 		],
 		[
+			"the same under LLaDA's sampler, 64 steps",
+			'>= 4 times',
+			told(
+				parts('plain-traffic')?.map(({ rows }) => rows.find((row) => row.method === 'threshold' && row.kind === '')),
+				(list) =>
+					range(
+						list.map((row) => row.speedup.mean),
+						fixed,
+					),
+			),
+		],
+		[
 			'of it without a look, by the early cut alone',
 			'',
 			told(rowsOf('', 'early cut'), (list) =>
@@ -361,7 +373,7 @@ function targets() {
 			),
 		],
 	];
-	const names = ['bounds', 'definitions', 'traffic', 'twin'].filter((name) => parts(name));
+	const names = ['bounds', 'definitions', 'traffic', 'plain-traffic', 'twin'].filter((name) => parts(name));
 	return table(['held-out prompts', 'target', 'measured'], rows) + (names.length > 0 ? `\n${source(...names)}` : '');
 }
 
