@@ -7,7 +7,8 @@ import { toyLengthModel, toyPairs } from './helpers/lengths.js';
 
 const max = 14;
 const pairs = toyPairs(10, 91n);
-const sampler = { sampler: 'threshold' } as const;
+/** One token a forward. */
+const sampler = { sampler: 'threshold', threshold: 2 } as const;
 
 const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
 
@@ -48,6 +49,8 @@ test('exact match, truncation, distance, judged likelihood and NELBO of a method
 			for (const [i, { finishReason }] of (results[method] as GenerateResult[]).entries())
 				(answers[i] as { ended: boolean }).ended = finishReason === 'end-of-text';
 		}
+		// The fixed canvas pays for every position, the early cut for those before the end.
+		t.is(row.forwards === max, method === 'fixed', `${method}: ${row.forwards} forwards`);
 		const hits = answers.map(({ tokens }, i) => Number(tokens.join() === pairs[i]?.answer.join()));
 		near(row.exactMatch.mean, mean(hits), `${method} exact match`);
 		near(row.truncated.mean, mean(answers.map(({ ended }) => Number(!ended))), `${method} truncated`);
