@@ -122,7 +122,7 @@ export function blockEvaluator(
 			temperature,
 			topK,
 			topP,
-			banned: config.maskId,
+			banned: canvas.bannedId,
 			sequences,
 			positions: Int32Array.from({ length: to - from }, (_, i) => from + i),
 			keyLength: keys,

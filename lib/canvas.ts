@@ -24,6 +24,8 @@ export class Canvas {
 	/** (T) how often the position was reopened. */
 	reopened: Uint8Array;
 	readonly maskId: number;
+	/** The id that is never sampled: the mask, or the end token where the end is given. */
+	bannedId: number;
 	/** Position where generated text begins when it is one run (continuation, infilling), else -1. */
 	holeBegin: number;
 	/** Position after that run. */
@@ -40,6 +42,7 @@ export class Canvas {
 		this.tentative = new Uint8Array(tokens.length);
 		this.reopened = new Uint8Array(tokens.length);
 		this.maskId = maskId;
+		this.bannedId = maskId;
 		this.holeBegin = hole?.begin ?? -1;
 		this.holeEnd = hole?.end ?? -1;
 		this.#open = 0;
@@ -83,6 +86,12 @@ export class Canvas {
 		this.state[position] = State.committed;
 		this.tentative[position] = tentative ? 1 : 0;
 		this.#open--;
+	}
+
+	/** Makes the last position of the hole the end of the text, before anything is sampled: `id` is there and nowhere else. */
+	endWith(id: number): void {
+		this.commit(this.holeEnd - 1, id, false);
+		this.bannedId = id;
 	}
 
 	reopen(position: number): void {

@@ -149,11 +149,13 @@ export class Loop {
 		for (let j = 0; j < decision.commit.length; j++) {
 			const position = decision.commit[j] as number;
 			const token = decision.tokens?.[j] ?? (look.drawn[indexOf.get(position) as number] as number);
+			// Where the end token is the one that is banned, a mask may be drawn: the position stays open for another draw.
+			if (token === canvas.maskId) continue;
 			canvas.commit(position, token, decision.tentative ?? false);
 		}
 		if (plan.last) canvas.tentative.fill(0);
 		if (decision.stop) this.#stopped = true;
-		let committed = [...decision.commit].sort((a, b) => a - b);
+		let committed = decision.commit.filter((position) => !canvas.isOpen(position)).sort((a, b) => a - b);
 		let reopened = [...(decision.reopen ?? [])].sort((a, b) => a - b);
 		let guesses = canvas.tokens.slice();
 		let guessed = false;
@@ -425,8 +427,8 @@ export class Loop {
 			this.#idle++;
 		}
 		check(
-			!this.#options.isCustom || this.#idle < idleLimit + (this.#options.steps ?? 0),
-			`the policy '${this.#options.samplerName}' made no progress in ${this.#idle} steps: ${this.#canvas.openCount} positions are still open`,
+			!(this.#options.isCustom || this.#rule?.exact) || this.#idle < idleLimit + (this.#options.steps ?? 0),
+			`the sampler '${this.#options.samplerName}' made no progress in ${this.#idle} steps: ${this.#canvas.openCount} positions are still open`,
 		);
 	}
 

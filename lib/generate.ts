@@ -3,6 +3,7 @@
  * request is one async generator that awaits one forward per step, so a slow consumer slows only its own request, and
  * concurrent requests meet in the engine's batches.
  */
+import { toSeed } from './batch.js';
 import { blockEvaluator, maskOf } from './block-cache.js';
 import type { Canvas } from './canvas.js';
 import { checkMask } from './config.js';
@@ -116,6 +117,10 @@ export function prepareRequest(
 			`option length.method: '${rule?.method}' looks at the whole canvas, which block-causal attention does not`,
 		);
 		check(
+			!rule?.exact || config.padId === config.eosId,
+			`option length.coverage: 'draw' keeps one end token from being sampled, and the model has two: config.eosId ${config.eosId} and padId ${config.padId}`,
+		);
+		check(
 			!options.cache || !rule?.adapt,
 			`option length.method: '${rule?.method}' follows every open position, of which option cache computes only a part`,
 		);
@@ -159,12 +164,15 @@ export async function* denoise(
 	let evaluator: Evaluator | undefined;
 	try {
 		let open = request.open;
+		let ends = false;
 		if (rule) {
-			const first = await firstCanvas(engine, prompt, rule, extras.head, signal);
+			const first = await firstCanvas(engine, prompt, rule, extras.head, options.seed, signal);
 			forwards += first.forwards;
 			open = first.open;
+			ends = rule.exact === true && (first.length as number) < rule.max;
 		}
 		const canvas = makeCanvas(prompt, open, engine.config);
+		if (ends) canvas.endWith(engine.config.eosId);
 		const most = Math.max(canvas.length, prompt.before.length + (rule?.max ?? 0) + prompt.after.length);
 		evaluator = await evaluatorOf(engine, canvas, request, most);
 		const loop = new Loop(canvas, options, rule, endIds(engine.config), tokenizer);
@@ -238,17 +246,25 @@ class DriftTotal {
 	}
 }
 
+/** Of `predictLength`, beside the length options. */
+export interface PredictOptions {
+	/** Of a length that is drawn: the one that `generate` draws with this seed. @default 0 */
+	readonly seed?: number | bigint;
+	readonly signal?: AbortSignal;
+}
+
 /** Predicts the length of the answer without generating it. */
 export async function predictLength(
 	engine: Engine,
 	tokenizer: TextCodec | null,
 	prompt: Prompt,
-	options: LengthOptions & { readonly signal?: AbortSignal },
+	options: LengthOptions & PredictOptions,
 ): Promise<LengthPrediction> {
 	engine.check();
 	check(typeof options === 'object' && options !== null, 'predictLength needs options with max');
-	const { signal, ...length } = options;
+	const { signal, seed: given, ...length } = options;
 	checkSignal('predictLength', signal);
+	const seed = toSeed(given ?? 0);
 	signal?.throwIfAborted();
 	const { config } = engine;
 	check(config.attention === 'bidirectional', 'predictLength needs a bidirectional model, and this one is causal');
@@ -270,9 +286,9 @@ export async function predictLength(
 	if (!rule.looks) {
 		// The baseline looks at nothing; the probabilities are those that it does without.
 		const look = resolveLength({ max, method: 'first-step' }, 'first-step', { extras, infilling: rule.infilling });
-		const { probabilities } = await firstCanvas(engine, parsed, look, undefined, signal);
+		const { probabilities } = await firstCanvas(engine, parsed, look, undefined, seed, signal);
 		return { length: rule.initial < max ? rule.initial - 1 : max, method, probabilities };
 	}
-	const { length: predicted = max, probabilities } = await firstCanvas(engine, parsed, rule, extras.head, signal);
+	const { length: predicted = max, probabilities } = await firstCanvas(engine, parsed, rule, extras.head, seed, signal);
 	return { length: predicted, method, probabilities };
 }

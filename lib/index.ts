@@ -21,7 +21,7 @@ export { DiffusionNativeError, type ErrorCode } from './errors.js';
 export type * from './eval/options.js';
 export { evaluate, metricNames } from './evaluate.js';
 export type { Drift } from './evaluator.js';
-export type { GenerateResult, GenerateStats } from './generate.js';
+export type { GenerateResult, GenerateStats, PredictOptions } from './generate.js';
 export type { LoadProgress } from './hub.js';
 export { type Info, info } from './info.js';
 export {

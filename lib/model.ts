@@ -21,6 +21,7 @@ import {
 	denoise,
 	type GenerateResult,
 	type GenerationRequest,
+	type PredictOptions,
 	predictLength,
 	prepareRequest,
 } from './generate.js';
@@ -287,7 +288,7 @@ export class DiffuGPT {
 	}
 
 	/** How long the answer would be, from one forward. @throws `ERR_DN_ARGUMENT` */
-	predictLength(prompt: Prompt, options: LengthOptions & { readonly signal?: AbortSignal }): Promise<LengthPrediction> {
+	predictLength(prompt: Prompt, options: LengthOptions & PredictOptions): Promise<LengthPrediction> {
 		return predictLength(this.engine, this.tokenizer, prompt, options);
 	}
 

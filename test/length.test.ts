@@ -197,6 +197,25 @@ test.serial('evaluateLength: its numbers are those of the methods, and the repor
 	const fixed = rowsOf.find(({ method, kind }) => method === 'fixed' && kind === '');
 	t.is(fixed?.canvas, 16);
 	t.deepEqual(fixed?.speedup, { mean: 1, min: 1, max: 1 });
+	// The baseline is the plain fixed length: all steps on the whole canvas, cut afterwards.
+	let forwards = 0;
+	let hits = 0;
+	for (const pair of pairs.slice(0, 12)) {
+		const whole = await toy.generate(
+			{ tokens: Int32Array.from(pair.prompt) },
+			{ length: max, sampler: 'threshold', seed: 1 },
+		);
+		forwards += whole.stats.forwards / 12;
+		t.is(whole.sequence.length, 2 + max);
+		const text = Array.from(whole.tokens);
+		hits += Number(text.slice(0, text.indexOf(0)).join() === pair.answer.join()) / 12;
+	}
+	t.true(Math.abs((fixed?.forwards as number) - forwards) < 1e-9);
+	t.true(Math.abs((fixed?.exactMatch.mean as number) - hits) < 1e-9);
+	t.is(fixed?.exactMatchVersusFixed, null);
+	const early = rowsOf.find(({ method, kind }) => method === 'early cut' && kind === '');
+	const gain = (early?.exactMatch.mean as number) - hits;
+	t.true(Math.abs((early?.exactMatchVersusFixed?.mean as number) - gain) < 1e-9);
 	const sharp = rowsOf.find(({ method, kind }) => method === 'expected' && kind === 'sharp');
 	t.true((sharp?.exactMatch.mean as number) > 0.8, `exact match ${sharp?.exactMatch.mean}`);
 	t.true((sharp?.canvas as number) < 14);

@@ -36,7 +36,7 @@ interface Flags {
 	lengthMethod?: LengthMethod;
 	lengthQuantile?: number;
 	lengthProbability?: number;
-	lengthCoverage?: number;
+	lengthCoverage?: number | 'draw';
 	lengthBlock?: number;
 	sampler?: SamplerName;
 	score?: GenerateOptions['score'];
@@ -82,7 +82,11 @@ export function register(program: Command): void {
 		.option('--length-method <name>', 'with --max-length: constant, block, first-step, threshold, quantile, expected')
 		.option('--length-quantile <q>', 'of the method quantile (default: 0.5)', number('length-quantile'))
 		.option('--length-probability <p>', 'of the method threshold (default: 0.5)', number('length-probability'))
-		.option('--length-coverage <c>', 'of the method expected (default: 0.95)', number('length-coverage'))
+		.option(
+			'--length-coverage <c>',
+			"share of answers that fit, or 'draw': a drawn length (default of expected: 0.95)",
+			(text) => (text === 'draw' ? text : number('length-coverage')(text)),
+		)
 		.option('--length-block <n>', 'of the method block (default: 32)', number('length-block'))
 		.option('--sampler <name>', `${samplerNames.join(', ')} (default: confidence; autoregressive for a causal model)`)
 		.option('--score <name>', 'of confidence: probability, margin, entropy, random (default: probability)')

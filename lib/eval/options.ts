@@ -248,12 +248,12 @@ export interface GenerativePerplexityResult extends EvaluationResult, Generation
 	readonly empty: number;
 }
 
-/** Options and result of each metric. */
 /** Of 'length': those of `evaluateLength`; the seeds of its generations are `seeds`. */
 export type LengthMetricOptions = EvaluationOptions & Omit<EvaluateLengthOptions, keyof EvaluationOptions>;
 
 export type LengthMetricResult = EvaluationResult & Omit<LengthEvaluation, 'ms'> & { readonly metric: 'length' };
 
+/** Options and result of each metric. */
 export interface Metrics {
 	nelbo: { options: NelboOptions; result: NelboResult };
 	perplexity: { options: PerplexityOptions; result: PerplexityResult };

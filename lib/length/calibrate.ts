@@ -4,8 +4,8 @@
  * Each method has nested bounds b(level) and gives every pair the least level that would have been enough (its score,
  * lib/length/rules.ts). With n scores and a target c, the margin is the k-th smallest score, k = ceil((n + 1) c). For a new
  * pair exchangeable with these, P(bound >= length) >= c, and <= c + 1 / (n + 1) without ties (Vovk et al. 2005; Lei et al.
- * 2018). When k > n no finite margin keeps the promise and the canvas stays whole. A margin is never below the method's
- * floor (an end at even odds), which can only make more answers fit.
+ * 2018). When k > n no finite margin keeps the promise and the canvas stays whole. A prompt that fixes the length is bounded
+ * at no less than the method's floor (an end at even odds), which can only make more answers fit.
  *
  * The promise is on average over prompts. So that prompts which fix the length do not pay for those that leave it open, or
  * the reverse, each group of a taxonomy that the look itself shows, how sharply the end probabilities rise, has a margin and
@@ -26,7 +26,7 @@ import {
 	promptOf,
 	readPairs,
 } from './pairs.js';
-import { estimatorOf, groupOf, type LengthLook } from './rules.js';
+import { boundAt, estimatorOf, groupOf, type LengthLook, sharpSpread } from './rules.js';
 
 /** Options of {@link calibrateLength}. */
 export interface CalibrateOptions
@@ -182,11 +182,7 @@ export function fitMargins(
 		for (const [i, look] of looks.entries()) {
 			scores[groups[i] as number]?.push(estimator.score(look, lengths[i] as number));
 		}
-		const margins = scores.map((list) => {
-			const margin = conformalQuantile(list, coverage);
-			return margin === null ? null : Math.max(margin, estimator.floor);
-		});
-		return { coverage, margins };
+		return { coverage, margins: scores.map((list) => conformalQuantile(list, coverage)) };
 	});
 	const { form } = estimatorOf({ ...settings, method });
 	return { method, max, form, settings, pairs: looks.length, edges, levels };
@@ -194,7 +190,7 @@ export function fitMargins(
 
 /** Sharp and other prompts apart when there are enough of both for the usual coverages. */
 function usualEdges(looks: readonly LengthLook[]): readonly number[] {
-	const edges = [2];
+	const edges = [sharpSpread];
 	const others = looks.reduce((sum, look) => sum + groupOf(look, edges), 0);
 	return Math.min(others, looks.length - others) >= 100 ? edges : [];
 }
@@ -205,7 +201,7 @@ export function boundOf(calibration: LengthCalibration, coverage: number, look: 
 	const level = levels.find((entry) => entry.coverage === coverage);
 	const margin = level?.margins[groupOf(look, edges)] ?? null;
 	if (margin === null) return max;
-	const end = estimatorOf({ ...settings, method, coverage }).bound(look, margin);
+	const end = boundAt(estimatorOf({ ...settings, method, coverage }), look, margin);
 	return end < 0 ? max : Math.min(end, max);
 }
 
@@ -226,7 +222,7 @@ export async function lookOf(
 			return -1;
 		},
 	};
-	await firstCanvas(model.engine, promptOf(pair), remembering, lengthExtras(model.engine).head, signal);
+	await firstCanvas(model.engine, promptOf(pair), remembering, lengthExtras(model.engine).head, 0n, signal);
 	return seen;
 }
 

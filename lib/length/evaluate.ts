@@ -151,7 +151,8 @@ export async function evaluateLength(
 	const looksOf = async (list: readonly LengthPair[], name: string, candidate: Candidate): Promise<LengthLook[]> => {
 		// Methods that read the same probabilities share one look.
 		const { method, options: given } = candidate;
-		const group = method === 'head' || method === 'daedal' ? candidate.name : method === 'constant' ? 'none' : 'end';
+		const groups: Partial<Record<LengthMethod, string>> = { daedal: candidate.name, head: 'head', constant: 'none' };
+		const group = groups[method] ?? 'end';
 		const known = shared.get(`${name} ${group}`);
 		done += list.length;
 		if (known) return known;
@@ -210,7 +211,7 @@ export async function evaluateLength(
 		const rule = resolveLength({ ...given, max }, method, { extras: own, infilling: false });
 		row(
 			name,
-			looks.map((look) => boundWithout(rule.predict?.(look) ?? -1, max)),
+			looks.map((look) => boundWithout(rule.predict?.(look, 0) ?? -1, max)),
 			null,
 		);
 		const stored = storedSettings(candidate);

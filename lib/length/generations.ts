@@ -1,11 +1,13 @@
 /**
- * Whole generations under every length method: how fast, how good, how long. The baseline 'fixed' is a canvas of `max` open
- * positions, cut at the end token like all others.
+ * Whole generations under every length method: how fast, how good, how long. The baseline 'fixed' is what a model without
+ * variable length does: exactly `max` new tokens, every step pays for all of them, what follows the first end token is
+ * thrown away at the end. 'early cut' is the same canvas with no more than the cut at a committed end token.
  */
 import { toSeed } from '../batch.js';
 import { check } from '../errors.js';
 import { EvaluationContext } from '../eval/context.js';
 import { autoregressive, bounds } from '../eval/likelihood.js';
+import { endIds } from '../evaluator.js';
 import { denoise, type GenerateResult, prepareRequest } from '../generate.js';
 import type { DiffuGPT } from '../model.js';
 import type { GenerateOptions } from '../options.js';
@@ -15,7 +17,7 @@ import type { LengthExtras } from './extras.js';
 import { firstCanvas } from './look.js';
 import type { LengthRule } from './method.js';
 import { resolveLength } from './method.js';
-import { type Spread, spreadOf, wasserstein } from './metrics.js';
+import { bootstrapDifference, type Difference, type Spread, spreadOf, wasserstein } from './metrics.js';
 import { inParallel, type LengthPair, promptOf } from './pairs.js';
 
 /** How generations are compared. */
@@ -59,6 +61,8 @@ export interface GenerationRow {
 	readonly canvas: number;
 	/** Share of answers equal to the reference, id by id. */
 	readonly exactMatch: Spread;
+	/** Exact match minus that of the fixed canvas, pair by pair over all seeds; null for the fixed canvas itself. */
+	readonly exactMatchVersusFixed: Difference | null;
 	/** Share of answers without an end token. */
 	readonly truncated: Spread;
 	/** Between the lengths of generated and true answers. */
@@ -67,6 +71,8 @@ export interface GenerationRow {
 	readonly meanLength: number;
 	/** Nats per token of the generated answers and their end under the judge. */
 	readonly judged: Spread | null;
+	/** Each answer's nats per token under the judge minus those of the fixed canvas, as above. */
+	readonly judgedVersusFixed: Difference | null;
 	/** NELBO of the reference on its first canvas, end and padding included, nats per answer; null: not measured or nothing fits. */
 	readonly nelbo: number | null;
 	/** References that fit, of those scored. */
@@ -81,7 +87,8 @@ export interface GenerationComparison {
 
 interface Contender {
 	name: string;
-	rule: LengthRule;
+	/** Null: a fixed length. */
+	rule: LengthRule | null;
 	coverage: number | null;
 }
 
@@ -101,6 +108,7 @@ export async function compareGenerations(
 			`option ${name} is ${String(value)}, expected a whole number >= 1`,
 		);
 	}
+	if (judge) checkJudge(model, judge);
 	const seeds = (options.seeds ?? [1, 2, 3]).map((seed) => toSeed(seed));
 	check(seeds.length > 0, 'option seeds is empty');
 	const pairs = all.slice(0, generations);
@@ -140,6 +148,7 @@ export async function compareGenerations(
 			);
 	}
 	const rows: GenerationRow[] = [];
+	let judgedFixed: Judged[][] | null = null;
 	for (const [c, { name, rule, coverage: target }] of contenders.entries()) {
 		const mine = results[c] as GenerateResult[][];
 		const rates = mine.map((list, s) => tokensOf(list) / ((seconds[c] as number[])[s] as number));
@@ -147,13 +156,26 @@ export async function compareGenerations(
 			(list, s) => tokensOf(list) / ((seconds[0] as number[])[s] as number),
 		);
 		// A canvas that begins small and grows has no length to be judged by.
-		const isPredicted = rule.looks || rule.method === 'constant';
+		const isPredicted = !rule || rule.looks || rule.method === 'constant';
 		const scored =
 			likelihoods > 0 && isPredicted
-				? await nelbos(model, pairs.slice(0, likelihoods), rule, extras, samples, signal)
+				? await nelbos(model, pairs.slice(0, likelihoods), rule ?? resolveLength({ max }), extras, samples, signal)
 				: [];
 		onProgress?.({ stage: 'likelihoods', fraction: (c + 1) / contenders.length });
 		const judged = judge ? await Promise.all(mine.map((list) => judgedOf(judge, pairs, list, signal))) : null;
+		judgedFixed ??= judged;
+		/** Difference of a figure of single answers to the fixed canvas; figures are means over the seeds. */
+		const versus = (
+			list: readonly number[],
+			figure: (c: number, s: number, i: number) => number,
+		): Difference | null => {
+			const over = (of: number) => list.map((i) => mean(seeds.map((_, s) => figure(of, s, i))));
+			return c === 0 ? null : bootstrapDifference(over(c), over(0));
+		};
+		const perToken = (list: readonly Judged[], i: number): number => {
+			const { nats, tokens } = list[i] as Judged;
+			return nats / Math.max(1, tokens);
+		};
 		for (const [kind, list] of groups) {
 			const of = (s: number): GenerateResult[] => list.map((i) => (mine[s] as GenerateResult[])[i] as GenerateResult);
 			const each = (measure: (found: GenerateResult[], s: number) => number): Spread =>
@@ -174,6 +196,10 @@ export async function compareGenerations(
 				exactMatch: each((found) =>
 					mean(found.map((result, k) => Number(equal(result.tokens, (references[k] as LengthPair).answer)))),
 				),
+				exactMatchVersusFixed: versus(list, (of, s, i) => {
+					const found = results[of]?.[s]?.[i];
+					return Number(found !== undefined && equal(found.tokens, (pairs[i] as LengthPair).answer));
+				}),
 				truncated: each((found) => mean(found.map((result) => Number(result.finishReason !== 'end-of-text')))),
 				wasserstein: each((found) =>
 					wasserstein(
@@ -184,18 +210,13 @@ export async function compareGenerations(
 				meanLength: mean(flat.map((result) => result.tokens.length)),
 				judged: judged
 					? each((_, s) => {
-							const found = list.map(
-								(i) => (judged[s] as { nats: number; tokens: number }[])[i] as { nats: number; tokens: number },
-							);
-							return (
-								found.reduce((sum, { nats: n }) => sum + n, 0) /
-								Math.max(
-									1,
-									found.reduce((sum, { tokens }) => sum + tokens, 0),
-								)
-							);
+							const found = list.map((i) => (judged[s] as Judged[])[i] as Judged);
+							const tokens = found.reduce((sum, answer) => sum + answer.tokens, 0);
+							return found.reduce((sum, answer) => sum + answer.nats, 0) / Math.max(1, tokens);
 						})
 					: null,
+				judgedVersusFixed:
+					judged && versus(list, (of, s, i) => perToken((of === 0 ? judgedFixed : judged)?.[s] as Judged[], i)),
 				nelbo: fitting.length > 0 ? mean(fitting) : null,
 				fits: nats.length > 0 ? fitting.length / nats.length : null,
 			});
@@ -204,7 +225,7 @@ export async function compareGenerations(
 	return { pairs: pairs.length, seeds: seeds.map(String), rows };
 }
 
-/** The fixed canvas first, then every method: at the target coverage where it is calibrated, else as it is. */
+/** The fixed canvas and the early cut first, then every method: at the target coverage where it is calibrated, else as it is. */
 function contendersOf(
 	candidates: readonly Candidate[],
 	extras: LengthExtras,
@@ -212,7 +233,10 @@ function contendersOf(
 	max: number,
 ): Contender[] {
 	const scene = { extras, infilling: false };
-	const list: Contender[] = [{ name: 'fixed', rule: resolveLength({ max }, 'constant', scene), coverage: null }];
+	const list: Contender[] = [
+		{ name: 'fixed', rule: null, coverage: null },
+		{ name: 'early cut', rule: resolveLength({ max }, 'constant', scene), coverage: null },
+	];
 	for (const { name, method, options } of candidates) {
 		const { quantile: _, probability: __, ...kept } = options;
 		const calibrated = extras.calibrations.some(
@@ -232,7 +256,7 @@ function contendersOf(
 async function generate(
 	model: DiffuGPT,
 	pair: LengthPair,
-	rule: LengthRule,
+	rule: LengthRule | null,
 	extras: LengthExtras,
 	{ generate: given = {}, max, signal }: CompareOptions & { max: number },
 	seed: bigint,
@@ -242,19 +266,25 @@ async function generate(
 	const request = prepareRequest(model.engine, model.tokenizer, prompt, {
 		...given,
 		seed,
-		length: { max },
+		length: rule ? { max } : max,
 		...(signal ? { signal } : {}),
 	});
 	check(
-		!(request.options.isAutoregressive || request.options.cache) || !(rule.looks || rule.adapt),
-		`option generate: the length method '${rule.method}' does not go with this sampler`,
+		!(request.options.isAutoregressive || request.options.cache) || !(rule?.looks || rule?.adapt),
+		`option generate: the length method '${rule?.method}' does not go with this sampler`,
 	);
 	// The rule was made with margins that the model itself need not have.
 	const stream = denoise(model.engine, model.tokenizer, { ...request, rule }, extras);
 	for (;;) {
 		const { done, value } = await stream.next();
-		if (done) return value;
+		if (done) return rule ? value : cut(value, endIds(model.config));
 	}
+}
+
+/** A fixed length as an answer: up to its first end token. */
+function cut(result: GenerateResult, ends: Int32Array): GenerateResult {
+	const end = result.tokens.findIndex((id) => ends.includes(id));
+	return end < 0 ? result : { ...result, tokens: result.tokens.slice(0, end), finishReason: 'end-of-text' };
 }
 
 /** Bounds on -log p of each reference, padded with end tokens to its first canvas; null where it does not fit. */
@@ -268,7 +298,7 @@ async function nelbos(
 ): Promise<(number | null)[]> {
 	const { padId, eosId } = model.config;
 	const canvases = await inParallel(pairs, 64, (pair) =>
-		firstCanvas(model.engine, promptOf(pair), rule, extras.head, signal),
+		firstCanvas(model.engine, promptOf(pair), rule, extras.head, 0n, signal),
 	);
 	const found: (number | null)[] = pairs.map(() => null);
 	const context = new EvaluationContext('length', model, signal ? { signal } : {});
@@ -289,18 +319,32 @@ async function nelbos(
 	return found;
 }
 
+function checkJudge(model: DiffuGPT, judge: DiffuGPT): void {
+	const { attention, shift, vocab } = judge.config;
+	check(
+		attention === 'causal' && shift,
+		"option judge: expected an autoregressive model; load a twin with { config: { attention: 'causal' } }",
+	);
+	check(
+		vocab === model.config.vocab,
+		`option judge: it has ${vocab} ids and the model ${model.config.vocab}, and it reads the model's ids`,
+	);
+}
+
+/** An answer and its end token under the judge. */
+interface Judged {
+	nats: number;
+	tokens: number;
+}
+
 /** -log p of each generated answer and its end token under a causal model, and how many tokens that is. */
 async function judgedOf(
 	judge: DiffuGPT,
 	pairs: readonly LengthPair[],
 	results: readonly GenerateResult[],
 	signal: AbortSignal | undefined,
-): Promise<{ nats: number; tokens: number }[]> {
+): Promise<Judged[]> {
 	const { config } = judge;
-	check(
-		config.attention === 'causal' && config.shift,
-		"option judge: expected an autoregressive model; load a twin with { config: { attention: 'causal' } }",
-	);
 	const found = results.map(() => ({ nats: 0, tokens: 0 }));
 	const list = results.map(({ tokens, finishReason }, index) => {
 		const { prompt } = pairs[index] as LengthPair;

@@ -16,6 +16,7 @@ import type { Engine } from '../engine.js';
 import { check } from '../errors.js';
 import { endIds } from '../evaluator.js';
 import { makeCanvas, type ParsedPrompt } from '../prompt.js';
+import { Stream, uniform } from '../random.js';
 import type { LengthHead } from './head.js';
 import type { LengthRule } from './method.js';
 import { tailScore } from './resize.js';
@@ -43,29 +44,31 @@ export function checkEnds(config: ModelConfig): void {
 	);
 }
 
-/** Looks as often as the rule wants and decides on the first canvas. */
+/** Looks as often as the rule wants and decides on the first canvas. `seed`: of a length that is drawn. */
 export async function firstCanvas(
 	engine: Engine,
 	prompt: ParsedPrompt,
 	rule: LengthRule,
 	head: LengthHead | undefined,
+	seed: bigint,
 	signal: AbortSignal | undefined,
 ): Promise<FirstCanvas> {
 	const none = new Float32Array(0);
+	const u = uniform(seed, Stream.time, 0, 0);
 	if (!rule.looks) return { open: rule.initial, length: undefined, probabilities: none, forwards: 0 };
 	let open = rule.initial;
 	for (let forwards = 1; ; forwards++) {
 		const look = rule.infilling
 			? await lookForSuffix(engine, prompt, open, signal)
 			: rule.head
-				? await lookWithHead(engine, prompt, open, head as LengthHead, rule.head === 'token', signal)
+				? await lookWithHead(engine, prompt, open, head as LengthHead, signal)
 				: await lookForEnd(engine, prompt, open, signal);
 		const more = rule.extend?.(look) ?? 0;
 		if (more > 0) {
 			open += more;
 			continue;
 		}
-		const end = rule.predict?.(look) ?? -1;
+		const end = rule.predict?.(look, u) ?? -1;
 		const length = end < 0 ? rule.max : end;
 		// Before a suffix there is no end token to make room for.
 		if (end >= 0) open = Math.min(rule.max, rule.infilling ? end : end + 1);
@@ -127,13 +130,12 @@ async function lookWithHead(
 	prompt: ParsedPrompt,
 	open: number,
 	head: LengthHead,
-	isToken: boolean,
 	signal: AbortSignal | undefined,
 ): Promise<LengthLook> {
 	const tokens = makeCanvas(prompt, open, engine.config).tokens;
 	const hidden = await hiddenAt(engine, [tokens], [prompt.before.length], open, signal);
-	const e = isToken ? head.endProbabilities(hidden[0] as Float32Array) : new Float32Array(open);
-	return { e, tail: () => 0, regressed: head.regress(hidden[0] as Float32Array) };
+	const states = hidden[0] as Float32Array;
+	return { e: head.endProbabilities(states), tail: () => 0, regressed: head.regress(states) };
 }
 
 /**

@@ -12,7 +12,7 @@
 import { check } from '../errors.js';
 import type { LengthCalibration, LengthExtras } from './extras.js';
 import { type Adapter, daedalAdapter, rhoAdapter } from './resize.js';
-import { type EstimatorSettings, estimatorOf, groupOf, type LengthLook } from './rules.js';
+import { boundAt, type EstimatorSettings, estimatorOf, groupOf, type LengthLook } from './rules.js';
 
 /** Names of the length methods. */
 export type LengthMethod =
@@ -39,8 +39,13 @@ export interface LengthOptions {
 	 * The share of answers that must fit, in (0, 1). With a calibration of the method for this coverage and `max`
 	 * (`calibrateLength`) the share is the one measured; 'expected' without one takes the model's probabilities at their
 	 * word, and the quantile head what it was trained for. @default of 'expected' and of the quantile head 0.95
+	 *
+	 * 'draw': the length is drawn, as a function of the seed, and the answer has exactly that length: its end token is put
+	 * there and none comes before it. The share is drawn among those of the method's calibration, which should be many and
+	 * evenly spread (0.01, 0.02, .. 0.99), so that lengths come out as varied as those of the calibration pairs. 'threshold'
+	 * without a calibration takes e for a distribution function and draws from it. Continuation only.
 	 */
-	readonly coverage?: number;
+	readonly coverage?: number | 'draw';
 	/** Of 'quantile': the first position whose e is at least this quantile of all e. @default 0.5 */
 	readonly quantile?: number;
 	/** Of 'threshold' and of the token head: the first position with e >= this. @default 0.5 */
@@ -78,7 +83,7 @@ export interface LengthPrediction {
 	length: number;
 	method: LengthMethod;
 	/**
-	 * (max) aligned probability of an end token at each open position; of the token head, the head's. 'daedal': of the
+	 * (max) aligned probability of an end token at each open position; of 'head', the token head's. 'daedal': of the
 	 * canvas it grew to. Infilling: (max + 1) the geometric mean of the probabilities of the suffix's first tokens, were it to
 	 * come after 0, 1, .. `max` tokens.
 	 */
@@ -96,8 +101,10 @@ export interface LengthRule {
 	readonly ends: number;
 	/** The first canvas comes from a look at masked positions. */
 	readonly looks: boolean;
-	/** Index of the predicted end among the open positions, or -1: none. */
-	readonly predict?: (look: LengthLook) => number;
+	/** Index of the predicted end among the open positions, or -1: none. `u`: in [0, 1), of a length that is drawn. */
+	readonly predict?: (look: LengthLook, u: number) => number;
+	/** The predicted end is the end: its token is given, and no other is sampled. */
+	readonly exact?: boolean;
 	/** The look needs hidden states. */
 	readonly head?: HeadKind;
 	/** 'daedal', first stage: how many positions to add to a canvas of `look.e.length`; 0: enough. */
@@ -133,6 +140,9 @@ const noInfilling: Partial<Record<LengthMethod, string>> = {
 	block: 'it stops at an end token, and none comes before a suffix',
 };
 
+/** Shares that a length can be drawn from at least. */
+const fewestToDraw = 19;
+
 /** The model and prompt a rule is for; without it only the options themselves are checked. */
 export interface LengthScene {
 	readonly extras: LengthExtras;
@@ -164,7 +174,15 @@ export function resolveLength(
 		check(!why, `option length.method: '${method}' has no meaning before a suffix: ${why}`);
 	}
 	const calibration = options.coverage === undefined ? undefined : calibrationOf(options, method, scene);
-	const settings: EstimatorSettings = { ...options, ...calibration?.settings, method, infilling };
+	const { coverage, ...knobs } = options;
+	const draws = coverage === 'draw';
+	const settings: EstimatorSettings = {
+		...knobs,
+		...(coverage === undefined || draws ? {} : { coverage }),
+		...calibration?.settings,
+		method,
+		infilling,
+	};
 	const head = method === 'head' ? (settings.head ?? 'token') : undefined;
 	if (head && scene) {
 		check(
@@ -173,15 +191,20 @@ export function resolveLength(
 		);
 	}
 	/** The end by a rule: at the margin of the prompt's group when there is a calibration. */
-	const endBy = (look: LengthLook): number => {
-		const estimator = estimatorOf(settings);
-		if (!calibration) return estimator.predict(look);
-		const margin = calibration.margins[groupOf(look, calibration.edges)] ?? null;
-		const end = margin === null ? -1 : estimator.bound(look, margin);
+	const endBy = (look: LengthLook, u: number): number => {
+		const level = calibration?.levels[Math.floor(u * calibration.levels.length)];
+		const estimator = estimatorOf(draws && level ? { ...settings, coverage: level.coverage } : settings);
+		if (!calibration) return draws ? boundAt(estimator, look, u) : estimator.predict(look);
+		const margin = level?.margins[groupOf(look, calibration.edges)] ?? null;
+		const end = margin === null ? -1 : boundAt(estimator, look, margin);
 		return end < 0 || end >= max ? -1 : end;
 	};
 	const looks = method !== 'constant' && method !== 'block' && method !== 'rho-eos';
-	const base = { method, max, infilling, initial: max, ends: 1, looks, ...(head ? { head } : {}) };
+	const base = {
+		...{ method, max, infilling, initial: max, ends: 1, looks },
+		...(head ? { head } : {}),
+		...(draws ? { exact: true } : {}),
+	};
 	const grow = options.grow ?? 8;
 	const initial = options.initial ?? Math.max(1, Math.min(64, Math.ceil(max / 4)));
 	switch (method) {
@@ -215,7 +238,7 @@ export function resolveLength(
 			};
 		}
 		case 'constant': {
-			const margin = calibration?.margins[0];
+			const margin = calibration?.levels[0]?.margins[0];
 			if (margin === undefined || margin === null) return base;
 			return { ...base, initial: Math.max(1, Math.min(max, Math.ceil(margin) + 1)) };
 		}
@@ -224,15 +247,24 @@ export function resolveLength(
 	}
 }
 
-/** The stored calibration for `coverage`; undefined where the method has a meaning of its own for it. */
+/**
+ * The stored calibration with the level for `coverage` alone, or, to draw from, all its levels in ascending order; undefined
+ * where the method has a meaning of its own for it.
+ */
 function calibrationOf(
 	options: LengthOptions,
 	method: LengthMethod,
 	scene: LengthScene | undefined,
-): (LengthCalibration & { margins: readonly (number | null)[] }) | undefined {
-	if (!scene) return undefined;
+): LengthCalibration | undefined {
 	const { coverage, max, head = 'token' } = options;
-	const own = method === 'expected' || (method === 'head' && head === 'quantile');
+	const draws = coverage === 'draw';
+	check(
+		!draws || (method !== 'constant' && method !== 'daedal'),
+		`option length.coverage: 'draw' needs a method that decides by one look, and '${method}' does not`,
+	);
+	if (!scene) return undefined;
+	check(!draws || !scene.infilling, "option length.coverage: 'draw' draws where a text ends, and a suffix is given");
+	const own = draws ? method === 'threshold' : method === 'expected' || (method === 'head' && head === 'quantile');
 	if (scene.infilling) {
 		check(own, `option length.coverage: calibrations of '${method}' are of continuations, and a suffix is given`);
 		return undefined;
@@ -251,10 +283,16 @@ function calibrationOf(
 		found,
 		`option length.coverage: ${name} is calibrated for max ${fitting.map((entry) => entry.max).join(', ')}, not ${max}`,
 	);
-	const level = found.levels.find((entry) => entry.coverage === coverage);
+	const levels = draws
+		? [...found.levels].sort((a, b) => a.coverage - b.coverage)
+		: found.levels.filter((entry) => entry.coverage === coverage);
 	check(
-		level,
+		levels.length > 0,
 		`option length.coverage is ${coverage}: ${name} is calibrated for ${found.levels.map((entry) => entry.coverage).join(', ')}`,
+	);
+	check(
+		!draws || levels.length >= fewestToDraw,
+		`option length.coverage is 'draw', which needs ${name} calibrated for ${fewestToDraw} evenly spread shares or more; it is for ${levels.length}`,
 	);
 	for (const [key, value] of Object.entries(options)) {
 		if (value === undefined || ['max', 'method', 'coverage'].includes(key)) continue;
@@ -264,7 +302,7 @@ function calibrationOf(
 			`option length.${key} is ${value}, but ${name} was calibrated with ${stored === undefined ? 'its default' : stored}`,
 		);
 	}
-	return { ...found, margins: level.margins };
+	return { ...found, levels };
 }
 
 function checkValues(options: LengthOptions): void {
@@ -272,9 +310,12 @@ function checkValues(options: LengthOptions): void {
 	check(Number.isSafeInteger(max) && max >= 1, `option length.max is ${String(max)}, expected a whole number >= 1`);
 	for (const key of ['quantile', 'probability', 'coverage', 'low', 'high'] as const) {
 		const value = options[key];
+		const isCoverage = key === 'coverage';
 		check(
-			value === undefined || (typeof value === 'number' && value >= 0 && value <= 1),
-			`option length.${key} is ${String(value)}, expected a number from 0 to 1`,
+			value === undefined ||
+				(typeof value === 'number' && value >= 0 && value <= 1) ||
+				(isCoverage && value === 'draw'),
+			`option length.${key} is ${String(value)}, expected a number from 0 to 1${isCoverage ? " or 'draw'" : ''}`,
 		);
 	}
 	for (const key of ['block', 'initial', 'grow', 'window'] as const) {

@@ -1,7 +1,7 @@
 /** The outcome of `evaluateLength` for people: a table for terminals, two Pareto plots, and one HTML file without outside parts. */
 import type { BoundRow, LengthEvaluation } from './evaluate.js';
 import type { GenerationRow } from './generations.js';
-import type { Spread } from './metrics.js';
+import type { Difference, Spread } from './metrics.js';
 import { escapeXml, type Series, svgChart } from './report-svg.js';
 
 interface Column<T> {
@@ -17,6 +17,10 @@ const spread = (value: Spread | null, show: (value: number) => string): string =
 		: value.min === value.max
 			? show(value.mean)
 			: `${show(value.mean)} (${show(value.min)} .. ${show(value.max)})`;
+const difference = (value: Difference | null, scale: number, digits: number): string =>
+	value === null
+		? '-'
+		: `${number(scale * value.mean, digits)} [${number(scale * value.interval[0], digits)}, ${number(scale * value.interval[1], digits)}]`;
 const target = ({ coverage }: { coverage: number | null }): string => (coverage === null ? '-' : percent(coverage));
 
 const boundColumns: readonly Column<BoundRow>[] = [
@@ -34,8 +38,7 @@ const boundColumns: readonly Column<BoundRow>[] = [
 	{ name: 'pinball', cell: (row) => number(row.pinball, 3) },
 	{
 		name: 'vs. best constant [95 %]',
-		cell: ({ versusConstant: v }) =>
-			v === null ? '-' : `${number(v.mean, 3)} [${number(v.interval[0], 3)}, ${number(v.interval[1], 3)}]`,
+		cell: (row) => difference(row.versusConstant, 1, 3),
 	},
 ];
 
@@ -47,10 +50,12 @@ const generationColumns: readonly Column<GenerationRow>[] = [
 	{ name: 'forwards', cell: (row) => number(row.forwards, 1) },
 	{ name: 'canvas', cell: (row) => number(row.canvas, 1) },
 	{ name: 'exact match', cell: (row) => spread(row.exactMatch, percent) },
+	{ name: 'vs. fixed, points [95 %]', cell: (row) => difference(row.exactMatchVersusFixed, 100, 2) },
 	{ name: 'truncated', cell: (row) => spread(row.truncated, percent) },
 	{ name: 'Wasserstein-1', cell: (row) => spread(row.wasserstein, (v) => v.toFixed(2)) },
 	{ name: 'length', cell: (row) => number(row.meanLength, 1) },
 	{ name: 'judged nats/token', cell: (row) => spread(row.judged, (v) => v.toFixed(3)) },
+	{ name: 'vs. fixed [95 %]', cell: (row) => difference(row.judgedVersusFixed, 1, 3) },
 	{ name: 'NELBO', cell: (row) => number(row.nelbo) },
 	{ name: 'fits', cell: (row) => (row.fits === null ? '-' : percent(row.fits)) },
 ];
@@ -124,7 +129,7 @@ export function htmlReport(found: LengthEvaluation, title: string): string {
 	}
 	parts.push(
 		'<h2>What the columns mean</h2>',
-		'<p>right: the bound is at least the true length. tightness: mean of bound - length over the rows above; looseness: over the rows that are right. saved: mean of max - bound over all rows. pinball: the quantile loss at the target, and its difference to the constant that is best on these very pairs, with a 95 % bootstrap interval. tokens/s: whole generations, looks included, timed in turns; ranges are the least and largest over seeds. NELBO: nats per reference answer on the first canvas, end and padding included.</p>',
+		'<p>right: the bound is at least the true length. tightness: mean of bound - length over the rows above; looseness: over the rows that are right. saved: mean of max - bound over all rows. pinball: the quantile loss at the target, and its difference to the constant that is best on these very pairs, with a 95 % bootstrap interval. tokens/s: whole generations, looks included, timed in turns; ranges are the least and largest over seeds. fixed: exactly as many tokens as the canvas has, denoised whole and cut afterwards; early cut: the same canvas, cut as soon as an end token is committed. NELBO: nats per reference answer on the first canvas, end and padding included.</p>',
 		'</body></html>',
 	);
 	return `${parts.join('\n')}\n`;

@@ -39,10 +39,7 @@ export interface EstimatorSettings {
 
 export interface Estimator {
 	readonly form: 'level' | 'additive' | 'multiplicative';
-	/**
-	 * Calibration never goes below this level, an end at even odds. Where the probabilities jump from almost 0 to almost 1
-	 * every level in between gives the same bound, and a lower one would be met by noise long before the end.
-	 */
+	/** The lowest level for a look whose probabilities jump from almost 0 to almost 1, an end at even odds; see `boundAt`. */
 	readonly floor: number;
 	/** Index of the predicted end, -1: none. */
 	predict(look: LengthLook): number;
@@ -115,6 +112,18 @@ function offset(form: 'additive' | 'multiplicative', predict: (look: LengthLook)
 			Math.max(0, additive ? base(look) + Math.ceil(level) : Math.ceil((base(look) + 1) * level - 1e-9) - 1),
 		score: (look, length) => (additive ? length - base(look) : (length + 1) / (base(look) + 1)),
 	};
+}
+
+/** Positions between "hardly the end" and "surely the end" of a look that fixes the length, at most. */
+export const sharpSpread = 2;
+
+/**
+ * The bound at a calibrated level, which for a look that fixes the length is never below an end at even odds: where the
+ * probabilities jump, every level in between gives the same bound, and a lower one would be met by noise long before the end.
+ */
+export function boundAt(estimator: Estimator, look: LengthLook, level: number): number {
+	const isSharp = spreadOfEnds(look.e) <= sharpSpread;
+	return estimator.bound(look, isSharp ? Math.max(level, estimator.floor) : level);
 }
 
 /** How many positions lie between "hardly the end" and "surely the end": those with 0.05 < e < 0.95. */
