@@ -44,9 +44,9 @@ interface Job {
 
 function job(i: number): Job {
 	const sampler = samplers[Math.floor(draw(0, i) * samplers.length)] as GenerateOptions;
-	const most = 5 + Math.floor(draw(1, i) * 10);
+	const most = 5 + Math.floor(draw(1, i) * 8);
 	return {
-		prompt: { tokens: Int32Array.from({ length: 1 + Math.floor(draw(2, i) * 8) }, (_, j) => (97 * i + 31 * j) % 8000) },
+		prompt: { tokens: Int32Array.from({ length: 1 + Math.floor(draw(2, i) * 6) }, (_, j) => (97 * i + 31 * j) % 8000) },
 		options: { ...sampler, length: draw(3, i) < 0.5 ? most : { max: most }, seed: i },
 		abortAfter: draw(4, i) < 0.3 ? Math.floor(draw(5, i) * 4) : -1,
 	};
@@ -109,7 +109,7 @@ test.serial(
 			leaked += count;
 		};
 		// The workspace and the heap grow to their working size first.
-		await serve(model, jobs.slice(0, 400), shared.signal, onLeak);
+		await serve(model, jobs.slice(0, 200), shared.signal, onLeak);
 		const rss = process.memoryUsage.rss();
 		const { batches } = model.engine.counters;
 		const started = performance.now();
