@@ -1,6 +1,7 @@
 /**
- * `npm run bench [-- part of a name] [--json FILE]`: runs the cases whose name contains one of the arguments, prints a table
- * and, with --json, writes { machine, results }. Cases that take minutes run only when named.
+ * `npm run bench [-- part of a name] [--json FILE] [--repeats N]`: runs the cases whose name contains one of the arguments,
+ * prints a table and, with --json, writes { machine, results }. Cases that take minutes run only when named; --repeats times
+ * each case so often instead of as often as it says.
  * With --peers it runs the cases of the machine and of memory, and then compares with other engines; bench/peers/README.md.
  */
 import { execFileSync } from 'node:child_process';
@@ -26,11 +27,17 @@ const { values, positionals } = parseArgs({
 		list: { type: 'boolean', default: false },
 		peers: { type: 'boolean', default: false },
 		quick: { type: 'boolean', default: false },
+		repeats: { type: 'string' },
 		models: { type: 'string' },
 		rounds: { type: 'string' },
 	},
 	allowPositionals: true,
 });
+const repeats = values.repeats === undefined ? undefined : Number(values.repeats);
+if (repeats !== undefined && !(Number.isInteger(repeats) && repeats >= 1)) {
+	console.error(`--repeats is ${values.repeats}, expected a whole number >= 1`);
+	process.exit(2);
+}
 const ofMachine = [...machineCases, ...scalingCases, ...memoryCases, ...operationCases];
 const all = [...ofMachine, ...forwardCases, ...trainStepCases, ...generateCases, eventLoopCase];
 const offered = values.peers ? ofMachine : all;
@@ -55,7 +62,7 @@ if (wanted.length > 0) {
 for (const bench of wanted) {
 	let result: BenchResult;
 	try {
-		result = await measure(bench);
+		result = await measure(repeats === undefined ? bench : { ...bench, repeats });
 	} catch (error) {
 		const reason = (error as Error).message;
 		unavailable.push({ name: bench.name, dtype: bench.dtype, reason });

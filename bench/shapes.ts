@@ -12,6 +12,11 @@ export const shapes = {
 
 export type ShapeName = keyof typeof shapes;
 
+/** The model that ships, trained: where it matters what a model is sure of. */
+export function loadShipped(): Promise<DiffuGPT> {
+	return DiffuGPT.fromPretrained('diffusion-native/tiny', { device: 'cpu', dtype: 'fp32' });
+}
+
 /** Random weights; int8 are the same ones, quantised. threads: all cores when left out. */
 export function load(shape: ShapeName, dtype: 'fp32' | 'int8' = 'fp32', threads = 0): Promise<DiffuGPT> {
 	return DiffuGPT.fromConfig(

@@ -86,7 +86,7 @@ export function blockEvaluator(
 		builtAt = -1;
 		final = 0;
 		const capacity = Math.max(canvas.length, options.capacity);
-		for (let i = 0; i < (guided ? 2 : 1); i++) caches.push(await engine.createCache(capacity));
+		for (let i = 0; i < (guided ? 2 : 1); i++) caches.push(await engine.createCache(capacity, signal));
 	};
 
 	const rangeOf = ({ positions, begin, end }: LookRequest): Range => {

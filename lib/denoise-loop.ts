@@ -4,11 +4,12 @@
  */
 import { type Canvas, type Resize, State } from './canvas.js';
 import { check } from './errors.js';
-import type { Drift, Look } from './evaluator.js';
+import { type Drift, type Look, restrict } from './evaluator.js';
 import type { LengthRule } from './length/method.js';
 import type { ResolvedOptions } from './options.js';
+import { checkedDecision, chosenPositions, stepView, verifiedGroups } from './policy-gate.js';
 import { decodeCommitted, type TextCodec } from './prompt.js';
-import { type CanvasView, type Decision, evenPlan, type StepView } from './samplers/policy.js';
+import { type CanvasView, type Decision, evenPlan } from './samplers/policy.js';
 
 /**
  * One step of a stream. Replaying `resized`, then `reopened`, then `committed` (ids in `tokens`) from the canvas of the
@@ -100,8 +101,7 @@ export class Loop {
 
 	/** What to look at next; undefined: done. */
 	next(): Plan | undefined {
-		for (;;) {
-			if (this.#stopped) return undefined;
+		while (!this.#stopped) {
 			const window = this.#windows[0];
 			if (!window) {
 				if (!this.#grow()) return undefined;
@@ -117,11 +117,20 @@ export class Loop {
 				continue;
 			}
 			if (this.#blockStep === 0) this.#initialOpen = open.length;
-			const last = !this.#options.isPlanned && this.#blockStep + 1 >= window.steps;
+			const plan = this.#planIn(window, inside, open, tentative);
+			if (plan) return plan;
+		}
+		return undefined;
+	}
+
+	/** The next step of a window that looks at anything; undefined: the budget is spent and what is tentative stands. */
+	#planIn(window: Window, inside: Int32Array, open: Int32Array, tentative: Int32Array): Plan | undefined {
+		const { policy, samplerName, isPlanned } = this.#options;
+		for (;;) {
+			const last = !isPlanned && this.#blockStep + 1 >= window.steps;
 			const view = this.#view(window, open, tentative);
-			const { policy } = this.#options;
-			const groups = last ? [] : (policy.verify?.(view) ?? []);
-			const positions = last || !policy.choose ? open : this.#chosen(policy.choose(view), open);
+			const groups = last ? [] : verifiedGroups(policy, samplerName, view);
+			const positions = last ? open : chosenPositions(policy, samplerName, view);
 			if (positions.length + groups.length > 0) {
 				const begin = inside[0] as number;
 				const end = (inside[inside.length - 1] as number) + 1;
@@ -129,9 +138,8 @@ export class Loop {
 				return { view, positions, looked, groups, begin, end, last };
 			}
 			if (last) {
-				// Only tentative tokens are left and the budget is spent: they stand.
 				this.#canvas.tentative.fill(0);
-				continue;
+				return undefined;
 			}
 			this.#advance();
 		}
@@ -141,7 +149,7 @@ export class Loop {
 	apply(plan: Plan, all: Look): DenoiseStep {
 		const canvas = this.#canvas;
 		const look = restrict(all, plan.positions);
-		const decision = this.#checked(plan, look, this.#options.policy.decide(stepView(plan.view, look)));
+		const decision = this.#decide(plan, look);
 		const indexOf = new Map<number, number>();
 		for (let k = 0; k < look.positions.length; k++) indexOf.set(look.positions[k] as number, k);
 		for (const position of decision.reopen ?? []) canvas.reopen(position);
@@ -369,51 +377,11 @@ export class Loop {
 		};
 	}
 
-	#chosen(choice: ArrayLike<number>, open: Int32Array): Int32Array {
-		const positions = Int32Array.from(new Set(Array.from(choice)));
-		const allowed = new Set(open);
-		for (const position of positions) {
-			check(
-				allowed.has(position),
-				`the policy '${this.#options.samplerName}' chose position ${position}, which is not open`,
-			);
-		}
-		return positions;
-	}
-
-	#checked(plan: Plan, look: Look, decision: Decision): Decision {
-		const name = `the policy '${this.#options.samplerName}'`;
-		check(
-			typeof decision === 'object' && decision !== null && Array.isArray(decision.commit),
-			`${name} returned no { commit: number[] }`,
-		);
-		if (plan.last) return { commit: Array.from(look.positions) };
-		const looked = new Set(look.positions);
-		const tentative = new Set(plan.view.tentative);
-		for (const position of decision.commit) {
-			check(
-				looked.delete(position),
-				`${name} committed position ${position}, which is not open, was not looked at, or is named twice`,
-			);
-		}
-		for (const position of decision.reopen ?? []) {
-			check(tentative.delete(position), `${name} reopened position ${position}, which is not tentative`);
-		}
-		const { tokens } = decision;
-		if (tokens) {
-			const { maskId } = this.#canvas;
-			check(
-				tokens.length === decision.commit.length,
-				`${name} returned ${tokens.length} tokens for ${decision.commit.length} positions`,
-			);
-			for (const id of tokens) {
-				check(
-					Number.isInteger(id) && id >= 0 && id < look.vocab && id !== maskId,
-					`${name} committed the id ${id}, which is no text token`,
-				);
-			}
-		}
-		return decision;
+	#decide({ view, last }: Plan, look: Look): Decision {
+		const { policy, samplerName } = this.#options;
+		const decision = policy.decide(stepView(view, look));
+		if (last) return { commit: Array.from(look.positions) };
+		return checkedDecision(decision, samplerName, view, look, this.#canvas.maskId);
 	}
 
 	/** Counts a step, and gives up on a user's policy that makes no progress. */
@@ -426,9 +394,13 @@ export class Loop {
 		} else {
 			this.#idle++;
 		}
+		const mayStall = this.#options.isCustom || this.#rule?.exact;
+		if (!mayStall || this.#idle < idleLimit + (this.#options.steps ?? 0)) return;
+		const { openCount, tentative } = this.#canvas;
+		const unsettled = tentative.reduce((sum, one) => sum + one, 0);
 		check(
-			!(this.#options.isCustom || this.#rule?.exact) || this.#idle < idleLimit + (this.#options.steps ?? 0),
-			`the sampler '${this.#options.samplerName}' made no progress in ${this.#idle} steps: ${this.#canvas.openCount} positions are still open`,
+			false,
+			`the policy '${this.#options.samplerName}' made no progress in ${this.#idle} steps: ${openCount} positions are still open, ${unsettled} tentative`,
 		);
 	}
 
@@ -446,53 +418,7 @@ export class Loop {
 	}
 }
 
-/** What a policy sees after a forward: written out, because it is made at every step. */
-function stepView(view: CanvasView, look: Look): StepView {
-	return {
-		step: view.step,
-		tokens: view.tokens,
-		open: view.open,
-		initialOpen: view.initialOpen,
-		blockStep: view.blockStep,
-		blockSteps: view.blockSteps,
-		tentative: view.tentative,
-		reopened: view.reopened,
-		seed: view.seed,
-		memory: view.memory,
-		positions: look.positions,
-		best: look.best,
-		drawn: look.drawn,
-		probability: look.probability,
-		margin: look.margin,
-		entropy: look.entropy,
-		drawnLogProb: look.drawnLogProb,
-		verified: look.verified,
-		logProbs: look.logProbs,
-	};
-}
-
 /** Entries [begin, end) of an array, itself when these are all. */
 function part(values: Int32Array, begin: number, end = values.length): Int32Array {
 	return begin === 0 && end >= values.length ? values : values.slice(begin, end);
-}
-
-/** The rows of a look that speak of `positions`, all of which were looked at. */
-function restrict(look: Look, positions: Int32Array): Look {
-	if (look.positions.length === positions.length) return look;
-	const indexOf = new Map(Array.from(look.positions, (position, k) => [position, k]));
-	const rows = Array.from(positions, (position) => indexOf.get(position) as number);
-	const ints = (values: Int32Array): Int32Array => Int32Array.from(rows, (k) => values[k] as number);
-	const floats = (values: Float32Array): Float32Array => Float32Array.from(rows, (k) => values[k] as number);
-	return {
-		...look,
-		positions,
-		best: ints(look.best),
-		drawn: ints(look.drawn),
-		probability: floats(look.probability),
-		margin: floats(look.margin),
-		entropy: floats(look.entropy),
-		drawnLogProb: floats(look.drawnLogProb),
-		end: floats(look.end),
-		logProbs: (k) => look.logProbs(rows[k] as number),
-	};
 }

@@ -153,14 +153,22 @@ export class Engine {
 		}
 	}
 
-	/** A key-value cache, freed with `releaseCache` or, at the latest, with the model. */
-	createCache(capacity: number): Promise<NativeCache> {
-		return this.run((native) => {
-			const cache = native.createCache(capacity);
-			for (const reference of this.#caches) if (!reference.deref()) this.#caches.delete(reference);
-			this.#caches.add(new WeakRef(cache));
-			return cache;
-		});
+	/** A key-value cache, freed with `releaseCache` or, at the latest, with the model. Rejects as `run` does. */
+	async createCache(capacity: number, signal?: AbortSignal): Promise<NativeCache> {
+		let made = undefined as NativeCache | undefined;
+		try {
+			return await this.run((native) => {
+				const cache = native.createCache(capacity);
+				made = cache;
+				for (const reference of this.#caches) if (!reference.deref()) this.#caches.delete(reference);
+				this.#caches.add(new WeakRef(cache));
+				return cache;
+			}, signal);
+		} catch (error) {
+			// An abort came between its making and its delivery.
+			if (made) this.releaseCache(made);
+			throw error;
+		}
 	}
 
 	/** Frees a cache; idempotent. No call that uses it may be in flight. */

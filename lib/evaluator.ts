@@ -7,6 +7,7 @@ import type { NativeCache, NativeMask } from './binding.js';
 import { type Canvas, State } from './canvas.js';
 import type { ModelConfig } from './config.js';
 import type { Engine, RowStatistics } from './engine.js';
+import { check } from './errors.js';
 import type { ResolvedOptions } from './options.js';
 
 /** Statistics of the positions looked at; entry k speaks of `positions[k]`. */
@@ -152,22 +153,22 @@ export function fullEvaluator(
  * Causal attention with an exact cache: each forward feeds the tokens from the last one cached up to the one before the
  * position asked for, which must be the first open one. Guidance keeps a second cache.
  */
-export async function cachedEvaluator(
+export function cachedEvaluator(
 	engine: Engine,
 	canvas: Canvas,
 	sampling: Sampling,
 	pinned: boolean,
 	capacity: number,
-): Promise<Evaluator> {
+): Evaluator {
 	const { config } = engine;
 	const ends = endIds(config);
 	const { seed, guidance, temperature, topK, topP, signal } = sampling;
 	const guided = guidance !== 0;
 	const caches: NativeCache[] = [];
 	let cached = 0;
-	for (let i = 0; i < (guided ? 2 : 1); i++) caches.push(await engine.createCache(capacity));
 	return {
 		async look({ positions, step, logits }) {
+			while (caches.length < (guided ? 2 : 1)) caches.push(await engine.createCache(capacity, signal));
 			const position = positions[0] as number;
 			const tokens = canvas.tokens.slice(cached, position);
 			const from = cached;
@@ -199,7 +200,7 @@ export async function cachedEvaluator(
 			return makeLook(positions, stats, ends.length, ends.length, new Map(), config, guidance);
 		},
 		release() {
-			for (const cache of caches) engine.releaseCache(cache);
+			for (const cache of caches.splice(0)) engine.releaseCache(cache);
 		},
 	};
 }
@@ -234,7 +235,8 @@ export function makeLook(
 		verified,
 		logProbs(k) {
 			const { logits, guideLogits } = stats;
-			if (!logits) throw new TypeError('view.logProbs needs a policy with needsLogits: true');
+			check(logits, 'view.logProbs needs a policy with needsLogits: true');
+			check(Number.isInteger(k) && k >= 0 && k < R, `view.logProbs(${k}): expected the index of one of ${R} positions`);
 			const values = new Float64Array(V);
 			let largest = Number.NEGATIVE_INFINITY;
 			for (let v = 0; v < V; v++) {
@@ -250,6 +252,27 @@ export function makeLook(
 			for (let v = 0; v < V; v++) values[v] = (values[v] as number) - logSum;
 			return values;
 		},
+	};
+}
+
+/** The rows of a look that speak of `positions`, all of which were looked at. */
+export function restrict(look: Look, positions: Int32Array): Look {
+	if (look.positions.length === positions.length) return look;
+	const indexOf = new Map(Array.from(look.positions, (position, k) => [position, k]));
+	const rows = Array.from(positions, (position) => indexOf.get(position) as number);
+	const ints = (values: Int32Array): Int32Array => Int32Array.from(rows, (k) => values[k] as number);
+	const floats = (values: Float32Array): Float32Array => Float32Array.from(rows, (k) => values[k] as number);
+	return {
+		...look,
+		positions,
+		best: ints(look.best),
+		drawn: ints(look.drawn),
+		probability: floats(look.probability),
+		margin: floats(look.margin),
+		entropy: floats(look.entropy),
+		drawnLogProb: floats(look.drawnLogProb),
+		end: floats(look.end),
+		logProbs: (k) => look.logProbs(rows[k] as number),
 	};
 }
 

@@ -174,7 +174,7 @@ export async function* denoise(
 		const canvas = makeCanvas(prompt, open, engine.config);
 		if (ends) canvas.endWith(engine.config.eosId);
 		const most = Math.max(canvas.length, prompt.before.length + (rule?.max ?? 0) + prompt.after.length);
-		evaluator = await evaluatorOf(engine, canvas, request, most);
+		evaluator = evaluatorOf(engine, canvas, request, most);
 		const loop = new Loop(canvas, options, rule, endIds(engine.config), tokenizer);
 		for (;;) {
 			const plan = loop.next();
@@ -216,12 +216,7 @@ export async function* denoise(
 }
 
 /** How a request's forwards are run. `most`: positions of the longest canvas to come. */
-async function evaluatorOf(
-	engine: Engine,
-	canvas: Canvas,
-	{ prompt, options }: GenerationRequest,
-	most: number,
-): Promise<Evaluator> {
+function evaluatorOf(engine: Engine, canvas: Canvas, { prompt, options }: GenerationRequest, most: number): Evaluator {
 	const { pinned } = prompt;
 	const { blockCausal, cache, measureDrift } = options;
 	if (options.isAutoregressive) return cachedEvaluator(engine, canvas, options, pinned, most);

@@ -7,6 +7,7 @@ import { checkMask, type ModelConfig } from './config.js';
 import { check } from './errors.js';
 import { type LengthOptions, resolveLength } from './length/method.js';
 import { suggest } from './option-checks.js';
+import { checkPolicy } from './policy-gate.js';
 import { ancestral } from './samplers/ancestral.js';
 import { autoregressive } from './samplers/autoregressive.js';
 import { confidence, type Plan, type Score } from './samplers/confidence.js';
@@ -45,7 +46,8 @@ export interface GenerateOptions {
 	readonly score?: Score;
 	/**
 	 * Forwards over all blocks together, divided evenly among them, the remainder first. For 'ancestral' and 'confidence'
-	 * the plan; for the adaptive samplers a bound, whose last step commits whatever is open.
+	 * the plan, whose steps that commit nothing cost no forward; for the adaptive samplers a bound, whose last step commits
+	 * whatever is open. At most 65536.
 	 * @default min(length, 64), at least one per block; no bound for the adaptive samplers
 	 */
 	readonly steps?: number;
@@ -92,9 +94,12 @@ export interface GenerateOptions {
 	 * @default 1 for 'ancestral', 'first-hitting' and 'autoregressive', 0 for the others
 	 */
 	readonly temperature?: number;
-	/** Draw among the k most probable tokens (ties kept); 0: all. @default 0 */
+	/** Draw among the k most probable tokens (ties kept); 0: all. At temperature 0 it changes nothing. @default 0 */
 	readonly topK?: number;
-	/** Nucleus: draw among the most probable tokens up to this mass, in (0, 1]; applied before top-k. @default 1 */
+	/**
+	 * Nucleus: draw among the most probable tokens up to this mass, in (0, 1]; applied before top-k. At temperature 0 it
+	 * changes nothing. @default 1
+	 */
 	readonly topP?: number;
 	/**
 	 * Classifier-free guidance w: logits become u + (w + 1)(l - u), u from the canvas with the whole prompt masked. Doubles
@@ -195,6 +200,9 @@ const samplers: Record<SamplerName, SamplerEntry> = {
 	autoregressive: { uses: [], temperature: 1, planned: false, make: autoregressive },
 };
 
+/** More steps than any canvas has positions; each is looked at, also those of a plan that commit nothing. */
+const mostSteps = 2 ** 16;
+
 /** Names accepted as `sampler`. */
 export const samplerNames = Object.keys(samplers) as SamplerName[];
 
@@ -211,17 +219,20 @@ export function resolveOptions(options: GenerateOptions, config: ModelConfig): R
 	checkValues(options);
 
 	const causal = config.attention === 'causal';
-	const sampler = options.sampler ?? (causal ? 'autoregressive' : 'confidence');
+	const { sampler = causal ? 'autoregressive' : 'confidence' } = options;
 	const isCustom = typeof sampler === 'object' && sampler !== null;
 	let policy: SamplerPolicy;
 	let uses: readonly (keyof GenerateOptions)[] = ['steps', ...blockwise];
 	let entry: SamplerEntry | undefined;
 	if (isCustom) {
-		check(typeof sampler.decide === 'function', 'sampler is an object without a method decide(view)');
+		checkPolicy(sampler);
 		policy = sampler;
 	} else {
-		entry = Object.hasOwn(samplers, sampler) ? samplers[sampler] : undefined;
-		check(entry, `sampler is ${JSON.stringify(sampler)}, expected ${samplerNames.join(', ')} or a policy object`);
+		entry = typeof sampler === 'string' && Object.hasOwn(samplers, sampler) ? samplers[sampler] : undefined;
+		check(
+			entry,
+			`sampler is ${JSON.stringify(sampler) ?? typeof sampler}, expected ${samplerNames.join(', ')} or a policy object`,
+		);
 		uses = entry.uses;
 		policy = entry.make(options);
 	}
@@ -281,11 +292,11 @@ export function resolveOptions(options: GenerateOptions, config: ModelConfig): R
 }
 
 function checkValues(options: GenerateOptions): void {
-	const whole = (key: keyof GenerateOptions, least: number): void => {
+	const whole = (key: keyof GenerateOptions, least: number, most = Number.MAX_SAFE_INTEGER): void => {
 		const value = options[key];
 		check(
-			value === undefined || (Number.isSafeInteger(value) && (value as number) >= least),
-			`option ${key} is ${String(value)}, expected a whole number >= ${least}`,
+			value === undefined || (Number.isSafeInteger(value) && (value as number) >= least && (value as number) <= most),
+			`option ${key} is ${String(value)}, expected a whole number >= ${least}${most < Number.MAX_SAFE_INTEGER ? ` and <= ${most}` : ''}`,
 		);
 	};
 	const real = (key: keyof GenerateOptions): void => {
@@ -319,7 +330,7 @@ function checkValues(options: GenerateOptions): void {
 		measureDrift === undefined || typeof measureDrift === 'boolean',
 		`option measureDrift is ${String(measureDrift)}, expected true or false`,
 	);
-	whole('steps', 1);
+	whole('steps', 1, mostSteps);
 	whole('block', 1);
 	whole('topK', 0);
 	whole('stableSteps', 1);

@@ -106,7 +106,12 @@ export function parsePrompt(prompt: Prompt, config: ModelConfig, tokenizer: Text
 /** The canvas of a prompt with `length` open positions in its gap (0 where the open positions are scattered). */
 export function makeCanvas(prompt: ParsedPrompt, length: number, config: ModelConfig): Canvas {
 	const { before, after, open } = prompt;
-	if (open) return new Canvas(before, open, null, config.maskId);
+	if (open) {
+		const begin = open.indexOf(1);
+		const end = open.lastIndexOf(1) + 1;
+		const isOneRun = !open.subarray(begin, end).includes(0);
+		return new Canvas(before, open, isOneRun ? { begin, end } : null, config.maskId);
+	}
 	const T = before.length + length + after.length;
 	const tokens = new Int32Array(T);
 	const isOpen = new Uint8Array(T);

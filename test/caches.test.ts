@@ -35,11 +35,26 @@ function cachedDecode(
 	block: number,
 	kind: CacheKind,
 	tau: number,
+	guidance = 0,
 ): CachedTrace {
 	const shift = model.config.shift ? 1 : 0;
 	const tokens = [...before, ...new Array<number>(length).fill(maskId), ...after];
 	const T = tokens.length;
 	const cached = new NaiveGpt2(model);
+	const twinCached = new NaiveGpt2(model);
+	/** Rows [from, to), mixed with those of the twin, in which all that is given is masked. */
+	const rowsOf = (own: NaiveGpt2, twin: NaiveGpt2, from: number, to: number): number[][] => {
+		const rows = own.forward(tokens, from, to, () => T);
+		if (guidance === 0) return rows;
+		const masked = tokens.map((id, i) => (i < before.length || i >= before.length + length ? maskId : id));
+		const others = twin.forward(masked, from, to, () => T);
+		return rows.map((row, r) =>
+			row.map((l, v) => {
+				const u = others[r]?.[v] as number;
+				return u + (guidance + 1) * (l - u);
+			}),
+		);
+	};
 	const trace: CachedTrace = { committed: [], drift: [], tokens };
 	for (let begin = before.length; begin < before.length + length; begin += block) {
 		const end = Math.min(begin + block, before.length + length);
@@ -48,8 +63,8 @@ function cachedDecode(
 			if (open.length === 0) break;
 			const from = fresh ? 0 : begin - shift;
 			const to = fresh || kind === 'prefix' ? T : end;
-			const logits = cached.forward(tokens, from, to, () => T);
-			const exact = new NaiveGpt2(model).forward(tokens, 0, T, () => T);
+			const logits = rowsOf(cached, twinCached, from, to);
+			const exact = rowsOf(new NaiveGpt2(model), new NaiveGpt2(model), 0, T);
 			const rows = open
 				.map((position) => {
 					const log = logSoftmax(logits[position - shift - from] as number[], maskId);
@@ -85,19 +100,20 @@ for (const shift of [true, false]) {
 			// Milder than the other tests' model, so that a stale cache is a small error and not nonsense.
 			const model = await sharpModel({ shift }, 1, 12);
 			let drifted = 0;
-			for (const [length, after, block, tau] of [
-				[17, [], 5, 0.25],
-				[12, [], 12, 0.2],
-				[12, [7, 8, 21], 4, 0.3],
-				[4, [11], 1, 0.5],
-				[9, [], 3, 2],
-			] as [number, number[], number, number][]) {
-				const expected = cachedDecode(model, prompt, length, after, block, kind, tau);
+			for (const [length, after, block, tau, guidance] of [
+				[17, [], 5, 0.25, 0],
+				[12, [], 12, 0.2, 0],
+				[12, [7, 8, 21], 4, 0.3, 0],
+				[4, [11], 1, 0.5, 0],
+				[9, [], 3, 2, 0],
+				[10, [7], 4, 0.3, 0.7],
+			] as [number, number[], number, number, number][]) {
+				const expected = cachedDecode(model, prompt, length, after, block, kind, tau, guidance);
 				const tokens = Int32Array.from([...prompt, ...new Array<number>(length).fill(maskId), ...after]);
 				const { events, result } = await collect(
 					model,
 					{ tokens },
-					{ sampler: 'threshold', threshold: tau, block, cache: kind, measureDrift: true },
+					{ sampler: 'threshold', threshold: tau, block, cache: kind, measureDrift: true, guidance },
 				);
 				t.deepEqual(
 					events.map(({ committed }) => committed),
@@ -119,7 +135,7 @@ for (const shift of [true, false]) {
 				drifted = Math.max(drifted, drift?.max as number);
 				const unmeasured = await model.generate(
 					{ tokens },
-					{ sampler: 'threshold', threshold: tau, block, cache: kind },
+					{ sampler: 'threshold', threshold: tau, block, cache: kind, guidance },
 				);
 				t.deepEqual(unmeasured.sequence, result.sequence, 'measuring changes nothing');
 				t.is(unmeasured.stats.drift, undefined);

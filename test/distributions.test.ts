@@ -16,26 +16,29 @@ interface Toy {
 	conditional(canvas: number[], position: number): number[];
 }
 
-async function makeToy(temperature = 1): Promise<Toy> {
+/** Conditionals of the model, or of its guided mixture u + (w + 1) (l - u) with the logits u of a masked prompt. */
+async function makeToy(temperature = 1, guidance = 0): Promise<Toy> {
 	const model = await sharpModel(toy, 3, 16);
 	const canvases = Array.from({ length: 5 ** L }, (_, n) =>
 		Array.from({ length: L }, (_, i) => Math.floor(n / 5 ** i) % 5),
 	);
-	const rows = await model.forward(
-		canvases.map((canvas) => Int32Array.from([1, ...canvas])),
-		{ output: 'aligned-logits' },
-	);
+	const rowsAfter = (first: number): Promise<Float32Array[]> =>
+		model.forward(
+			canvases.map((canvas) => Int32Array.from([first, ...canvas])),
+			{ output: 'aligned-logits' },
+		);
+	const rows = await rowsAfter(1);
+	const twins = await rowsAfter(toy.maskId);
 	return {
 		model,
 		conditional(canvas, position) {
 			const n = canvas.reduce((sum, id, i) => sum + id * 5 ** i, 0);
-			const logits = (rows[n] as Float32Array).subarray((position + 1) * 5, (position + 2) * 5);
-			return logSoftmax(
-				logits.map((l) => l / temperature),
-				4,
-			)
-				.slice(0, 4)
-				.map(Math.exp);
+			const [own, twin] = [rows[n], twins[n]].map((each) => each?.subarray((position + 1) * 5, (position + 2) * 5));
+			const logits = Array.from(own as Float32Array, (l, v) => {
+				const u = twin?.[v] as number;
+				return (u + (guidance + 1) * (l - u)) / temperature;
+			});
+			return logSoftmax(logits, 4).slice(0, 4).map(Math.exp);
 		},
 	};
 }
@@ -146,7 +149,7 @@ async function suspect(model: DiffuGPT, options: GenerateOptions, expected: Floa
 }
 
 test.serial('first-hitting reproduces the any-order distribution', async (t) => {
-	t.timeout(6 * minutes);
+	t.timeout(20 * minutes);
 	const made = await makeToy();
 	const p = chiSquare(await draw(made.model, draws, { sampler: 'first-hitting' }), anyOrderDistribution(made));
 	t.log(`p = ${p}`);
@@ -155,29 +158,48 @@ test.serial('first-hitting reproduces the any-order distribution', async (t) => 
 });
 
 test.serial('ancestral reproduces its exact distribution, which tends to the any-order one', async (t) => {
-	t.timeout(10 * minutes);
+	t.timeout(20 * minutes);
 	const made = await makeToy();
 	const anyOrder = anyOrderDistribution(made);
 	const distance = (a: Float64Array): number =>
 		a.reduce((sum, value, i) => sum + Math.abs(value - (anyOrder[i] as number)), 0) / 2;
 	const distances = [2, 8, 32, 128].map((steps) => distance(ancestralDistribution(made, steps)));
 	for (const [i, d] of distances.entries()) if (i > 0) t.true(d < (distances[i - 1] as number) / 2.5, `${distances}`);
-	for (const [steps, count] of [
-		[1, draws / 10],
-		[2, draws / 10],
-		[8, draws],
-	] as const) {
-		const p = chiSquare(
-			await draw(made.model, count, { sampler: 'ancestral', steps }),
-			ancestralDistribution(made, steps),
-		);
+	for (const steps of [1, 2, 8]) {
+		const options = { sampler: 'ancestral', steps } as const;
+		const p = chiSquare(await draw(made.model, draws / 10, options), ancestralDistribution(made, steps));
 		t.log(`${steps} steps: p = ${p}`);
 		t.true(p > 1e-4, `${steps} steps: p = ${p}`);
 	}
+	// Of 256 steps the any-order distribution is 0.0013 away: less than these draws can see.
+	const p = chiSquare(await draw(made.model, draws, { sampler: 'ancestral', steps: 256 }), anyOrder);
+	t.log(`256 steps: p = ${p}`);
+	t.true(p > 1e-4, `256 steps: p = ${p}`);
+	const few = chiSquare(await draw(made.model, draws / 10, { sampler: 'ancestral', steps: 2 }), anyOrder);
+	t.true(few < 1e-6, `2 steps are not many: p = ${few}`);
+	await made.model.dispose();
+});
+
+test.serial('guided draws follow the guided conditionals', async (t) => {
+	t.timeout(20 * minutes);
+	const made = await makeToy(1, 0.7);
+	const options = { guidance: 0.7 };
+	const any = chiSquare(
+		await draw(made.model, draws / 10, { ...options, sampler: 'first-hitting' }),
+		anyOrderDistribution(made),
+	);
+	t.true(any > 1e-4, `first-hitting: p = ${any}`);
+	const few = await draw(made.model, draws / 10, { ...options, sampler: 'ancestral', steps: 2 });
+	const p = chiSquare(few, ancestralDistribution(made, 2));
+	t.true(p > 1e-4, `ancestral: p = ${p}`);
+	const unguided = await makeToy();
+	t.true(chiSquare(few, ancestralDistribution(unguided, 2)) < 1e-6, 'guidance makes a difference');
+	await unguided.model.dispose();
 	await made.model.dispose();
 });
 
 test.serial('temperature means what it says', async (t) => {
+	t.timeout(20 * minutes);
 	const made = await makeToy(0.5);
 	const options = { sampler: 'first-hitting', temperature: 0.5 } as const;
 	const p = chiSquare(await draw(made.model, draws / 5, options), anyOrderDistribution(made));
@@ -186,7 +208,7 @@ test.serial('temperature means what it says', async (t) => {
 });
 
 test.serial('the test sees a temperature that is slightly off', async (t) => {
-	t.timeout(6 * minutes);
+	t.timeout(20 * minutes);
 	const made = await makeToy();
 	const expected = anyOrderDistribution(made);
 	for (const temperature of quick ? [1.12, 0.88] : [1.03, 0.97]) {
@@ -223,7 +245,7 @@ function gumbelPolicy(round: (x: number) => number, level: number): SamplerPolic
 }
 
 test.serial('the test sees Gumbel draws in fp32, and passes the same draws in double', async (t) => {
-	t.timeout(6 * minutes);
+	t.timeout(20 * minutes);
 	const made = await makeToy();
 	const expected = anyOrderDistribution(made);
 	const good = await suspect(made.model, { sampler: gumbelPolicy((x) => x, -101) }, expected);

@@ -59,8 +59,15 @@ class FakeNative {
 		};
 	}
 
+	/** Caches made and not disposed of. */
+	caches = 0;
+	/** Runs when a cache was made. */
+	onCache = (): void => {};
+
 	createCache(capacity: number) {
-		return { capacity, bytes: 0, dispose() {} };
+		this.caches++;
+		this.onCache();
+		return { capacity, bytes: 0, dispose: () => void this.caches-- };
 	}
 
 	dispose(): void {
@@ -230,6 +237,29 @@ test('a waiting request is aborted at once, one in flight after its call, and no
 	const fresh = new AbortController();
 	await engine.denoise(request([1]), fresh.signal);
 	t.is(getEventListeners(fresh.signal, 'abort').length, 0);
+	await engine.dispose();
+});
+
+test('an abort ends the wait for a cache at once, and a cache made meanwhile is freed', async (t) => {
+	const { native, engine } = make();
+	const reason = new Error('enough');
+	native.hold();
+	const other = engine.denoise(request([1]));
+	await turn();
+	const waiting = new AbortController();
+	const never = engine.createCache(8, waiting.signal);
+	waiting.abort(reason);
+	t.is(await t.throwsAsync(never), reason);
+	t.is(native.inFlight, 1, 'nobody waited for the call in flight');
+	native.release();
+	await other;
+	const during = new AbortController();
+	native.onCache = () => during.abort(reason);
+	t.is(await t.throwsAsync(engine.createCache(8, during.signal)), reason);
+	t.is(native.caches, 0);
+	native.onCache = () => {};
+	engine.releaseCache(await engine.createCache(8));
+	t.is(native.caches, 0);
 	await engine.dispose();
 });
 

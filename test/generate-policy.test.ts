@@ -81,7 +81,30 @@ test('a policy that breaks the rules is an error, never a hang', async (t) => {
 	await fails({ choose: () => [2], decide: () => ({ commit: [] }) }, /chose position 2/);
 	await fails({ decide: ({ positions }) => ({ commit: [positions[0] as number], tokens: [maskId] }) }, /no text token/);
 	await fails({ decide: ({ positions }) => ({ commit: [positions[0] as number], tokens: [] }) }, /0 tokens/);
-	await fails({ decide: () => ({ commit: [], reopen: [4] }) }, /not tentative/);
+	await fails({ decide: () => ({ commit: [], reopen: [4] }) }, /reopened position 4, which is not tentative/);
+	await fails({ decide: () => ({ commit: [], settle: [0] }) }, /settled position 0, which is not tentative/);
+	await fails({ decide: () => ({ commit: [], settle: 4 as never }) }, /settle: number, expected a list/);
+	await fails(
+		{ decide: ({ positions }) => ({ commit: [...positions], tentative: true }) },
+		/0 positions are still open, 4 tentative/,
+	);
+	await fails({ decide: async () => ({ commit: [] }) } as never, /returned no/);
+	await fails(
+		{ choose: () => null as never, decide: () => ({ commit: [] }) },
+		/choose returned object, expected a list/,
+	);
+	await fails({ choose: () => [Number.NaN], decide: () => ({ commit: [] }) }, /chose position NaN/);
+	await fails({ verify: () => 5 as never, decide: () => ({ commit: [] }) }, /verify returned no list of lists/);
+	await fails({ verify: () => [[4]], decide: () => ({ commit: [] }) }, /verify position 4, which is not tentative/);
+	await fails(
+		{ verify: true as never, decide: () => ({ commit: [] }) },
+		/sampler.verify is boolean, expected a method/,
+	);
+	await fails({ choose: [4] as never, decide: () => ({ commit: [] }) }, /sampler.choose is object, expected a method/);
+	await fails({ needsLogits: 1 as never, decide: () => ({ commit: [] }) }, /needsLogits is 1/);
+	await fails({ name: 7 as never, decide: () => ({ commit: [] }) }, /sampler.name is 7/);
+	await fails({ decide: (view) => ({ commit: [view.logProbs(0).length] }) }, /needsLogits: true/);
+	await fails({ needsLogits: true, decide: (view) => ({ commit: [view.logProbs(4).length] }) }, /logProbs\(4\)/);
 	const thrown = new RangeError('mine');
 	await t.throwsAsync(
 		model.generate(prompt, {

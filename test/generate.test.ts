@@ -1,7 +1,14 @@
 /** generate, stream, generateBatch: results, events, edges, seeds, aborts. */
 import { getEventListeners } from 'node:events';
 import test from 'ava';
-import { type DenoiseStep, DiffuGPT, type GenerateOptions, type GenerateResult, type Prompt } from 'diffusion-native';
+import {
+	type DenoiseStep,
+	DiffuGPT,
+	type GenerateOptions,
+	type GenerateResult,
+	type Prompt,
+	type SamplerPolicy,
+} from 'diffusion-native';
 
 import { uniform } from '../lib/random.js';
 import { collect, combinations, everySampler, facts, maskId, prompt } from './helpers/generate.js';
@@ -152,6 +159,73 @@ test('edges: one token, nothing to fill, everything given, one step', async (t) 
 	const whole = await model.generate(prompt, { length: 60, steps: 1 });
 	t.is(whole.stats.forwards, 1);
 	t.is(whole.tokens.length, 60);
+	await model.dispose();
+});
+
+test('edges of blocks and of variable length: one token, an end at once, nothing open', async (t) => {
+	const model = await sharpModel({ eosId: 43 });
+	for (const sampler of everySampler.filter(({ sampler }) => sampler !== 'autoregressive')) {
+		const { steps: _, ...rest } = sampler;
+		const single = await model.generate(prompt, { ...rest, block: 1, length: 1, seed: 1 });
+		t.is(single.tokens.length, 1);
+		t.is((await model.generate(prompt, { ...rest, block: 3, length: 0, seed: 1 })).stats.forwards, 0);
+		const scattered = { tokens: Int32Array.of(4, 7, 9), open: new Uint8Array(3) };
+		t.is((await model.generate(scattered, { ...rest, seed: 1 })).tokens.length, 0);
+	}
+	for (const length of [{ max: 1 }, { max: 1, method: 'block', block: 1 }, { max: 1, method: 'first-step' }] as const) {
+		for (const [id, reason] of [
+			[43, 'end-of-text'],
+			[7, 'length'],
+		] as const) {
+			const fixed: SamplerPolicy = { decide: ({ positions }) => ({ commit: [...positions], tokens: [id] }) };
+			const { tokens, finishReason, stats } = await model.generate(prompt, { sampler: fixed, length });
+			t.deepEqual([...tokens], id === 43 ? [] : [7]);
+			t.is(finishReason, reason);
+			t.is(stats.generatedTokens, tokens.length);
+		}
+	}
+	// Threshold 0 fills each block in one forward, above 1 it commits one token per forward.
+	t.is((await model.generate(prompt, { sampler: 'threshold', threshold: 0, block: 4, length: 10 })).stats.forwards, 3);
+	t.is(
+		(await model.generate(prompt, { sampler: 'threshold', threshold: 1.1, block: 4, length: 10 })).stats.forwards,
+		10,
+	);
+	await model.dispose();
+});
+
+test('figures count real tokens only: none after an end token, no padding, no consumer', async (t) => {
+	const model = await sharpModel({ eosId: 43 });
+	const ids = [7, 8, 43, 9, 43, 10];
+	const writes: SamplerPolicy = {
+		decide: ({ positions }) => ({
+			commit: [...positions.subarray(0, 2)],
+			tokens: [...positions.subarray(0, 2)].map((p) => ids[p - 4] as number),
+		}),
+	};
+	const masks = new Array<number>(6).fill(maskId);
+	for (const [given, options] of [
+		[prompt, { length: 6 }],
+		[{ tokens: Int32Array.from([...prompt.tokens, ...masks]) }, {}],
+		[{ tokens: Int32Array.from([...prompt.tokens, ...masks, 5, 6]) }, {}],
+	] as [Prompt, GenerateOptions][]) {
+		const { tokens, stats, finishReason } = await model.generate(given, { ...options, sampler: writes });
+		t.deepEqual([...tokens], ids);
+		t.is(finishReason, 'length');
+		t.deepEqual([stats.forwards, stats.generatedTokens], [3, 2]);
+		t.is(stats.tokensPerForward, 2 / 3);
+		t.true(stats.ms > 0);
+		t.is(stats.tokensPerSecond, 2000 / stats.ms);
+	}
+	// Long beside short: a merged batch has no padding that anybody would count.
+	const [short, long] = await model.generateBatch(
+		[prompt, prompt],
+		[
+			{ length: 2, sampler: 'first-hitting' },
+			{ length: 50, steps: 25 },
+		],
+	);
+	t.deepEqual([short?.stats.canvas, long?.stats.canvas], [6, 54]);
+	t.is(short?.stats.forwards, 2);
 	await model.dispose();
 });
 

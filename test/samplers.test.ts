@@ -2,6 +2,7 @@
 import test, { type ExecutionContext } from 'ava';
 import type { DenoiseStep, DiffuGPT, GenerateOptions, GenerateResult } from 'diffusion-native';
 
+import { Stream, uniform } from '../lib/random.js';
 import { logSoftmax, sharpModel } from './helpers/models.js';
 import * as reference from './helpers/reference-samplers.js';
 
@@ -33,8 +34,13 @@ async function agrees(
 		events.map((event) => event.committed),
 		trace.committed,
 	);
+	t.deepEqual(
+		events.map((event) => event.tokens),
+		trace.canvases,
+	);
 	t.deepEqual(result.sequence, trace.tokens);
 	t.is(result.stats.forwards, trace.forwards);
+	t.true(trace.lead > 1e-3, `two tokens are ${trace.lead} nats apart`);
 	if (trace.reopened.length > 0) {
 		t.deepEqual(
 			events.map((event) => event.reopened),
@@ -190,18 +196,27 @@ for (const shift of [true, false]) {
 		);
 		await agrees(t, model, { length: 14, steps: 6, guidance: 1.5 }, guided);
 		t.notDeepEqual((await guided).tokens, plain.tokens);
-		await agrees(
-			t,
-			model,
-			{ length: 14, sampler: 'threshold', threshold: 0.4, guidance: 1.5 },
-			reference.decode(model, setup, reference.threshold(0.4)),
-		);
-		await agrees(
-			t,
-			model,
-			{ length: 14, sampler: 'klass', threshold: 0.2, divergence: 0.5, stableSteps: 1, guidance: 1.5 },
-			reference.decode(model, setup, reference.klass(0.2, 0.5, 1)),
-		);
+		const common = { length: 14, guidance: 1.5 };
+		for (const [options, rule] of [
+			[{ score: 'margin', steps: 7, block: 5 }, reference.even(scores.margin, (b) => (b < 1 ? 3 : 2))],
+			[{ score: 'entropy', steps: 5, plan: 'linear' }, reference.linear(scores.entropy, 5)],
+			[{ sampler: 'threshold', threshold: 0.4 }, reference.threshold(0.4)],
+			[{ sampler: 'factor', factor: 1.5 }, reference.factor(1.5)],
+			[{ sampler: 'entropy-bound', entropyBound: 2 }, reference.entropyBound(2)],
+			[{ sampler: 'klass', threshold: 0.2, divergence: 0.5, stableSteps: 1 }, reference.klass(0.2, 0.5, 1)],
+		] as [GenerateOptions, Parameters<typeof reference.decode>[2]][]) {
+			const { block } = options;
+			const given = block === undefined ? setup : { ...setup, block };
+			await agrees(t, model, { ...options, ...common }, reference.decode(model, given, rule));
+		}
+		let reopened = 0;
+		for (const verify of [0.2, 0.4, 0.6, 0.8, 0.95, 0.99]) {
+			const trace = reference.revocable(model, setup, 0.05, verify, 3);
+			const options = { ...common, sampler: 'revocable', threshold: 0.05, verify, attempts: 3 } as const;
+			await agrees(t, model, options, trace);
+			reopened += (await trace).reopened.flat().length;
+		}
+		t.true(reopened > 0, 'some draft was revoked');
 		await model.dispose();
 	});
 }
@@ -251,14 +266,29 @@ test('guided autoregressive decoding follows its formula', async (t) => {
 	await model.dispose();
 });
 
-test('ancestral takes exactly its steps while anything is open', async (t) => {
+test('ancestral reveals each position at a step of its own, and steps without any cost nothing', async (t) => {
 	const model = await sharpModel();
-	for (const steps of [1, 2, 5, 8]) {
-		const { stats } = await model.generate(
-			{ tokens: Int32Array.from(prompt) },
-			{ sampler: 'ancestral', steps, length: 50, seed: 4 },
+	for (const [steps, length] of [
+		[1, 50],
+		[2, 50],
+		[8, 50],
+		[8, 8],
+		[1000, 20],
+		[65536, 5],
+	] as const) {
+		const { events, result } = await collect(model, prompt, { sampler: 'ancestral', steps, length, seed: 4 });
+		const revealed = new Map<number, number[]>();
+		for (let i = 0; i < length; i++) {
+			const position = prompt.length + i;
+			const step = Math.floor(uniform(4n, Stream.order, 0, position) * steps);
+			revealed.set(step, [...(revealed.get(step) ?? []), position]);
+		}
+		t.deepEqual(
+			events.map(({ committed }) => committed),
+			[...revealed].sort(([a], [b]) => a - b).map(([, positions]) => positions),
 		);
-		t.is(stats.forwards, steps);
+		t.is(result.stats.forwards, revealed.size);
+		t.true(steps > 1 || result.stats.forwards === 1);
 	}
 	await model.dispose();
 });

@@ -146,6 +146,23 @@ async function dump(t: ExecutionContext, url: string): Promise<string> {
 	return stdout;
 }
 
+/** Red, green and blue of the CSS colour hsl(hue 70% 50%). */
+function rgb(hue: number): number[] {
+	return [0, 8, 4].map((n) => {
+		const k = (n + hue / 30) % 12;
+		return Math.round(255 * (0.5 - 0.35 * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
+	});
+}
+
+/** Probability and background of the committed spans of the canvas. */
+function colours(dom: string): { probability: number; background: number[] }[] {
+	const canvas = /<div id="canvas"[^>]*>([\s\S]*?)<\/div>/.exec(dom)?.[1] ?? '';
+	return [...canvas.matchAll(/<span class="committed"([^>]*)>/g)].map(([, attributes]) => ({
+		probability: Number(/probability ([\d.]+)/.exec(attributes as string)?.[1]),
+		background: (/background: rgba?\((\d+), (\d+), (\d+)/.exec(attributes as string) ?? []).slice(1).map(Number),
+	}));
+}
+
 /** The spans of the canvas: class and text. */
 function shown(dom: string): [string, string][] {
 	const canvas = /<div id="canvas"[^>]*>([\s\S]*?)<\/div>/.exec(dom)?.[1] ?? '';
@@ -185,7 +202,34 @@ inBrowser('in a browser the page opens at a step, plays to the end and stays ine
 	const played = await dump(t, `${url}#play`);
 	t.deepEqual(seen(played), expected(last), 'it played to the end');
 	t.true(played.includes(`data-step="${last}"`) && />Play</.test(played));
-	t.regex(played, /background: hsla?\(|background: rgba?\(/);
 	t.false(played.includes('<title>owned'));
 	t.true(played.includes('<title>Denoising</title>'));
+});
+
+inBrowser('in a browser the slider moves over the steps, and sure tokens are greener than unsure ones', async (t) => {
+	t.timeout(180_000);
+	const { events, result, maskId, decode } = await record({ sampler: 'ancestral', steps: 6, length: 24 });
+	const scaled = events.map((event) => ({ ...event, confidence: event.confidence.map((_, k) => (k % 5) / 4) }));
+	const frames = traceFrames(scaled, maskId, decode);
+	const path = join(folder, 'slider.html');
+	const drag = "slider.value = '2'; slider.dispatchEvent(new Event('input'));";
+	const html = traceHtml(scaled, result, maskId, decode);
+	writeFileSync(
+		path,
+		html.replace('</body>', () => `<script>${drag}</script></body>`),
+	);
+	const dom = await dump(t, pathToFileURL(path).href);
+	t.true(dom.includes('data-step="2"') && dom.includes(`step 2 of ${frames.length - 1}`));
+	t.regex(dom, new RegExp(`<input[^>]*type="range"[^>]*max="${frames.length - 1}"`));
+	const expected = (frames[2] as Piece[]).flatMap(([, kind, confidence]) => (kind === 'committed' ? [confidence] : []));
+	const seen = colours(dom);
+	t.deepEqual(
+		seen.map(({ probability }) => probability),
+		expected,
+	);
+	t.true(new Set(expected).size > 2, `${expected}`);
+	for (const { probability, background } of seen) {
+		for (const [c, value] of rgb(Math.round(120 * probability)).entries())
+			t.true(Math.abs((background[c] as number) - value) <= 1, `${probability}: ${background}`);
+	}
 });

@@ -14,19 +14,9 @@ import type { GenerateResult } from '../generate.js';
 import type { LengthMethod, LengthOptions } from '../length/method.js';
 import { DiffuGPT } from '../model.js';
 import { type GenerateOptions, type SamplerName, samplerNames } from '../options.js';
-import type { Prompt } from '../prompt.js';
 import { traceHtml } from '../trace-html.js';
-import {
-	action,
-	exitStatus,
-	interruptible,
-	isTerminal,
-	number,
-	Redraw,
-	style,
-	toJson,
-	UsageError,
-} from './terminal.js';
+import { printable, Redraw, renderStep, style, type ViewOptions } from './denoise-view.js';
+import { action, exitStatus, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
 
 interface Flags {
 	prefix?: string;
@@ -148,11 +138,13 @@ async function generate(path: string, text: string | undefined, flags: Flags): P
 	}
 }
 
-async function show(model: DiffuGPT, prompt: Prompt, options: GenerateOptions, flags: Flags): Promise<void> {
+async function show(model: DiffuGPT, prompt: string | Gap, options: GenerateOptions, flags: Flags): Promise<void> {
 	const out = process.stdout;
 	const live = !flags.json && isTerminal(out);
 	const trace = flags.trace === undefined ? undefined : await Trace.open(flags.trace);
 	const html = flags.html === undefined ? undefined : await Page.open(flags.html);
+	const gap = typeof prompt === 'string' ? { prefix: prompt } : prompt;
+	const shown = viewOptions(model, gap);
 	const view = live ? new Redraw(out) : undefined;
 	const stream = model.stream(prompt, options);
 	let result: GenerateResult;
@@ -166,17 +158,17 @@ async function show(model: DiffuGPT, prompt: Prompt, options: GenerateOptions, f
 			if (flags.json) out.write(`${toJson({ type: 'step', ...value })}\n`);
 			await trace?.write({ type: 'step', ...value });
 			html?.events.push(value);
-			view?.draw(`${render(model, value)}\n${style.dim(`step ${value.step} of at most ${value.steps}`)}`);
+			view?.draw(`${renderStep(value, shown)}\n${style.dim(`step ${value.step} of at most ${value.steps}`)}`);
 		}
 		if (flags.json) out.write(`${toJson({ type: 'result', ...result })}\n`);
 		await trace?.write({ type: 'result', ...result });
 		await html?.write(model, result);
 		if (view) {
-			const { forwards, tokensPerSecond, tokensPerForward, generatedTokens } = result.stats;
-			const { drift } = result.stats;
+			const { forwards, tokensPerSecond, tokensPerForward, generatedTokens, drift } = result.stats;
 			const measured = drift ? `, drift ${drift.mean.toPrecision(3)} nats (max ${drift.max.toPrecision(3)})` : '';
 			const last = `${generatedTokens} tokens, ${forwards} forwards, ${tokensPerForward.toFixed(2)} tokens per forward, ${tokensPerSecond.toFixed(1)} tokens/s, seed ${result.seed}${measured}`;
-			view.draw(`${around(prompt, result.text)}\n${style.dim(last)}`);
+			const { prefix = '', suffix = '' } = gap;
+			view.finish(`${printable(prefix + result.text + suffix)}\n${style.dim(last)}`);
 		} else if (!flags.json) {
 			out.write(`${result.text}\n`);
 		}
@@ -187,40 +179,15 @@ async function show(model: DiffuGPT, prompt: Prompt, options: GenerateOptions, f
 	}
 }
 
-/** The canvas as text: runs of equal style are decoded together, so that characters of several tokens stay whole. */
-function render(model: DiffuGPT, event: DenoiseStep): string {
-	const { tokenizer } = model;
-	if (!tokenizer) return '';
-	const { maskId } = model.config;
-	const reopened = new Set(event.reopened);
-	const open = openPositions(event, maskId);
-	const runs: { kind: 'plain' | 'dim' | 'marked'; ids: number[] }[] = [];
-	for (const [i, id] of event.tokens.entries()) {
-		const guess = event.provisional?.[i];
-		const kind = reopened.has(i) ? 'marked' : open.has(i) ? 'dim' : 'plain';
-		const shown = kind === 'plain' ? id : (guess ?? maskId);
-		const last = runs.at(-1);
-		if (last?.kind === kind) last.ids.push(shown);
-		else runs.push({ kind, ids: [shown] });
-	}
-	return runs
-		.map(({ kind, ids }) => {
-			const known = ids.filter((id) => id !== maskId);
-			const text = tokenizer.decode(known) + '\u00b7'.repeat(ids.length - known.length);
-			return kind === 'plain' ? text : style[kind](text);
-		})
-		.join('');
+/** What stands before and after the text to generate. */
+interface Gap {
+	prefix?: string;
+	suffix?: string;
 }
 
-/** Positions without a final token. */
-function openPositions(event: DenoiseStep, maskId: number): Set<number> {
-	return new Set(Array.from(event.tokens.keys()).filter((i) => event.tokens[i] === maskId));
-}
-
-/** A finished text with what surrounds it. */
-function around(prompt: Prompt, text: string): string {
-	if (typeof prompt === 'string') return prompt + text;
-	return 'tokens' in prompt ? text : (prompt.prefix ?? '') + text + (prompt.suffix ?? '');
+function viewOptions({ tokenizer, config: { maskId } }: DiffuGPT, { prefix = '', suffix = '' }: Gap): ViewOptions {
+	const count = (text: string): number => (text === '' || !tokenizer ? 0 : tokenizer.encode(text).length);
+	return { maskId, decode: (ids) => tokenizer?.decode(ids) ?? '', before: count(prefix), after: count(suffix) };
 }
 
 /** A file of JSON lines. Errors of the file system reject the write or the close after them. */
@@ -275,7 +242,7 @@ class Page {
 	}
 }
 
-function toPrompt(text: string | undefined, { prefix, suffix }: Flags): Prompt {
+function toPrompt(text: string | undefined, { prefix, suffix }: Flags): string | Gap {
 	if (prefix === undefined && suffix === undefined) {
 		if (text === undefined) throw new UsageError('a prompt, --prefix or --suffix is needed');
 		return text;

@@ -1,50 +1,9 @@
 /** What the commands share: printing, errors and exit status, interruption. */
 import { DiffusionNativeError } from '../errors.js';
 
-/** ANSI styles of the denoising view. */
-export const style = {
-	dim: (text: string): string => `\u001b[2m${text}\u001b[22m`,
-	marked: (text: string): string => `\u001b[7m${text}\u001b[27m`,
-};
-
 /** Whether the stream is a terminal on which lines may be redrawn. */
 export function isTerminal(stream: NodeJS.WriteStream): boolean {
 	return stream.isTTY === true && process.env['TERM'] !== 'dumb';
-}
-
-/** Rows of the terminal that `text` takes at `columns`, escape sequences apart. Wide characters count as two. */
-export function rowsOf(text: string, columns: number): number {
-	// biome-ignore lint/suspicious/noControlCharactersInRegex: escape sequences begin with one
-	const plain = text.replace(/\u001b\[[0-9;]*m/g, '');
-	let rows = 0;
-	for (const line of plain.split('\n')) {
-		let width = 0;
-		for (const character of line) width += (character.codePointAt(0) as number) >= 0x1100 ? 2 : 1;
-		rows += Math.max(1, Math.ceil(width / columns));
-	}
-	return rows;
-}
-
-/** A part of the terminal that is drawn over again. */
-export class Redraw {
-	readonly #stream: NodeJS.WriteStream;
-	#rows = 0;
-
-	constructor(stream: NodeJS.WriteStream) {
-		this.#stream = stream;
-	}
-
-	draw(text: string): void {
-		const up = this.#rows > 1 ? `\u001b[${this.#rows - 1}A` : '';
-		this.#stream.write(`${this.#rows > 0 ? `\r${up}\u001b[J` : ''}${text}`);
-		this.#rows = rowsOf(text, this.#stream.columns || 80);
-	}
-
-	/** Leaves what was drawn last and goes to a new line. */
-	end(): void {
-		if (this.#rows > 0) this.#stream.write('\n');
-		this.#rows = 0;
-	}
 }
 
 /** Wrong usage of a command: exit status 2. */

@@ -6,12 +6,20 @@ import type { DiffuGPT } from 'diffusion-native';
 
 import { logSoftmax } from './models.js';
 
-/** Positions committed in each step, and the final canvas. */
+/** What each step did, and the final canvas. */
 export interface Trace {
 	committed: number[][];
 	reopened: number[][];
+	/** The canvas after each step. */
+	canvases: Int32Array[];
 	tokens: Int32Array;
 	forwards: number;
+	/** Smallest lead, in log probability, of a committed token over its runner-up: what rounding must stay below. */
+	lead: number;
+}
+
+function emptyTrace(tokens: Int32Array): Trace {
+	return { committed: [], reopened: [], canvases: [], tokens, forwards: 0, lead: Number.POSITIVE_INFINITY };
 }
 
 interface Row {
@@ -19,6 +27,8 @@ interface Row {
 	best: number;
 	probability: number;
 	margin: number;
+	/** Log probability of the best token minus that of the runner-up. */
+	lead: number;
 	entropy: number;
 	logProbs: number[];
 }
@@ -45,6 +55,7 @@ async function rowsOf(model: DiffuGPT, tokens: Int32Array, open: number[], given
 			best: first,
 			probability,
 			margin: probability - Math.exp(logProbs[second] as number),
+			lead: (logProbs[first] as number) - (logProbs[second] as number),
 			entropy: -logProbs.reduce((sum, log) => sum + (log === Number.NEGATIVE_INFINITY ? 0 : Math.exp(log) * log), 0),
 			logProbs,
 		};
@@ -71,7 +82,7 @@ export async function decode(
 	const { maskId } = model.config;
 	const tokens = Int32Array.from([...prompt, ...new Array<number>(length).fill(maskId)]);
 	const isOpen = Array.from(tokens, (_, i) => i >= prompt.length);
-	const trace: Trace = { committed: [], reopened: [], tokens, forwards: 0 };
+	const trace = emptyTrace(tokens);
 	for (let b = 0; b * block < length; b++) {
 		const from = prompt.length + b * block;
 		const to = Math.min(from + block, prompt.length + length);
@@ -92,8 +103,10 @@ export async function decode(
 			for (const row of commit) {
 				tokens[row.position] = row.best;
 				isOpen[row.position] = false;
+				trace.lead = Math.min(trace.lead, row.lead);
 			}
 			trace.committed.push(commit.map((row) => row.position).sort((p, q) => p - q));
+			trace.canvases.push(tokens.slice());
 		}
 	}
 	return trace;
@@ -184,14 +197,15 @@ export async function revocable(
 	verify: number,
 	attempts: number,
 ): Promise<Trace> {
-	const { prompt, length } = setup;
+	const { prompt, length, guidance = 0 } = setup;
 	const { maskId } = model.config;
+	const given = prompt.map((_, i) => i);
 	const tokens = Int32Array.from([...prompt, ...new Array<number>(length).fill(maskId)]);
 	const all = Array.from({ length }, (_, i) => prompt.length + i);
 	const open = new Set(all);
 	const drafts = new Set<number>();
 	const reopenings = new Map<number, number>();
-	const trace: Trace = { committed: [], reopened: [], tokens, forwards: 0 };
+	const trace = emptyTrace(tokens);
 	while (open.size + drafts.size > 0) {
 		const rows =
 			open.size > 0
@@ -199,8 +213,8 @@ export async function revocable(
 						model,
 						tokens,
 						all.filter((i) => open.has(i)),
-						[],
-						0,
+						given,
+						guidance,
 					)
 				: [];
 		const reopened: number[] = [];
@@ -210,7 +224,7 @@ export async function revocable(
 			if (group.length === 0) continue;
 			const copy = tokens.slice();
 			for (const i of group) copy[i] = maskId;
-			for (const row of await rowsOf(model, copy, group, [], 0)) {
+			for (const row of await rowsOf(model, copy, group, given, guidance)) {
 				const probability = Math.exp(row.logProbs[tokens[row.position] as number] as number);
 				drafts.delete(row.position);
 				if (probability >= verify || (reopenings.get(row.position) ?? 0) >= attempts) continue;
@@ -228,7 +242,9 @@ export async function revocable(
 			tokens[row.position] = row.best;
 			open.delete(row.position);
 			drafts.add(row.position);
+			trace.lead = Math.min(trace.lead, row.lead);
 		}
+		trace.canvases.push(tokens.slice());
 		trace.committed.push(commit.map((row) => row.position).sort((a, b) => a - b));
 		trace.reopened.push(reopened.sort((a, b) => a - b));
 	}

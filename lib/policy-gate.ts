@@ -1,0 +1,130 @@
+/**
+ * Between the loop and a policy, which may be a user's: what it is shown of a forward, and whether its answers can be carried
+ * out. A policy that breaks the rules is an `ERR_DN_ARGUMENT` with its name, never a TypeError and never a damaged canvas.
+ */
+import { check } from './errors.js';
+import type { Look } from './evaluator.js';
+import type { CanvasView, Decision, SamplerPolicy, StepView } from './samplers/policy.js';
+
+/** Checks the shape of a user's policy before anything runs. @throws `ERR_DN_ARGUMENT` */
+export function checkPolicy(policy: SamplerPolicy): void {
+	const { name, decide, choose, verify, needsLogits } = policy as { [K in keyof SamplerPolicy]: unknown };
+	check(typeof decide === 'function', 'sampler is an object without a method decide(view)');
+	check(name === undefined || typeof name === 'string', `sampler.name is ${String(name)}, expected a string`);
+	for (const [key, method] of Object.entries({ choose, verify })) {
+		check(
+			method === undefined || typeof method === 'function',
+			`sampler.${key} is ${typeof method}, expected a method`,
+		);
+	}
+	check(
+		needsLogits === undefined || typeof needsLogits === 'boolean',
+		`sampler.needsLogits is ${String(needsLogits)}, expected true or false`,
+	);
+}
+
+/** The positions that a policy wants to look at, without repetitions. @throws `ERR_DN_ARGUMENT` unless all are open */
+export function chosenPositions(policy: SamplerPolicy, name: string, view: CanvasView): Int32Array {
+	const choice: unknown = policy.choose ? policy.choose(view) : view.open;
+	if (choice === view.open) return view.open;
+	check(isList(choice), `the policy '${name}': choose returned ${typeof choice}, expected a list of positions`);
+	const positions = new Set(Array.from(choice));
+	const open = new Set(view.open);
+	for (const position of positions) {
+		check(open.has(position), `the policy '${name}' chose position ${position}, which is not open`);
+	}
+	return Int32Array.from(positions);
+}
+
+/** The groups that a policy wants verified, empty ones left out. @throws `ERR_DN_ARGUMENT` unless all are tentative */
+export function verifiedGroups(policy: SamplerPolicy, name: string, view: CanvasView): readonly (readonly number[])[] {
+	if (!policy.verify) return [];
+	const groups: unknown = policy.verify(view);
+	check(
+		Array.isArray(groups) && groups.every(Array.isArray),
+		`the policy '${name}': verify returned no list of lists of positions`,
+	);
+	const tentative = new Set(view.tentative);
+	for (const position of groups.flat()) {
+		check(
+			tentative.delete(position),
+			`the policy '${name}' asked to verify position ${position}, which is not tentative, or is named twice`,
+		);
+	}
+	return groups.filter((group: number[]) => group.length > 0);
+}
+
+/** A decision that can be carried out on what was looked at. @throws `ERR_DN_ARGUMENT` naming policy, position or id */
+export function checkedDecision(
+	decision: Decision,
+	name: string,
+	view: CanvasView,
+	look: Look,
+	maskId: number,
+): Decision {
+	const policy = `the policy '${name}'`;
+	check(
+		typeof decision === 'object' && decision !== null && Array.isArray(decision.commit),
+		`${policy} returned no { commit: number[] }`,
+	);
+	for (const key of ['tokens', 'reopen', 'settle'] as const) {
+		check(
+			decision[key] === undefined || isList(decision[key]),
+			`${policy} returned ${key}: ${typeof decision[key]}, expected a list of numbers`,
+		);
+	}
+	const { commit, tokens, reopen = [], settle = [] } = decision;
+	const looked = new Set(look.positions);
+	const tentative = new Set(view.tentative);
+	for (const position of commit) {
+		check(
+			looked.delete(position),
+			`${policy} committed position ${position}, which is not open, was not looked at, or is named twice`,
+		);
+	}
+	for (const position of reopen) {
+		check(tentative.delete(position), `${policy} reopened position ${position}, which is not tentative`);
+	}
+	for (const position of settle) {
+		check(tentative.delete(position), `${policy} settled position ${position}, which is not tentative`);
+	}
+	if (tokens) {
+		check(tokens.length === commit.length, `${policy} returned ${tokens.length} tokens for ${commit.length} positions`);
+		for (const id of tokens) {
+			check(
+				Number.isInteger(id) && id >= 0 && id < look.vocab && id !== maskId,
+				`${policy} committed the id ${id}, which is no text token`,
+			);
+		}
+	}
+	return decision;
+}
+
+/** What a policy sees after a forward: written out, because it is made at every step. */
+export function stepView(view: CanvasView, look: Look): StepView {
+	return {
+		step: view.step,
+		tokens: view.tokens,
+		open: view.open,
+		initialOpen: view.initialOpen,
+		blockStep: view.blockStep,
+		blockSteps: view.blockSteps,
+		tentative: view.tentative,
+		reopened: view.reopened,
+		seed: view.seed,
+		memory: view.memory,
+		positions: look.positions,
+		best: look.best,
+		drawn: look.drawn,
+		probability: look.probability,
+		margin: look.margin,
+		entropy: look.entropy,
+		drawnLogProb: look.drawnLogProb,
+		verified: look.verified,
+		logProbs: look.logProbs,
+	};
+}
+
+function isList(value: unknown): value is ArrayLike<number> {
+	return Array.isArray(value) || (ArrayBuffer.isView(value) && 'length' in value);
+}
