@@ -4,7 +4,7 @@
 import { Stream, uniform } from '../random.js';
 import type { DataSequence } from './dataset.js';
 import type { Padding } from './format.js';
-import type { DataTokenizer } from './prepare.js';
+import type { DataTokenizer } from './prepare-options.js';
 
 export function encodeDocument(text: string, tokenizer: DataTokenizer): Int32Array {
 	return tokenizer.encode(text);
