@@ -14,7 +14,7 @@ import { promisify } from 'node:util';
 import { byteToChar } from '../byte-bpe.js';
 import { byteLevelJson } from '../byte-level-json.js';
 import { check, DiffusionNativeError } from '../errors.js';
-import { readJsonObject, reasonOf } from '../files.js';
+import { fileError, readJsonObject, reasonOf } from '../files.js';
 import { checkOptions } from '../option-checks.js';
 import { Tokenizer } from '../tokenizer.js';
 import type { DataRecord, PrepareInput } from './prepare-options.js';
@@ -141,7 +141,11 @@ async function writeCorpus(path: string, input: PrepareInput, options: TrainToke
 		for await (const text of texts(input, options)) {
 			options.signal?.throwIfAborted();
 			characters += text.trim().length;
-			writeSync(fd, text);
+			try {
+				writeSync(fd, text);
+			} catch (error) {
+				throw fileError('write', path, error);
+			}
 		}
 	} finally {
 		closeSync(fd);
