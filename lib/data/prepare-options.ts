@@ -1,4 +1,6 @@
 /** Options of `prepare`: the types of what goes in, the defaults, and the checks. */
+import { availableParallelism } from 'node:os';
+
 import { check } from '../errors.js';
 import { checkOptions } from '../option-checks.js';
 import { checkPadding, type DataFormat, type Padding } from './format.js';
@@ -86,6 +88,8 @@ export interface PrepareOptions {
 	readonly container?: 'own' | 'nanogpt';
 	/** Longest line or document that is held in memory, characters. @default 16,777,216 */
 	readonly maxLine?: number;
+	/** Threads that tokenize long inputs, when the tokenizer is a `Tokenizer`; the file is the same for any number. @default all cores, at most 8 */
+	readonly threads?: number;
 	readonly onProgress?: (progress: PrepareProgress) => void;
 	readonly signal?: AbortSignal;
 }
@@ -114,6 +118,7 @@ const prepareOptionNames = [
 	'splitSeed',
 	'container',
 	'maxLine',
+	'threads',
 	'onProgress',
 	'signal',
 ] as const satisfies readonly (keyof PrepareOptions)[];
@@ -141,6 +146,11 @@ export function resolvePrepareOptions(options: PrepareOptions) {
 	check(
 		Number.isSafeInteger(maxLine) && maxLine > 0,
 		`maxLine is ${String(maxLine)}, expected a positive whole number of characters`,
+	);
+	const threads = options.threads ?? Math.min(8, availableParallelism());
+	check(
+		Number.isSafeInteger(threads) && threads > 0 && threads <= 1024,
+		`threads is ${String(threads)}, expected a whole number from 1 to 1024`,
 	);
 	const context = options.context ?? 1024;
 	check(
@@ -190,6 +200,7 @@ export function resolvePrepareOptions(options: PrepareOptions) {
 		splitText: options.splitText ?? ('file' as const),
 		splitSeed,
 		columns: options.columns ?? {},
+		threads,
 		vocab: tokenizer.vocabSize,
 		fingerprint: tokenizer.dataFingerprint?.() ?? tokenizer.fingerprint ?? '',
 		signal: options.signal,

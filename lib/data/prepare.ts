@@ -4,9 +4,10 @@
  */
 import { createHash } from 'node:crypto';
 
-import { check, DiffusionNativeError } from '../errors.js';
+import { check } from '../errors.js';
 import { TokenDataset } from './dataset.js';
-import { encodeDocument, encodePair } from './pack.js';
+import { type EncodedItem, encodeItems } from './encode.js';
+import { concatenate } from './pack.js';
 import {
 	type DataRecord,
 	type PrepareInput,
@@ -16,7 +17,7 @@ import {
 	resolvePrepareOptions,
 } from './prepare-options.js';
 import { listFiles, type ReadOptions } from './readers.js';
-import { checkInput, fileItems, type Item, isPaths, recordItems } from './records.js';
+import { checkInput, fileItems, isPaths, recordItems } from './records.js';
 import { TokenWriter } from './writer.js';
 
 /**
@@ -46,10 +47,11 @@ export async function prepare(input: PrepareInput, options: PrepareOptions): Pro
 		if (validation > 0) held = new TokenWriter({ ...settings, path: settings.validationOut });
 		let target = train;
 		let lastReport = 0;
-		for await (const item of items) {
+		for await (const encoded of encodeItems(items, settings)) {
 			signal?.throwIfAborted();
+			const { item } = encoded;
 			if (item.begins) target = held && falls(splitKey(item.record), settings.splitSeed) < validation ? held : train;
-			dropped += write(target, item, settings);
+			dropped += write(target, encoded, settings);
 			const now = performance.now();
 			if (options.onProgress && now - lastReport > 100) {
 				lastReport = now;
@@ -112,56 +114,26 @@ function falls(key: string | Uint8Array, seed: number): number {
 }
 
 /** Appends one item; returns how many records were left out. */
-function write(writer: TokenWriter, item: Item, settings: PrepareSettings): number {
-	const { record, where } = item;
-	const { format, tokenizer, eosId, bosId } = settings;
-	if (format === 'pairs') {
-		let pair: { tokens: Int32Array; promptLength: number };
-		if (!(record instanceof Int32Array) && 'prompt' in record) {
-			check(
-				typeof record.prompt === 'string' && typeof record.answer === 'string',
-				`${where}: prompt and answer must be text`,
-			);
-			pair = encodePair(record.prompt, settings.separator + record.answer, tokenizer);
-		} else if (!(record instanceof Int32Array) && 'tokens' in record && record.promptLength !== undefined) {
-			const { tokens, promptLength } = record;
-			check(
-				Number.isInteger(promptLength) && promptLength >= 0 && promptLength <= tokens.length,
-				`${where}: promptLength is ${String(promptLength)}, expected 0 to the ${tokens.length} tokens`,
-			);
-			pair = { tokens, promptLength };
-		} else {
-			throw new DiffusionNativeError(
-				'ERR_DN_ARGUMENT',
-				`${where}: pairs need { prompt, answer } or { tokens, promptLength }`,
-			);
-		}
-		return writePair(writer, pair, where, settings);
+function write(writer: TokenWriter, encoded: EncodedItem, settings: PrepareSettings): number {
+	const { item, tokens } = encoded;
+	const { format, eosId, bosId } = settings;
+	if (format === 'pairs') return writePair(writer, encoded, settings);
+	if (format === 'documents') return writeDocument(writer, encoded, settings);
+	if (item.begins && bosId !== false) writer.append(Int32Array.of(bosId));
+	writer.append(tokens);
+	if (item.ends) {
+		writer.append(Int32Array.of(eosId));
+		writer.endSequence(0, 0);
 	}
-	const ids = record instanceof Int32Array ? record : 'tokens' in record ? record.tokens : undefined;
-	check(
-		ids !== undefined || 'text' in record,
-		`${where}: expected text, { text } or token ids for the format '${format}'`,
-	);
-	const body = ids ?? encodeDocument((record as { text: string }).text, tokenizer);
-	if (format === 'packed') {
-		if (item.begins && bosId !== false) writer.append(Int32Array.of(bosId));
-		writer.append(body);
-		if (item.ends) {
-			writer.append(Int32Array.of(eosId));
-			writer.endSequence(0, 0);
-		}
-		return 0;
-	}
-	return writeDocument(writer, item, body, settings);
+	return 0;
 }
 
-function writeDocument(writer: TokenWriter, item: Item, body: Int32Array, settings: PrepareSettings): number {
+function writeDocument(writer: TokenWriter, { item, tokens }: EncodedItem, settings: PrepareSettings): number {
 	const { context, bosId, eosId, overlong } = settings;
 	const front = bosId === false ? [] : [bosId];
 	const room = context - front.length;
 	// The end token closes a document only where it really ends, not where it was cut.
-	const whole = item.ends ? Int32Array.from([...body, eosId]) : body;
+	const whole = item.ends ? concatenate([tokens, [eosId]]) : tokens;
 	if (whole.length > room && overlong !== 'split') {
 		check(
 			overlong !== 'error',
@@ -172,7 +144,7 @@ function writeDocument(writer: TokenWriter, item: Item, body: Int32Array, settin
 	const end = overlong === 'split' ? whole.length : Math.min(whole.length, room);
 	for (let from = 0; from < end; from += room) {
 		const first = writer.tokens;
-		writer.append(Int32Array.from([...front, ...whole.subarray(from, Math.min(end, from + room))]));
+		writer.append(concatenate([front, whole.subarray(from, Math.min(end, from + room))]));
 		writer.endSequence(first, front.length);
 	}
 	return 0;
@@ -180,28 +152,27 @@ function writeDocument(writer: TokenWriter, item: Item, body: Int32Array, settin
 
 function writePair(
 	writer: TokenWriter,
-	pair: { tokens: Int32Array; promptLength: number },
-	where: string,
+	{ item, tokens, promptLength }: EncodedItem,
 	settings: PrepareSettings,
 ): number {
 	const { context, bosId, eosId, overlong } = settings;
-	const front = bosId === false ? [] : [bosId];
-	let prompt = [...front, ...pair.tokens.subarray(0, pair.promptLength)];
-	let answer = [...pair.tokens.subarray(pair.promptLength), eosId];
-	check(prompt.length > 0, `${where}: the prompt is empty; give it text or set bosId`);
+	let prompt = concatenate([bosId === false ? [] : [bosId], tokens.subarray(0, promptLength)]);
+	let answer = concatenate([tokens.subarray(promptLength), [eosId]]);
+	check(prompt.length > 0, `${item.where}: the prompt is empty; give it text or set bosId`);
 	if (prompt.length + answer.length > context) {
 		check(
 			overlong !== 'error',
-			`${where}: the pair has ${prompt.length + answer.length} tokens, more than the context of ${context}; ` +
+			`${item.where}: the pair has ${prompt.length + answer.length} tokens, more than the context of ${context}; ` +
 				"choose overlong: 'drop' or 'truncate', or a larger context",
 		);
 		if (overlong === 'drop') return 1;
 		// The answer is cut first (and then has no end token); the prompt keeps its last tokens, at least one.
-		answer = answer.slice(0, context - 1);
-		prompt = prompt.slice(Math.max(0, prompt.length - (context - answer.length)));
+		answer = answer.subarray(0, context - 1);
+		prompt = prompt.subarray(Math.max(0, prompt.length - (context - answer.length)));
 	}
 	const first = writer.tokens;
-	writer.append(Int32Array.from([...prompt, ...answer]));
+	writer.append(prompt);
+	writer.append(answer);
 	writer.endSequence(first, prompt.length);
 	return 0;
 }

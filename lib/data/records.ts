@@ -49,7 +49,8 @@ export async function* fileItems(
 		let names: Columns | undefined;
 		for await (const row of kind === 'csv' ? readCsv(path, read) : readJsonLines(path, read)) {
 			names ??= findColumns(row, format, columns);
-			yield { record: toRecord(row, names), begins: true, ends: true, where: row.where, file: path };
+			const record = toRecord(row, names);
+			if (!isBlank(record)) yield { record, begins: true, ends: true, where: row.where, file: path };
 		}
 	}
 }
@@ -65,8 +66,14 @@ export async function* recordItems(
 			typeof record === 'object' && record !== null && (!('text' in record) || typeof record.text === 'string'),
 			`record ${number}: expected text, { text }, { tokens } or { prompt, answer }`,
 		);
-		yield { record, begins: true, ends: true, where: `record ${number++}`, file: '' };
+		const where = `record ${number++}`;
+		if (!isBlank(record)) yield { record, begins: true, ends: true, where, file: '' };
 	}
+}
+
+/** Documents without text are passed over, in rows as between the lines of a text file. */
+function isBlank(record: Item['record']): boolean {
+	return !(record instanceof Int32Array) && 'text' in record && record.text.trim() === '';
 }
 
 interface Columns {
