@@ -452,7 +452,8 @@ withSignals(
 		);
 		const prepared = await reading;
 		t.is(prepared.code, 1);
-		t.is(prepared.stderr, 'interrupted; nothing was written\n');
+		// A slow machine reports progress before it hears the signal.
+		t.regex(prepared.stderr, /^(\d+ documents, .*\n)*interrupted; nothing was written\n$/);
 		t.deepEqual(
 			readdirSync(root).filter((name) => name.startsWith('much.bin')),
 			[],
