@@ -6,15 +6,15 @@ export type { ModelConfig, ModelConfigInput } from './config.js';
 export { type TrainTokenizerOptions, trainTokenizer } from './data/bpe.js';
 export { type DataSequence, type OpenDatasetOptions, TokenDataset, type TokenizerIdentity } from './data/dataset.js';
 export type { DataFormat, Padding } from './data/format.js';
+export { prepare } from './data/prepare.js';
 export {
 	type DataRecord,
 	type DataTokenizer,
 	type PrepareInput,
 	type PrepareOptions,
 	type PrepareProgress,
-	prepare,
 	validationPath,
-} from './data/prepare.js';
+} from './data/prepare-options.js';
 export type { DenoiseStep } from './denoise-loop.js';
 export type { Device, DType } from './device.js';
 export { DiffusionNativeError, type ErrorCode } from './errors.js';

@@ -3,7 +3,7 @@
  * lib/training/order.ts, the files lib/training/checkpoint.ts. Every random number is a function of the seed and the step,
  * so a run that continues from a checkpoint is the run that was never interrupted, bit for bit on the CPU.
  */
-import { basename, dirname, join, resolve } from 'node:path';
+import { join } from 'node:path';
 
 import { type DiffusionBatch, toNativeNoise } from './batch.js';
 import type { NativeNoise } from './binding.js';
@@ -17,7 +17,6 @@ import { DiffuGPT } from './model.js';
 import { checkOptions } from './option-checks.js';
 import {
 	checkpointName,
-	type DataReference,
 	findCheckpoint,
 	prepareRunDirectory,
 	prune,
@@ -35,7 +34,8 @@ import {
 } from './training/options.js';
 import { DataOrder, type DataPosition } from './training/order.js';
 import { annealedMask, scheduleAt } from './training/schedules.js';
-import { accumulate, lossOf, packStep } from './training/step.js';
+import { accumulate, gradientNorm, lossOf, packStep, scaleOf, update } from './training/step.js';
+import { isSame, reference, reopen, reviveOptions, storeOptions } from './training/stored-run.js';
 import { validate } from './training/validation.js';
 
 /** Overrides of a resumed run, and where its model runs. */
@@ -214,7 +214,7 @@ export class Trainer implements AsyncDisposable {
 				this.#native(true),
 				undefined,
 			);
-			const scale = sums.denominator > 0 ? 1 / sums.denominator : 0;
+			const scale = scaleOf(sums);
 			return engine.run((native) => {
 				const gradients = new Map<string, Float32Array>();
 				for (const { name } of native.parameters) {
@@ -272,14 +272,12 @@ export class Trainer implements AsyncDisposable {
 	): Promise<TrainMetrics> {
 		return this.#alone(async () => {
 			const { engine, config } = this.model;
-			const { learningRate: schedule, maxSteps, betas, eps, weightDecay, gradClip, data } = this.#options;
+			const { learningRate: schedule, maxSteps, betas: configured, eps, weightDecay, gradClip, data } = this.#options;
 			const begun = performance.now();
 			const step = this.#step;
 			const { learningRate, beta1 } = scheduleAt(schedule, step, maxSteps ?? Number.POSITIVE_INFINITY);
 			const sums = await accumulate(engine, packStep(batches, config), this.#noiseAt(step), this.#native(true), signal);
-			const scale = sums.denominator > 0 ? 1 / sums.denominator : 0;
-			const sumOfSquares = await engine.run((native) => native.gradientSumOfSquares(), signal);
-			const gradNorm = Math.sqrt(sumOfSquares) * scale;
+			const gradNorm = await gradientNorm(engine, sums, signal);
 			const { loss, unweighted } = lossOf(sums);
 			if (!Number.isFinite(loss) || !Number.isFinite(gradNorm)) {
 				throw new DiffusionNativeError(
@@ -291,18 +289,8 @@ export class Trainer implements AsyncDisposable {
 			}
 			// Nothing masked: nothing to learn, and no reason to let decay and old moments move the weights.
 			if (sums.masked > 0) {
-				const clip = gradClip > 0 && gradNorm > gradClip ? gradClip / gradNorm : 1;
-				await engine.run((native) =>
-					native.adamw({
-						learningRate,
-						beta1: beta1 ?? betas[0],
-						beta2: betas[1],
-						eps,
-						weightDecay,
-						gradientScale: scale * clip,
-						step: step + 1,
-					}),
-				);
+				const betas = [beta1 ?? configured[0], configured[1]] as const;
+				await update(engine, sums, gradNorm, { learningRate, betas, eps, weightDecay, gradClip, step: step + 1 });
 				forgetLengths(engine);
 			}
 			this.#step = step + 1;
@@ -444,84 +432,4 @@ export class Trainer implements AsyncDisposable {
 			this.#busy = false;
 		}
 	}
-}
-
-function reference(data: TokenDataset): DataReference {
-	const { format, context, range, tokens, fingerprint } = data;
-	return { path: resolve(data.path), format, context, range, tokens, fingerprint };
-}
-
-/** Everything but the place: a moved file is the same data. */
-function isSame(a: DataReference, b: DataReference): boolean {
-	return (
-		a.format === b.format &&
-		a.context === b.context &&
-		a.range[0] === b.range[0] &&
-		a.range[1] === b.range[1] &&
-		a.tokens === b.tokens &&
-		a.fingerprint === b.fingerprint
-	);
-}
-
-async function reopen(stored: DataReference): Promise<TokenDataset> {
-	let data: TokenDataset;
-	try {
-		const { path, context, range } = stored;
-		data = await TokenDataset.open(path, { range, ...(context > 0 ? { context } : {}) });
-	} catch (cause) {
-		const reason = cause instanceof Error ? cause.message : String(cause);
-		throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `the data of this run: ${reason}; pass it as data`, { cause });
-	}
-	if (isSame(reference(data), stored)) return data;
-	data.close();
-	throw new DiffusionNativeError(
-		'ERR_DN_CHECKPOINT',
-		`${stored.path} is not the data this run used (${stored.tokens} tokens): ` +
-			'the run cannot continue as it was; pass other data as data to go on with that',
-	);
-}
-
-/** Options as JSON. A learning rate function becomes null. */
-function storeOptions(options: ResolvedTrainOptions): Record<string, unknown> {
-	const { data, validation, loggers, seed, learningRate, spindle, checkpoint, ...plain } = options;
-	return {
-		...plain,
-		learningRate: typeof learningRate === 'function' ? null : learningRate,
-		...(checkpoint ? { checkpoint: { ...checkpoint, dir: resolve(checkpoint.dir) } } : {}),
-		...(spindle
-			? { spindle: spindle.information ? { ...spindle, information: [...spindle.information] } : spindle }
-			: {}),
-	};
-}
-
-function reviveOptions(state: RunState, directory: string, overrides: TrainOptions): TrainOptions {
-	const { checkpoint, spindle, learningRate, batchSize, batchTokens, ...plain } = state.options as TrainOptions;
-	check(
-		learningRate !== null || overrides.learningRate !== undefined,
-		'the learning rate of this run was a function, which a checkpoint does not hold: pass learningRate again',
-	);
-	const renewed = overrides.batchSize !== undefined || overrides.batchTokens !== undefined;
-	return {
-		...plain,
-		seed: BigInt(state.seed),
-		...(learningRate === undefined || learningRate === null ? {} : { learningRate }),
-		...(renewed || batchSize === undefined ? {} : { batchSize }),
-		...(renewed || batchTokens === undefined ? {} : { batchTokens }),
-		...(spindle
-			? {
-					spindle: spindle.information
-						? { lambda: spindle.lambda, information: Float32Array.from(spindle.information) }
-						: { lambda: spindle.lambda },
-				}
-			: {}),
-		// The run may have been moved: its folder is the one the checkpoint lies in.
-		...(checkpoint
-			? {
-					checkpoint: {
-						...checkpoint,
-						dir: basename(directory).startsWith('step-') ? dirname(resolve(directory)) : checkpoint.dir,
-					},
-				}
-			: {}),
-	};
 }

@@ -1,3 +1,4 @@
+import { spawnSync } from 'node:child_process';
 import {
 	existsSync,
 	mkdirSync,
@@ -23,6 +24,7 @@ import {
 } from 'diffusion-native';
 
 import { padSequence } from '../lib/data/pack.js';
+import { root as repository } from './helpers/fixtures.js';
 import { runScript } from './helpers/fork.js';
 
 const gpt2 = Tokenizer.gpt2();
@@ -236,6 +238,98 @@ test('ids beyond 16 bits are stored in 32', async (t) => {
 	});
 });
 
+test('rows without text are passed over; a file of nothing else is empty', async (t) => {
+	const rows = file('rows.jsonl', '{"text":"one"}\n{"text":""}\n{"text":" \\n"}\n{"text":"two"}\n');
+	const data = await prepare(rows, options({ format: 'documents' }));
+	t.deepEqual(
+		all(data).map((ids) => gpt2.decode(ids)),
+		['<|endoftext|>one<|endoftext|>', '<|endoftext|>two<|endoftext|>'],
+	);
+	const blank = file('blank.jsonl', '{"text":""}\n{"text":" "}\n');
+	for (const input of [blank, ['', ' '].map((text) => ({ text }))]) {
+		await t.throwsAsync(prepare(input, options({ format: 'documents' })), { message: /is empty: no text was found/ });
+	}
+});
+
+test('threads change nothing in the file', async (t) => {
+	const text = file('long.txt', story(12_000));
+	const rows = Array.from({ length: 9000 }, (_, i) =>
+		i % 7 === 3
+			? { tokens: Int32Array.of(i, 7, 8, 9), promptLength: 1 }
+			: { prompt: `Row ${i} asks naïvely:`, answer: `word${'s'.repeat(i % 9)} ${i * 31} and more of them` },
+	);
+	for (const [input, more] of [
+		[text, { format: 'packed' }],
+		[text, { format: 'documents', splitText: 'paragraph', context: 64, validation: 0.3 }],
+		[rows, { format: 'pairs', context: 64 }],
+	] as const) {
+		const files = [];
+		for (const threads of [1, 2]) {
+			const target = options({ ...more, threads });
+			(await prepare(input, target)).close();
+			files.push(readFileSync(target.out));
+			t.deepEqual(leftovers(target.out), []);
+		}
+		t.true(files[0]?.equals(files[1] as Buffer), more.format);
+	}
+	// An error of a row that is encoded elsewhere still names the row.
+	const far = [...rows, { prompt: 5, answer: 'x' }] as unknown as typeof rows;
+	await t.throwsAsync(prepare(far, options({ format: 'pairs', context: 64, threads: 2 })), {
+		code: 'ERR_DN_ARGUMENT',
+		message: /record 9000: prompt and answer must be text/,
+	});
+});
+
+test('memory does not grow with the input', async (t) => {
+	const path = file('much.jsonl', '');
+	const source = `
+		import { appendFileSync, writeFileSync } from 'node:fs';
+		import { prepare } from 'diffusion-native';
+		const path = ${JSON.stringify(path)};
+		const tokenizer = { encode: (text) => new Int32Array(text.length >> 2).fill(7), vocabSize: 100 };
+		const line = (i) => JSON.stringify({ text: i + ' words of a text '.repeat(120) }) + '\\n';
+		const run = async (megabytes) => {
+			writeFileSync(path, '');
+			for (let i = 0; i < megabytes; i++) appendFileSync(path, Array.from({ length: 500 }, (_, j) => line(500 * i + j)).join(''));
+			for (const format of ['packed', 'documents']) {
+				const data = await prepare(path, { tokenizer, out: path + '.bin', format, eosId: 0, validation: 0.1 });
+				data.close();
+			}
+			return process.resourceUsage().maxRSS / 1024;
+		};
+		console.log(JSON.stringify([await run(4), await run(40)]));
+	`;
+	// The text of 36 megabytes more would hardly fit this heap, and would show in the process's peak.
+	const limits = { nodeArguments: ['--max-old-space-size=48'], timeoutMs: 170_000 };
+	const { code, stdout, stderr } = await runScript(source, limits);
+	t.is(code, 0, stderr);
+	const [little, much] = JSON.parse(stdout) as [number, number];
+	t.log(`peak RSS ${little.toFixed(0)} MB for 4 MB, ${much.toFixed(0)} MB for 40 MB`);
+	t.true(much - little < 30, `${little} MB, then ${much} MB`);
+});
+
+const withLimits = process.platform === 'win32' ? test.skip : test;
+
+withLimits('a disk that fills up leaves the old token file and no part of the new one', async (t) => {
+	const target = options();
+	(await prepare([{ text: story(10) }], target)).close();
+	const before = readFileSync(target.out);
+	const source = `
+		import { prepare } from 'diffusion-native';
+		const tokenizer = { encode: () => new Int32Array(50_000), vocabSize: 100 };
+		const records = Array.from({ length: 40 }, (_, i) => ({ text: 'text ' + i }));
+		try {
+			await prepare(records, { tokenizer, out: ${JSON.stringify(target.out)}, eosId: 0, context: 8 });
+		} catch ({ code, message }) {
+			console.log(code, message);
+		}`;
+	const limited = ['-c', 'ulimit -f 2000 && exec "$0" --input-type=module --eval "$1"', process.execPath, source];
+	const { stdout, stderr } = spawnSync('sh', limited, { cwd: repository, encoding: 'utf8' });
+	t.regex(stdout, /^ERR_DN_CHECKPOINT token file .*cannot be written: (EFBIG|ENOSPC)/, stderr);
+	t.true(readFileSync(target.out).equals(before));
+	t.deepEqual(leftovers(target.out), []);
+});
+
 test('bad input is named', async (t) => {
 	const bad = async (path: string, message: RegExp, more: Partial<PrepareOptions> = {}) => {
 		const target = options(more);
@@ -323,6 +417,12 @@ test('a tokenizer cut to k merges is the tokenizer of k merges', async (t) => {
 	};
 	t.deepEqual(model.merges, learn(text, model.merges.length));
 	t.is(model.vocab['!'], 0);
+	const bytes = Array.from({ length: 256 }, (_, id) => [...tokenizer.decodeBytes([id])]).flat();
+	t.deepEqual(
+		bytes.sort((a, b) => a - b),
+		Array.from({ length: 256 }, (_, byte) => byte),
+		'all bytes are in the vocabulary',
+	);
 	const strange = 'naïve \u{1f600} \t\r\n\u0000 日本';
 	t.is(tokenizer.decode(tokenizer.encode(strange)), strange);
 	t.is(tokenizer.idOf('<|mask|>'), 299);

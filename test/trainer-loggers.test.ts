@@ -1,6 +1,7 @@
 /** The loggers of a run: TensorBoard, JSON lines, progress. */
-import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { Writable } from 'node:stream';
 
 import test from 'ava';
 import {
@@ -126,4 +127,40 @@ test('progress is plain lines where there is no terminal', (t) => {
 	logger.close();
 	t.is(lines.length, 2);
 	t.regex(lines[1] as string, /^step 50\/50 {2}loss 1\.5000 {2}12,345 tok\/s {2}0s left\n$/);
+});
+
+test('progress is a bar with loss, rate and time left on a terminal', (t) => {
+	let text = '';
+	const stream = new Writable({
+		write: (chunk: Buffer, _encoding, done) => {
+			text += chunk.toString();
+			done();
+		},
+	});
+	const terminal = Object.assign(stream, { isTTY: true, columns: 120 }) as unknown as NodeJS.WriteStream;
+	const logger: Required<MetricLogger> = new ProgressLogger({ stream: terminal });
+	logger.start({ step: 0, maxSteps: 4 });
+	for (let step = 1; step <= 3; step++) logger.log({ step, loss: 1.5 + step, tokensPerSecond: 12345 } as TrainMetrics);
+	logger.log({ step: 4, loss: 2.25, tokensPerSecond: 6789, validation: 3.125 } as TrainMetrics);
+	logger.close();
+	t.regex(text, /\u2588+\s+4\/4 {2}loss 2\.2500 {2}6,789 tok\/s {2}0s left {2}validation 3\.1250/);
+});
+
+const withFullDevice = existsSync('/dev/full') ? test : test.skip;
+
+withFullDevice('a log that cannot be written is an error with its path', async (t) => {
+	t.throws(() => new JsonlLogger('/dev/full').log({ step: 1 } as TrainMetrics), {
+		code: 'ERR_DN_CHECKPOINT',
+		message: /^\/dev\/full: cannot write: ENOSPC/,
+	});
+	const file = join(fresh(), 'file');
+	await new JsonlLogger(file).start({ step: 0 });
+	writeFileSync(file, 'in the way');
+	await t.throwsAsync(new TensorBoardLogger(join(file, 'events')).log({ step: 1 } as TrainMetrics), {
+		code: 'ERR_DN_CHECKPOINT',
+		message: /events.*cannot write/,
+	});
+	await t.throwsAsync(new JsonlLogger(join(file, 'log', 'metrics.jsonl')).start({ step: 0 }), {
+		code: 'ERR_DN_CHECKPOINT',
+	});
 });

@@ -3,9 +3,9 @@ import { readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 
 import test from 'ava';
-import { DiffuGPT, Trainer, type TrainMetrics, type TrainOptions } from 'diffusion-native';
+import { DiffuGPT, prepare, Trainer, type TrainMetrics, type TrainOptions } from 'diffusion-native';
 
-import { collect, documents, fresh, nearly, tiny, weights } from './helpers/trainer.js';
+import { collect, documents, fresh, ids, nearly, tiny, weights } from './helpers/trainer.js';
 
 test('ten steps are five, a checkpoint, and five: bit for bit', async (t) => {
 	const data = await documents(30);
@@ -97,6 +97,81 @@ test('a run folder keeps the newest and the best, and a log of every step', asyn
 	await using stranger = new Trainer(other, { data, maxSteps: 2, checkpoint: { dir } });
 	await t.throwsAsync(collect(stranger), { code: 'ERR_DN_ARGUMENT', message: /beyond step 0 of this run/ });
 	await other.dispose();
+});
+
+test('the best k checkpoints stay beside the newest ones', async (t) => {
+	const data = await documents(50);
+	const model = await tiny();
+	const dir = fresh();
+	// The validation loss falls, then the large learning rate spoils it: the best steps are in the middle.
+	await using trainer = new Trainer(model, {
+		data,
+		validation: data,
+		maxSteps: 9,
+		learningRate: (step) => (step < 5 ? 3e-3 : 0.5),
+		evalEvery: 1,
+		checkpoint: { dir, every: 1, keep: 1, keepBest: 3 },
+	});
+	const seen = await collect(trainer);
+	const best = [...seen].sort((a, b) => (a.validation as number) - (b.validation as number)).slice(0, 3);
+	const expected = [...best, seen[8] as TrainMetrics].map(({ checkpoint }) => checkpoint as string);
+	t.is(new Set(expected).size, 4, 'the newest is none of the best');
+	const kept = readdirSync(dir).filter((name) => name !== 'metrics.jsonl');
+	t.deepEqual(kept.map((name) => join(dir, name)).sort(), expected.sort());
+	await model.dispose();
+});
+
+test('early stop counts on over a resumed run, and a run that it ended stays ended', async (t) => {
+	const data = await documents(50);
+	const model = await tiny();
+	const dir = fresh();
+	const trainer = new Trainer(model, {
+		data,
+		validation: data,
+		maxSteps: 100,
+		learningRate: 0,
+		evalEvery: 1,
+		earlyStop: { patience: 3 },
+		checkpoint: { dir, every: 1 },
+	});
+	await collect(trainer, 2);
+	await trainer.dispose();
+	await model.dispose();
+	for (const steps of [[3, 4], []]) {
+		const resumed = await Trainer.resume(dir, { device: 'cpu' });
+		t.deepEqual(
+			(await collect(resumed)).map(({ step }) => step),
+			steps,
+		);
+		await resumed.dispose();
+		await resumed.model.dispose();
+	}
+});
+
+test("padding 'batch': every sequence of a micro-batch is as long as its longest", async (t) => {
+	const records = Array.from({ length: 12 }, (_, i) => ({
+		tokens: Int32Array.from({ length: 3 + (i % 6) }, (__, j) => 1 + ((i + j) % 7)),
+		promptLength: 2,
+	}));
+	const data = await prepare(records, {
+		tokenizer: ids,
+		out: `${fresh()}.bin`,
+		format: 'pairs',
+		context: 16,
+		eosId: 8,
+		padding: 'batch',
+	});
+	t.is(data.padding, 'batch');
+	const model = await tiny();
+	const tokens = async (options: TrainOptions): Promise<number[]> => {
+		await using trainer = new Trainer(model, { data, validation: data, maxSteps: 4, learningRate: 0, ...options });
+		return (await collect(trainer)).map((m) => m.tokens);
+	};
+	// The longest of all twelve has eight tokens and the end.
+	t.deepEqual(await tokens({ batchSize: 12 }), [108, 108, 108, 108]);
+	t.true((await tokens({ batchTokens: 40 })).every((count) => count <= 40 && count > 20));
+	t.deepEqual(await tokens({ batchSize: 12, padding: 'none' }), [78, 78, 78, 78]);
+	await model.dispose();
 });
 
 test('early stop', async (t) => {

@@ -39,7 +39,17 @@ test('metrics, and a loss that falls', async (t) => {
 });
 
 test('accumulated micro-batches are one big batch, also where sizes differ', async (t) => {
-	const data = await documents(64);
+	// Two to thirteen tokens, so that micro-batches differ in tokens and in masked tokens.
+	const sequences = Array.from({ length: 64 }, (_, i) =>
+		Int32Array.from({ length: 1 + ((i * 5) % 12) }, (__, j) => (3 * i + j) % 8),
+	);
+	const data = await prepare(sequences, {
+		tokenizer: ids,
+		out: `${fresh()}.bin`,
+		format: 'documents',
+		context: 16,
+		eosId: 8,
+	});
 	for (const normalise of ['tokens', 'masked', 'answer'] as const) {
 		const run = async (batchSize: number, accumulate: number) => {
 			const model = await tiny();
@@ -177,6 +187,40 @@ test('annealed attention is in the step: at first causal, at last full', async (
 	t.is(await loss(annealing, 3, 1), await loss(annealing, 5, 1), 'step 0 sees no later token');
 	t.not(await loss(annealing, 3, 3), await loss(annealing, 5, 3));
 	t.is(await loss(annealing, 3, 3), await loss({}, 3, 3), 'the last step is full attention');
+});
+
+test('spindle takes the information of tokens from their frequencies in the data', async (t) => {
+	const data = await documents(40);
+	const model = await tiny();
+	await using trainer = new Trainer(model, { data, learningRate: 0, spindle: { lambda: 0.4 }, seed: 3 });
+	const batch: DiffusionBatch = { tokens: Array.from({ length: 16 }, (_, i) => data.get(i).tokens) };
+	const { loss } = await trainer.step(batch);
+	const counts = new Float64Array(shape.vocab);
+	let total = shape.vocab / 2;
+	for (let i = 0; i < data.sequences; i++) {
+		for (const id of data.get(i).tokens) {
+			counts[id] = (counts[id] as number) + 1;
+			total++;
+		}
+	}
+	const information = Float32Array.from(counts, (n) => -Math.log((n + 0.5) / total));
+	t.is((await model.loss(batch, { seed: 3, spindle: { lambda: 0.4, information } })).loss, loss);
+	t.not((await model.loss(batch, { seed: 3 })).loss, loss);
+	await model.dispose();
+});
+
+test('a clipped range of times is the one that is drawn from', async (t) => {
+	const model = await tiny();
+	const batch: DiffusionBatch = { tokens: Array.from({ length: 64 }, () => Int32Array.of(8, 1, 2, 3, 4, 5, 6, 7)) };
+	// Every weight is 1/t, so the weighted loss over all masked tokens is the unweighted one over t.
+	for (const time of [0.25, 0.5]) {
+		const options = { timeRange: [time, time] as const, normalise: 'masked' as const };
+		const { loss, unweighted } = await model.loss(batch, options);
+		t.true(Math.abs((loss * time) / unweighted - 1) < 1e-5, `${time}: ${loss} and ${unweighted}`);
+		await using trainer = new Trainer(model, { ...options, learningRate: 0 });
+		t.is((await trainer.step(batch)).loss, loss);
+	}
+	await model.dispose();
 });
 
 test('abort stops between micro-batches, rejects with the reason, and the run can go on', async (t) => {

@@ -1,6 +1,6 @@
 /**
  * Loading a GPT-2 124M checkpoint and what it needs, each in a process of its own: load time with the file in the page cache,
- * and peak resident memory of a forward over 1024 tokens. RSS is of the whole process, Node's own 45 MB included; logits at
+ * peak resident memory of a forward over 1024 tokens, and of training on 4 sequences of 256 with recomputed activations. RSS is of the whole process, Node's own 45 MB included; logits at
  * all positions are 206 MB of it.
  */
 import { execFileSync } from 'node:child_process';
@@ -10,7 +10,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 import type { BenchCase } from '../harness.js';
-import { load } from '../shapes.js';
+import { forwardFlops, load } from '../shapes.js';
 
 interface Report {
 	loadMs: number;
@@ -33,10 +33,10 @@ function makeCheckpoint(): Promise<string> {
 	return checkpoint;
 }
 
-function measured(dtype: string, T: number, output: string, folder: string): Report {
+function measured<Result extends object>(...parameters: string[]): Result {
 	const child = fileURLToPath(new URL('../memory-child.js', import.meta.url));
-	const args = [child, folder, dtype, String(T), output];
-	const report = JSON.parse(execFileSync(process.execPath, args, { encoding: 'utf8' })) as Report | { error: string };
+	const text = execFileSync(process.execPath, [child, ...parameters], { encoding: 'utf8' });
+	const report = JSON.parse(text) as Result | { error: string };
 	if ('error' in report) throw new Error(report.error);
 	return report;
 }
@@ -51,7 +51,7 @@ function memory(dtype: 'fp32' | 'int8', T: number, output: 'logits' | 'hidden', 
 			const folder = await makeCheckpoint();
 			return {
 				async run() {
-					const report = measured(dtype, T, output, folder);
+					const report = measured<Report>(folder, dtype, String(T), output);
 					const loadedMB = report.loadedRssBytes / 2 ** 20;
 					const { loadMs, forwardMs, peakRssBytes } = report;
 					return { tokens: T, ms: T === 0 ? loadMs : forwardMs, peakRssBytes, extra: { loadMs, loadedMB } };
@@ -62,6 +62,26 @@ function memory(dtype: 'fp32' | 'int8', T: number, output: 'logits' | 'hidden', 
 	};
 }
 
+function trainingMemory(B: number, T: number): BenchCase {
+	return {
+		name: `memory/gpt2/train-step/${B}x${T}/recompute`,
+		shape: { model: 'gpt2', B, T },
+		dtype: 'fp32',
+		repeats: 1,
+		setup: async () => ({
+			async run() {
+				const { stepMs, peakRssBytes } = measured<{ stepMs: number; peakRssBytes: number }>(
+					'train',
+					String(B),
+					String(T),
+				);
+				return { tokens: B * T, flops: 3 * B * forwardFlops('gpt2', T, T / 2), ms: stepMs, peakRssBytes };
+			},
+			teardown: async () => undefined,
+		}),
+	};
+}
+
 export const memoryCases: BenchCase[] = [
 	memory('fp32', 0, 'hidden', 5),
 	memory('fp32', 1024, 'hidden', 1),
@@ -69,4 +89,5 @@ export const memoryCases: BenchCase[] = [
 	memory('int8', 0, 'hidden', 5),
 	memory('int8', 1024, 'hidden', 1),
 	memory('int8', 1024, 'logits', 1),
+	trainingMemory(4, 256),
 ];

@@ -1,8 +1,7 @@
 /** One optimiser step: forward, backward and AdamW, half the tokens masked. */
-import { Trainer } from 'diffusion-native';
-
 import type { BenchCase } from '../harness.js';
-import { forwardFlops, load, type ShapeName, someTokens } from '../shapes.js';
+import { forwardFlops, type ShapeName } from '../shapes.js';
+import { halfMasked, startTraining } from '../training.js';
 
 function trainStep(shape: ShapeName, B: number, T: number, repeats: number, recompute = false): BenchCase {
 	return {
@@ -11,16 +10,14 @@ function trainStep(shape: ShapeName, B: number, T: number, repeats: number, reco
 		dtype: 'fp32',
 		repeats,
 		async setup() {
-			const model = await load(shape);
-			const trainer = new Trainer(model, { maxSteps: 1000, learningRate: 1e-5, recompute });
-			const tokens = Array.from({ length: B }, () => someTokens(shape, T));
-			const mask = tokens.map(() => Uint8Array.from({ length: T }, (_, i) => i % 2));
+			const trainer = await startTraining(shape, recompute);
+			const batch = halfMasked(shape, B, T);
 			return {
 				async run() {
-					await trainer.step({ tokens, mask, t: tokens.map(() => 0.5) });
+					await trainer.step(batch);
 					return { tokens: B * T, flops: 3 * B * forwardFlops(shape, T, T / 2) };
 				},
-				teardown: () => model.dispose(),
+				teardown: () => trainer.model.dispose(),
 			};
 		},
 	};

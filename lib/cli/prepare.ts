@@ -5,7 +5,8 @@ import type { Command } from 'commander';
 import { trainTokenizer } from '../data/bpe.js';
 import { TokenDataset } from '../data/dataset.js';
 import type { DataFormat, Padding } from '../data/format.js';
-import { type PrepareOptions, type PrepareProgress, prepare, validationPath } from '../data/prepare.js';
+import { prepare } from '../data/prepare.js';
+import { type PrepareOptions, type PrepareProgress, validationPath } from '../data/prepare-options.js';
 import { check } from '../errors.js';
 import { exitStatus, interruptible } from './terminal.js';
 import { loadTokenizer } from './train.js';
@@ -31,6 +32,7 @@ interface Flags {
 	readonly bosId?: number | false;
 	readonly padId?: number;
 	readonly maxLine?: number;
+	readonly threads?: number;
 	readonly container: 'own' | 'nanogpt';
 	readonly json?: boolean;
 }
@@ -55,7 +57,7 @@ export function register(program: Command): void {
 		.option('--context <n>', 'window of packed data, longest sequence otherwise, tokens', number, 1024)
 		.option(
 			'--padding <kind>',
-			'end tokens that teach length: none, context, multiple:N, random:N or logUniform:N',
+			'end tokens that teach length: none, context, batch, multiple:N, random:N or logUniform:N',
 			'none',
 		)
 		.option('--separator <text>', 'between prompt and answer; part of the answer', ' ')
@@ -80,6 +82,7 @@ export function register(program: Command): void {
 		)
 		.option('--pad-id <id>', 'token that pads (default: the end token)', number)
 		.option('--max-line <n>', 'longest line or document held in memory, characters (default: 16777216)', number)
+		.option('--threads <n>', 'threads that tokenize long inputs (default: all cores, at most 8)', number)
 		.option('--container <kind>', "'own', or 'nanogpt' for headerless uint16", 'own')
 		.option('--json', 'one JSON object per report on stdout')
 		.addHelpText('after', exitStatus)
@@ -89,7 +92,7 @@ export function register(program: Command): void {
 async function run(inputs: string[], flags: Flags): Promise<void> {
 	const interrupt = interruptible('interrupted; nothing was written');
 	const { signal } = interrupt;
-	const { validationOut, splitSeed, eosId, bosId, padId, maxLine, overlong } = flags;
+	const { validationOut, splitSeed, eosId, bosId, padId, maxLine, threads, overlong } = flags;
 	const reading = maxLine === undefined ? {} : { maxLine };
 	const view = new View(flags.json === true);
 	try {
@@ -125,6 +128,7 @@ async function run(inputs: string[], flags: Flags): Promise<void> {
 			validation: flags.validation,
 			container: flags.container,
 			...reading,
+			...(threads === undefined ? {} : { threads }),
 			...(overlong === undefined ? {} : { overlong }),
 			...(validationOut === undefined ? {} : { validationOut }),
 			...(splitSeed === undefined ? {} : { splitSeed }),
@@ -161,9 +165,9 @@ function report(view: View, data: TokenDataset): void {
 }
 
 function parsePadding(text: string): Padding {
-	if (text === 'none' || text === 'context') return text;
+	if (text === 'none' || text === 'context' || text === 'batch') return text;
 	const match = /^(multiple|random|logUniform):(\d+)$/.exec(text);
-	check(match, `--padding is '${text}', expected none, context, multiple:N, random:N or logUniform:N`);
+	check(match, `--padding is '${text}', expected none, context, batch, multiple:N, random:N or logUniform:N`);
 	const [, kind, amount] = match;
 	return { [kind as string]: Number(amount) } as unknown as Padding;
 }

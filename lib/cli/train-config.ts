@@ -281,8 +281,11 @@ const originalKeys: Record<string, Mapping> = {
 		draft.checkpoint = { dir: value, every: every(draft, original), keepBest: 3 };
 		return `checkpoint = ${JSON.stringify(draft.checkpoint)}`;
 	},
-	wandb: (value: boolean, draft) => {
+	wandb: (value: boolean, draft, { values }) => {
 		draft.tensorboard = value;
+		if (value && values['enable_checkpointing'] === false) {
+			return 'no effect: TensorBoard files, which W&B syncs, go into the run folder, and enable_checkpointing is false';
+		}
 		return `tensorboard = ${value} (W&B syncs TensorBoard files; metrics.jsonl is always written)`;
 	},
 	run_name: () => 'no effect: the run folder is checkpoint.dir',
@@ -302,6 +305,10 @@ const originalKeys: Record<string, Mapping> = {
 	learning_rate: (value: number, draft) => {
 		draft.learningRate = value;
 		return `learningRate = ${value}`;
+	},
+	epochs: (value: number, draft) => {
+		draft.epochs = value;
+		return `epochs = ${value}`;
 	},
 	max_steps: (value: number, draft) => {
 		draft.maxSteps = value;
@@ -346,6 +353,18 @@ const originalKeys: Record<string, Mapping> = {
 	wandb_eval_run_name_suffix: evaluation,
 };
 
+/** Kinds of the original values that set something here; a wrong one is told by its own name. */
+const originalKinds: ReadonlyMap<string, string> = new Map([
+	...['pipeline', 'init_from', 'memmap_path', 'save_dir', 'device', 'cache_dir'].map((key) => [key, 'string'] as const),
+	...['resume_training', 'enable_checkpointing', 'wandb'].map((key) => [key, 'boolean'] as const),
+	...['context_length', 'n_embd', 'n_layer', 'n_head', 'mask_id', 'eos_token_id', 'pad_token_id']
+		.concat('attn_annealing_steps', 'n_steps', 'n_epochs', 'batch_size', 'accumulate_grad', 'grad_clip', 'weight_decay')
+		.concat('max_lr', 'warmup_pct', 'div_factor', 'final_div_factor', 'min_lr', 'warmup_steps')
+		.concat('lr_decay_fraction_n_steps', 'val_test_perc', 'val_test_tokens', 'val_check_interval', 'seed')
+		.concat('learning_rate', 'epochs', 'max_steps', 'patience', 'min_delta')
+		.map((key) => [key, 'number'] as const),
+]);
+
 /** Original names that are also ours with the same meaning, and so tell nothing about the file. */
 const shared: ReadonlySet<string> = new Set(runConfigKeys.filter((key) => key in originalKeys));
 
@@ -368,11 +387,15 @@ export function parseRunConfig(json: unknown): { config: RunConfig; mapped: stri
 	const draft: Draft = {};
 	const mapped: string[] = [];
 	if (isOriginal) {
+		for (const [key, kind] of originalKinds) {
+			const value = values[key];
+			check(value === undefined || typeof value === kind, `${key} is ${JSON.stringify(value)}, expected a ${kind}`);
+		}
 		const scratch = (values['init_from'] ?? '') === '' && values['model'] === undefined;
 		const original: Original = { values, scratch };
 		applyDefaults(draft, original);
 		for (const [key, mapping] of Object.entries(originalKeys)) {
-			if (values[key] === undefined || (shared.has(key) && key !== 'device')) continue;
+			if (values[key] === undefined) continue;
 			mapped.push(`${key}: ${mapping(values[key] as never, draft, original)}`);
 		}
 	}

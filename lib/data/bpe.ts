@@ -14,11 +14,12 @@ import { promisify } from 'node:util';
 import { byteToChar } from '../byte-bpe.js';
 import { byteLevelJson } from '../byte-level-json.js';
 import { check, DiffusionNativeError } from '../errors.js';
-import { readJsonObject, reasonOf } from '../files.js';
+import { fileError, readJsonObject, reasonOf } from '../files.js';
 import { checkOptions } from '../option-checks.js';
 import { Tokenizer } from '../tokenizer.js';
-import { checkInput, type DataRecord, type PrepareInput } from './prepare.js';
+import type { DataRecord, PrepareInput } from './prepare-options.js';
 import { fileKind, listFiles, type ReadOptions, readCsv, readJsonLines, readText } from './readers.js';
+import { checkInput, isPaths } from './records.js';
 
 export interface TrainTokenizerOptions {
 	/** Entries of the vocabulary, bytes and special tokens included: 256 + specials to 30,000. */
@@ -140,7 +141,11 @@ async function writeCorpus(path: string, input: PrepareInput, options: TrainToke
 		for await (const text of texts(input, options)) {
 			options.signal?.throwIfAborted();
 			characters += text.trim().length;
-			writeSync(fd, text);
+			try {
+				writeSync(fd, text);
+			} catch (error) {
+				throw fileError('write', path, error);
+			}
 		}
 	} finally {
 		closeSync(fd);
@@ -150,12 +155,7 @@ async function writeCorpus(path: string, input: PrepareInput, options: TrainToke
 
 async function* texts(input: PrepareInput, options: TrainTokenizerOptions): AsyncGenerator<string, void> {
 	const read: ReadOptions = { maxLine: options.maxLine ?? 1 << 24, onBytes: () => {} };
-	const paths =
-		typeof input === 'string'
-			? [input]
-			: Array.isArray(input) && input.every((entry) => typeof entry === 'string')
-				? (input as readonly string[])
-				: undefined;
+	const paths = typeof input === 'string' ? [input] : isPaths(input) ? input : undefined;
 	if (!paths) {
 		for await (const record of input as Iterable<DataRecord>) yield `${recordText(record)}\n`;
 		return;

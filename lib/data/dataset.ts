@@ -6,7 +6,7 @@ import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
 import { check, DiffusionNativeError } from '../errors.js';
 import { checkOptions } from '../option-checks.js';
 import { type DataFormat, type DataHeader, decodeHeader, headerBytes, type Padding, recordBytes } from './format.js';
-import type { DataTokenizer } from './prepare.js';
+import type { DataTokenizer } from './prepare-options.js';
 
 /** One sequence as it lies in the file, without padding. */
 export interface DataSequence {

@@ -13,14 +13,15 @@ export type DataFormat = 'packed' | 'documents' | 'pairs';
 
 /**
  * How many end tokens follow an answer, so that a model learns where text ends (algorithms.md 2.3).
- * 'none'; 'context': up to the model's context; `multiple`: up to a multiple of that many tokens; `random` and `logUniform`:
- * 0 to that many, drawn anew for every sequence and epoch, so that the model learns the end and not the size of the canvas.
+ * 'none'; 'context': up to the model's context; 'batch': up to the longest sequence of the micro-batch (LLaDA); `multiple`: up
+ * to a multiple of that many tokens; `random` and `logUniform`: 0 to that many, drawn anew for every sequence and epoch, so that the model learns the end and not the size of the canvas.
  * `random` draws every amount alike; `logUniform` every order of magnitude, floor((n + 1)^u) - 1: long canvases are seen at
  * a fraction of their cost.
  */
 export type Padding =
 	| 'none'
 	| 'context'
+	| 'batch'
 	| { readonly multiple: number }
 	| { readonly random: number }
 	| { readonly logUniform: number };
@@ -31,11 +32,12 @@ export function checkPadding(padding: unknown): asserts padding is Padding {
 	check(
 		padding === 'none' ||
 			padding === 'context' ||
+			padding === 'batch' ||
 			(more.length === 0 &&
 				['multiple', 'random', 'logUniform'].includes(String(kind)) &&
 				Number.isInteger(amount) &&
 				(amount as number) > 0),
-		`padding is ${JSON.stringify(padding)}, expected 'none', 'context', { multiple: n }, { random: n } or { logUniform: n }`,
+		`padding is ${JSON.stringify(padding)}, expected 'none', 'context', 'batch', { multiple: n }, { random: n } or { logUniform: n }`,
 	);
 }
 
@@ -43,12 +45,15 @@ export function checkPadding(padding: unknown): asserts padding is Padding {
 export function encodePadding(padding: Padding): [kind: number, amount: number] {
 	if (padding === 'none') return [0, 0];
 	if (padding === 'context') return [1, 0];
+	if (padding === 'batch') return [5, 0];
 	if ('multiple' in padding) return [2, padding.multiple];
 	return 'random' in padding ? [3, padding.random] : [4, padding.logUniform];
 }
 
 function decodePadding(kind: number, amount: number): Padding | undefined {
-	return (['none', 'context', { multiple: amount }, { random: amount }, { logUniform: amount }] as const)[kind];
+	return (['none', 'context', { multiple: amount }, { random: amount }, { logUniform: amount }, 'batch'] as const)[
+		kind
+	];
 }
 
 /** Facts in the header of a token file. */

@@ -4,7 +4,7 @@
 import { Stream, uniform } from '../random.js';
 import type { DataSequence } from './dataset.js';
 import type { Padding } from './format.js';
-import type { DataTokenizer } from './prepare.js';
+import type { DataTokenizer } from './prepare-options.js';
 
 export function encodeDocument(text: string, tokenizer: DataTokenizer): Int32Array {
 	return tokenizer.encode(text);
@@ -35,6 +35,17 @@ export function encodePair(
 	return { tokens, promptLength };
 }
 
+/** Ids one after the other. */
+export function concatenate(parts: readonly ArrayLike<number>[]): Int32Array {
+	const ids = new Int32Array(parts.reduce((sum, part) => sum + part.length, 0));
+	let at = 0;
+	for (const part of parts) {
+		ids.set(part, at);
+		at += part.length;
+	}
+	return ids;
+}
+
 /** A sequence as it is trained on. */
 export interface TrainingSequence {
 	readonly tokens: Int32Array;
@@ -53,13 +64,34 @@ export function padSequence(
 ): TrainingSequence {
 	const { tokens, promptLength } = sequence;
 	const length = paddedLength(tokens.length, options, draw);
-	let padded = tokens;
-	if (length > tokens.length) {
-		padded = new Int32Array(length).fill(options.padId);
-		padded.set(tokens);
-	}
+	const padded = extended(tokens, length, options.padId);
 	if (promptLength === 0) return { tokens: padded, maskable: undefined };
 	return { tokens: padded, maskable: new Uint8Array(length).fill(1, promptLength) };
+}
+
+/** With the padding 'batch': the sequences of a batch, each as long as the longest. Otherwise as they are. */
+export function padTogether(
+	sequences: readonly TrainingSequence[],
+	{ padding, padId }: { padding: Padding; padId: number },
+): readonly TrainingSequence[] {
+	if (padding !== 'batch') return sequences;
+	const longest = sequences.reduce((most, { tokens }) => Math.max(most, tokens.length), 0);
+	return sequences.map(({ tokens, maskable }) => ({
+		tokens: extended(tokens, longest, padId),
+		maskable: maskable && extended(maskable, longest, 1),
+	}));
+}
+
+/** Tokens that the first `count` sequences of a batch take, the longest of them `longest` and all together `total`. */
+export function tokensTogether(padding: Padding, count: number, longest: number, total: number): number {
+	return padding === 'batch' ? count * longest : total;
+}
+
+function extended<T extends Int32Array | Uint8Array>(values: T, length: number, fill: number): T {
+	if (values.length === length) return values;
+	const longer = new (values.constructor as new (length: number) => T)(length).fill(fill) as T;
+	longer.set(values);
+	return longer;
 }
 
 function paddedLength(
@@ -67,7 +99,7 @@ function paddedLength(
 	{ padding, context }: { padding: Padding; context: number },
 	{ seed, epoch, sequence }: { seed: bigint; epoch: number; sequence: number },
 ): number {
-	if (padding === 'none') return length;
+	if (padding === 'none' || padding === 'batch') return length;
 	if (padding === 'context') return Math.max(length, context);
 	if ('multiple' in padding) {
 		const { multiple } = padding;

@@ -93,15 +93,19 @@ export class TokenWriter {
 	append(ids: Int32Array): void {
 		const { vocab, path } = this.#options;
 		try {
-			for (let i = 0; i < ids.length; i++) {
-				const id = ids[i] as number;
-				check(
-					id >= 0 && id < vocab,
-					`the id ${id} is beyond the vocabulary of ${vocab} (token ${this.#count + i} of ${path})`,
-				);
-				const { buffer, at } = this.#tokens.reserve(this.#width);
-				if (this.#width === 2) buffer.writeUInt16LE(id, at);
-				else buffer.writeUInt32LE(id, at);
+			const most = pieceBytes / this.#width;
+			for (let from = 0; from < ids.length; from += most) {
+				const piece = ids.subarray(from, from + most);
+				const { buffer, at } = this.#tokens.reserve(piece.length * this.#width);
+				for (let i = 0; i < piece.length; i++) {
+					const id = piece[i] as number;
+					check(
+						id >= 0 && id < vocab,
+						`the id ${id} is beyond the vocabulary of ${vocab} (token ${this.#count + from + i} of ${path})`,
+					);
+					if (this.#width === 2) buffer.writeUInt16LE(id, at + 2 * i);
+					else buffer.writeUInt32LE(id, at + 4 * i);
+				}
 			}
 		} catch (error) {
 			throw unwritable(path, error);

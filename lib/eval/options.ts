@@ -55,7 +55,7 @@ export interface SequenceOptions extends EvaluationOptions {
 	/** Close texts and answers with the end token, and score it. Token files are taken as they are. @default true */
 	readonly endToken?: boolean;
 	/** End tokens added after documents and answers; they are scored too. @default 'none' */
-	readonly padding?: Padding;
+	readonly padding?: Exclude<Padding, 'batch'>;
 	/**
 	 * Tokens by which the windows of a `{ text }` longer than the context advance; a token is scored once, in the first
 	 * window it is in. @default context - 1: one token of overlap

@@ -2,7 +2,7 @@
 import { appendFileSync, readFileSync } from 'node:fs';
 import { dirname } from 'node:path';
 
-import { isMissing, makeDirectories, writeFileAtomic } from '../files.js';
+import { fileError, isMissing, makeDirectories, writeFileAtomic } from '../files.js';
 import type { MetricLogger, TrainMetrics } from '../training/options.js';
 
 /** Appends metrics to a file. A run that continues from an earlier step first drops the lines beyond it. */
@@ -14,13 +14,16 @@ export class JsonlLogger implements MetricLogger {
 	}
 
 	async start({ step }: { readonly step: number }): Promise<void> {
-		await makeDirectories(dirname(this.path));
+		const folder = dirname(this.path);
+		await makeDirectories(folder).catch((error) => {
+			throw fileError('make the directory', folder, error);
+		});
 		let text: string;
 		try {
 			text = readFileSync(this.path, 'utf8');
 		} catch (error) {
 			if (isMissing(error)) return;
-			throw error;
+			throw fileError('read', this.path, error);
 		}
 		const kept = text.split('\n').filter((line) => {
 			try {
@@ -33,7 +36,12 @@ export class JsonlLogger implements MetricLogger {
 		if (wanted !== text) await writeFileAtomic(this.path, wanted);
 	}
 
+	/** @throws `ERR_DN_CHECKPOINT` with the system's reason, a full disk for instance. */
 	log(metrics: TrainMetrics): void {
-		appendFileSync(this.path, `${JSON.stringify(metrics)}\n`);
+		try {
+			appendFileSync(this.path, `${JSON.stringify(metrics)}\n`);
+		} catch (error) {
+			throw fileError('write', this.path, error);
+		}
 	}
 }

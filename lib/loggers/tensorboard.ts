@@ -9,7 +9,7 @@ import { appendFileSync } from 'node:fs';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
 
-import { makeDirectories } from '../files.js';
+import { fileError, makeDirectories } from '../files.js';
 import type { MetricLogger, TrainMetrics } from '../training/options.js';
 
 const table = Uint32Array.from({ length: 256 }, (_, byte) => {
@@ -87,11 +87,11 @@ export class TensorBoardLogger implements MetricLogger {
 		return this.#path;
 	}
 
+	/** @throws `ERR_DN_CHECKPOINT` with the system's reason, a full disk for instance. */
 	async log(metrics: TrainMetrics): Promise<void> {
 		const now = Date.now() / 1000;
 		const messages: Buffer[] = [];
 		if (this.#path === undefined) {
-			await makeDirectories(this.dir);
 			this.#path = join(
 				this.dir,
 				`events.out.tfevents.${Math.floor(now)}.${hostname()}.${process.pid}.${metrics.step}`,
@@ -102,7 +102,12 @@ export class TensorBoardLogger implements MetricLogger {
 			const value = metrics[name];
 			if (typeof value === 'number') messages.push(record(event(now, metrics.step, scalar(tag, value))));
 		}
-		appendFileSync(this.#path, Buffer.concat(messages));
+		try {
+			await makeDirectories(this.dir);
+			appendFileSync(this.#path, Buffer.concat(messages));
+		} catch (error) {
+			throw fileError('write', this.#path, error);
+		}
 	}
 
 	close(): void {

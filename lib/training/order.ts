@@ -5,7 +5,7 @@
 import type { DiffusionBatch } from '../batch.js';
 import type { TokenDataset } from '../data/dataset.js';
 import type { Padding } from '../data/format.js';
-import { padSequence, type TrainingSequence } from '../data/pack.js';
+import { padSequence, padTogether, type TrainingSequence, tokensTogether } from '../data/pack.js';
 import { permutation, Stream } from '../random.js';
 
 /** Where a run stands in its data. */
@@ -47,23 +47,26 @@ export class DataOrder {
 
 	/** The next micro-batch. Never empty: a sequence longer than `batchTokens` stands alone. */
 	next(): DiffusionBatch {
-		const { batchSize, batchTokens } = this.#options;
+		const { batchSize, batchTokens, padding } = this.#options;
 		const sequences: TrainingSequence[] = [];
 		if (batchTokens === undefined) {
 			while (sequences.length < (batchSize ?? 1)) {
 				sequences.push(this.#peek());
 				this.#advance();
 			}
-			return toBatch(sequences);
+			return toBatch(padTogether(sequences, this.#options));
 		}
-		for (let tokens = 0; ; ) {
+		for (let total = 0, longest = 0; ; ) {
 			const sequence = this.#peek();
-			tokens += sequence.tokens.length;
+			const { length } = sequence.tokens;
+			total += length;
+			longest = Math.max(longest, length);
+			const tokens = tokensTogether(padding, sequences.length + 1, longest, total);
 			if (sequences.length > 0 && tokens > batchTokens) break;
 			sequences.push(sequence);
 			this.#advance();
 		}
-		return toBatch(sequences);
+		return toBatch(padTogether(sequences, this.#options));
 	}
 
 	#peek(): TrainingSequence {

@@ -56,6 +56,39 @@ export function lossOf(sums: LossSums): { loss: number; unweighted: number } {
 	};
 }
 
+/** Factor from summed gradients to those of the normalised loss; 0 when nothing was masked. */
+export function scaleOf({ denominator }: LossSums): number {
+	return denominator > 0 ? 1 / denominator : 0;
+}
+
+/** Global norm of the gradient of the normalised loss. */
+export async function gradientNorm(engine: Engine, sums: LossSums, signal: AbortSignal | undefined): Promise<number> {
+	const sumOfSquares = await engine.run((native) => native.gradientSumOfSquares(), signal);
+	return Math.sqrt(sumOfSquares) * scaleOf(sums);
+}
+
+/** One AdamW step down the normalised gradient, clipped to a global norm of `gradClip` (0: not clipped). */
+export async function update(
+	engine: Engine,
+	sums: LossSums,
+	gradNorm: number,
+	options: {
+		readonly learningRate: number;
+		readonly betas: readonly [number, number];
+		readonly eps: number;
+		readonly weightDecay: number;
+		readonly gradClip: number;
+		/** From 1, for the correction of the moments' bias. */
+		readonly step: number;
+	},
+): Promise<void> {
+	const { betas, gradClip, ...rest } = options;
+	const clip = gradClip > 0 && gradNorm > gradClip ? gradClip / gradNorm : 1;
+	await engine.run((native) =>
+		native.adamw({ ...rest, beta1: betas[0], beta2: betas[1], gradientScale: scaleOf(sums) * clip }),
+	);
+}
+
 /** Sequences of a batch; 0 for what is none, which toNativeTrainBatch then refuses. */
 function sequencesIn(batch: DiffusionBatch | null | undefined): number {
 	return batch?.tokens?.length ?? 0;

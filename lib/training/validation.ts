@@ -6,7 +6,7 @@ import { type DiffusionBatch, type LossOptions, toNativeNoise } from '../batch.j
 import type { ModelConfig } from '../config.js';
 import type { TokenDataset } from '../data/dataset.js';
 import type { Padding } from '../data/format.js';
-import { padSequence, type TrainingSequence } from '../data/pack.js';
+import { padSequence, padTogether, type TrainingSequence, tokensTogether } from '../data/pack.js';
 import type { Engine } from '../engine.js';
 import { DiffusionNativeError } from '../errors.js';
 import { permutation, Stream } from '../random.js';
@@ -37,28 +37,36 @@ export async function validate(
 	const count = Math.min(options.sequences, data.sequences);
 	const order = permutation(data.sequences, validationSeed, Stream.data, 0);
 	const batches: DiffusionBatch[] = [];
+	const { padding, batchSize, batchTokens } = options;
 	let open: TrainingSequence[] = [];
-	let tokens = 0;
+	const close = (): void => {
+		batches.push(toBatch(padTogether(open, options)));
+		open = [];
+	};
+	let longest = 0;
+	let total = 0;
 	for (let i = 0; i < count; i++) {
 		const index = order[i] as number;
 		const sequence = padSequence(
 			data.get(index),
-			{ padding: options.padding, padId: options.padId, context: config.context },
+			{ padding, padId: options.padId, context: config.context },
 			{ seed: validationSeed, epoch: 0, sequence: index },
 		);
+		const { length } = sequence.tokens;
 		const full =
-			options.batchTokens === undefined
-				? open.length === (options.batchSize ?? 1)
-				: tokens + sequence.tokens.length > options.batchTokens;
+			batchTokens === undefined
+				? open.length === (batchSize ?? 1)
+				: tokensTogether(padding, open.length + 1, Math.max(longest, length), total + length) > batchTokens;
 		if (full && open.length > 0) {
-			batches.push(toBatch(open));
-			open = [];
-			tokens = 0;
+			close();
+			longest = 0;
+			total = 0;
 		}
 		open.push(sequence);
-		tokens += sequence.tokens.length;
+		longest = Math.max(longest, length);
+		total += length;
 	}
-	if (open.length > 0) batches.push(toBatch(open));
+	if (open.length > 0) close();
 	const { objective, block } = options;
 	const noise = toNativeNoise(config, {
 		objective,

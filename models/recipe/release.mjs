@@ -209,7 +209,8 @@ ${Object.keys(matched.kinds)
 	.join('\n')}
 
 The stage with words around every piece of the vocabulary was added after looking at errors on 100 of the held-out spelling words. None of
-their words entered training, but the spelling figure is not entirely blind. The second round was judged on the validation split alone.
+their words entered training, but the spelling figure is not entirely blind. The second round was judged on the validation split alone;
+it raised spelling from 97.8 % and cost definitions a little, whose NELBO was 4.555 before it.
 
 ## Samples
 

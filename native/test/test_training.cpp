@@ -9,6 +9,7 @@
 #include "core/model.h"
 #include "test/check.h"
 #include "test/naive_gpt2.h"
+#include "test/proxy_backend.h"
 
 using namespace dn;
 using namespace dn::test;
@@ -414,20 +415,34 @@ DN_TEST(training_passes_nan_on) {
   CHECK(std::isnan(model->gradient_sum_of_squares()));
 }
 
-DN_TEST(training_steps_of_a_known_shape_keep_their_memory) {
+DN_TEST(training_steps_of_a_known_shape_allocate_nothing) {
   const NaiveGpt2 naive = random_weights(tiny_config(), 14);
-  const auto model = make_model(naive);
-  model->begin_training();
+  ProxyControl control;
+  Model model(std::make_unique<ProxyBackend>(make_cpu_backend(2), &control), naive.config);
+  set_weights(model, naive);
+  model.begin_training();
   const Task small = make_task(naive.config, all_masks()[0].mask, 45, 5, 0),
              large = make_task(naive.config, all_masks()[0].mask, 46);
-  run(*model, small);
-  run(*model, large);
-  const size_t held = model->memory().workspace;
-  run(*model, small);
-  run(*model, large);
-  CHECK(model->memory().workspace == held);
-  model->end_training();
-  CHECK(model->memory().workspace == 0);
+  TrainingOptions recompute;
+  recompute.recompute = true;
+  const auto step = [&](const Task& task, const TrainingOptions& options) {
+    model.zero_gradients();
+    run(model, task, options);
+    model.gradient_sum_of_squares();
+    model.adamw({}, 0.1f);
+  };
+  step(small, {});
+  step(large, {});
+  const size_t held = model.memory().workspace;
+  control.allocations = 0;
+  for (const TrainingOptions& options : {TrainingOptions{}, recompute}) {
+    step(small, options);
+    step(large, options);
+  }
+  CHECK_MSG(control.allocations == 0, std::to_string(control.allocations) + " allocations");
+  CHECK(model.memory().workspace == held);
+  model.end_training();
+  CHECK(model.memory().workspace == 0);
 }
 
 DN_TEST(training_rejects_bad_calls) {
