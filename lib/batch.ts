@@ -11,7 +11,7 @@ import { suggest } from './option-checks.js';
 export interface DiffusionBatch {
 	/** One array of token ids per sequence, 1 to `context` long. */
 	readonly tokens: readonly Int32Array[];
-	/** 1 where a token may be masked, one array per sequence. @default all ones */
+	/** 1 where a token may be masked, 2 where it always is (and weighs 1), one array per sequence. @default all ones */
 	readonly maskable?: readonly Uint8Array[];
 	/** 1 where a token is masked. @default drawn: each maskable token with probability t */
 	readonly mask?: readonly Uint8Array[];
@@ -236,8 +236,8 @@ export function toNativeTrainBatch(
 			check(time > 0 && time <= 1, `batch.t[${s}] is ${String(time)}, expected a number in (0, 1]`);
 		}
 	}
-	const maskable = flags('maskable', batch.maskable, offsets);
-	const mask = flags('mask', batch.mask, offsets);
+	const maskable = flags('maskable', batch.maskable, offsets, 2);
+	const mask = flags('mask', batch.mask, offsets, 1);
 	if (mask && maskable) {
 		const wrong = mask.findIndex((masked, i) => masked === 1 && maskable[i] === 0);
 		const s = offsets.findIndex((end) => end > wrong) - 1;
@@ -253,7 +253,12 @@ export function toNativeTrainBatch(
 	};
 }
 
-function flags(name: string, rows: readonly Uint8Array[] | undefined, offsets: Int32Array): Uint8Array | null {
+function flags(
+	name: string,
+	rows: readonly Uint8Array[] | undefined,
+	offsets: Int32Array,
+	most: number,
+): Uint8Array | null {
 	if (rows === undefined) return null;
 	const count = offsets.length - 1;
 	check(Array.isArray(rows), `batch.${name} is ${typeof rows}, expected a list of one Uint8Array per sequence`);
@@ -265,7 +270,10 @@ function flags(name: string, rows: readonly Uint8Array[] | undefined, offsets: I
 		const length = (offsets[s + 1] as number) - (offsets[s] as number);
 		check(row.length === length, `batch.${name}[${s}] has ${row.length} entries, its sequence has ${length} tokens`);
 		for (let i = 0; i < length; i++) {
-			check((row[i] as number) <= 1, `batch.${name}[${s}][${i}] is ${row[i]}, expected 0 or 1`);
+			check(
+				(row[i] as number) <= most,
+				`batch.${name}[${s}][${i}] is ${row[i]}, expected ${most === 1 ? '0 or 1' : `0 to ${most}`}`,
+			);
 		}
 		packed.set(row, offsets[s]);
 	}

@@ -362,10 +362,12 @@ export class Trainer implements AsyncDisposable {
 	}
 
 	#orderAt(position: DataPosition): DataOrder | undefined {
-		const { data, seed, padding, batchSize, batchTokens } = this.#options;
+		const { data, seed, padding, maskEnds, batchSize, batchTokens } = this.#options;
 		if (!data) return undefined;
-		const { context } = this.model.config;
-		return new DataOrder({ data, seed, padding, padId: this.#padId(data), context, batchSize, batchTokens }, position);
+		const { context, eosId } = this.model.config;
+		const padId = this.#padId(data);
+		const hidden = maskEnds ? [eosId, padId] : [];
+		return new DataOrder({ data, seed, padding, padId, hidden, context, batchSize, batchTokens }, position);
 	}
 
 	#spindle() {

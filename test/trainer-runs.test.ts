@@ -174,6 +174,41 @@ test("padding 'batch': every sequence of a micro-batch is as long as its longest
 	await model.dispose();
 });
 
+test('maskEnds: end and padding tokens are masked however small t is', async (t) => {
+	const records = Array.from({ length: 8 }, (_, i) => ({
+		tokens: Int32Array.of(1, 2, 3 + (i % 4), 4),
+		promptLength: 2,
+	}));
+	const data = await prepare(records, {
+		tokenizer: ids,
+		out: `${fresh()}.bin`,
+		format: 'pairs',
+		context: 16,
+		eosId: 8,
+		padding: { multiple: 8 },
+	});
+	const model = await tiny();
+	// At this t hardly a token is drawn: a step without any has no loss.
+	const quiet = { data, maxSteps: 6, learningRate: 0, batchSize: 8, timeRange: [1e-3, 1e-3] as const };
+	const losses = async (options: TrainOptions): Promise<number[]> => {
+		await using trainer = new Trainer(model, { ...quiet, ...options });
+		return (await collect(trainer)).map((m) => m.unweighted);
+	};
+	t.true((await losses({})).filter((loss) => loss > 0).length < 6);
+	// The cross-entropy of ends and padding, the same in every epoch.
+	const hidden = await losses({ maskEnds: true });
+	t.true(hidden.every((loss) => loss > 1));
+	const { masked } = await model.loss(
+		{ tokens: [Int32Array.of(1, 2, 3, 8, 8)], maskable: [Uint8Array.of(0, 0, 1, 2, 2)], t: [1e-9] },
+		{},
+	);
+	t.is(masked, 2);
+	for (const wrong of [{ objective: 'autoregressive' }, { timeSampler: 'exact-count' }] as const) {
+		t.throws(() => new Trainer(model, { ...quiet, ...wrong, maskEnds: true }), { message: /maskEnds/ });
+	}
+	await model.dispose();
+});
+
 test('early stop', async (t) => {
 	const data = await documents(50);
 	const model = await tiny();

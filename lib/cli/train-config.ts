@@ -67,6 +67,7 @@ const kinds: Record<string, string> = {
 	gradClip: 'number',
 	evalEvery: 'number',
 	evalSequences: 'number',
+	maskEnds: 'boolean',
 	recompute: 'boolean',
 	objective: 'string',
 	normalise: 'string',

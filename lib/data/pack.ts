@@ -69,6 +69,13 @@ export function padSequence(
 	return { tokens: padded, maskable: new Uint8Array(length).fill(1, promptLength) };
 }
 
+/** The same sequence with `ids` always masked where they may be masked. */
+export function hide({ tokens, maskable }: TrainingSequence, ids: readonly number[]): TrainingSequence {
+	const flags = maskable?.slice() ?? new Uint8Array(tokens.length).fill(1);
+	for (const [i, id] of tokens.entries()) if (flags[i] === 1 && ids.includes(id)) flags[i] = 2;
+	return { tokens, maskable: flags };
+}
+
 /** With the padding 'batch': the sequences of a batch, each as long as the longest. Otherwise as they are. */
 export function padTogether(
 	sequences: readonly TrainingSequence[],

@@ -94,6 +94,11 @@ export interface TrainOptions {
 	readonly attentionAnnealing?: AttentionAnnealing;
 	/** Padding that teaches length. @default what the data was prepared with */
 	readonly padding?: Padding;
+	/**
+	 * End and padding tokens are masked at every t and weigh 1, so that the model never sees where a text ends before it has
+	 * said so (dLLM-Var, arXiv 2510.24605). Not with 'autoregressive' or exact counts. @default false
+	 */
+	readonly maskEnds?: boolean;
 	/** Keep less for the backward pass and compute it again: less memory, about a third slower. @default false */
 	readonly recompute?: boolean;
 	/** 'bf16': matrix products round their inputs where the hardware is faster that way. @default 'fp32' */
@@ -131,6 +136,7 @@ export const trainOptionNames = [
 	'spindle',
 	'attentionAnnealing',
 	'padding',
+	'maskEnds',
 	'recompute',
 	'precision',
 	'evalEvery',
@@ -212,7 +218,12 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 	);
 	const padding = options.padding ?? data?.padding ?? 'none';
 	checkPadding(padding);
-	const { recompute = false, loggers = [] } = options;
+	const { recompute = false, maskEnds = false, loggers = [] } = options;
+	check(typeof maskEnds === 'boolean', `maskEnds is ${JSON.stringify(maskEnds)}, expected true or false`);
+	check(
+		!maskEnds || (options.objective !== 'autoregressive' && options.timeSampler !== 'exact-count'),
+		"maskEnds has no meaning for the objective 'autoregressive' or the time sampler 'exact-count'",
+	);
 	check(typeof recompute === 'boolean', `recompute is ${JSON.stringify(recompute)}, expected true or false`);
 	check(
 		Array.isArray(loggers) && loggers.every((logger) => typeof logger?.log === 'function'),
@@ -236,6 +247,7 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 		eps: options.eps ?? 1e-8,
 		gradClip: options.gradClip ?? 1,
 		padding,
+		maskEnds,
 		recompute,
 		precision,
 		evalSequences: options.evalSequences ?? 256,

@@ -5,7 +5,7 @@
 import type { DiffusionBatch } from '../batch.js';
 import type { TokenDataset } from '../data/dataset.js';
 import type { Padding } from '../data/format.js';
-import { padSequence, padTogether, type TrainingSequence, tokensTogether } from '../data/pack.js';
+import { hide, padSequence, padTogether, type TrainingSequence, tokensTogether } from '../data/pack.js';
 import { permutation, Stream } from '../random.js';
 
 /** Where a run stands in its data. */
@@ -20,6 +20,8 @@ export interface OrderOptions {
 	readonly seed: bigint;
 	readonly padding: Padding;
 	readonly padId: number;
+	/** Ids that are always masked where they may be masked. */
+	readonly hidden: readonly number[];
 	readonly context: number;
 	/** Sequences per micro-batch, or undefined: as many as fit `batchTokens`. */
 	readonly batchSize: number | undefined;
@@ -54,7 +56,7 @@ export class DataOrder {
 				sequences.push(this.#peek());
 				this.#advance();
 			}
-			return toBatch(padTogether(sequences, this.#options));
+			return this.#batch(sequences);
 		}
 		for (let total = 0, longest = 0; ; ) {
 			const sequence = this.#peek();
@@ -66,7 +68,13 @@ export class DataOrder {
 			sequences.push(sequence);
 			this.#advance();
 		}
-		return toBatch(padTogether(sequences, this.#options));
+		return this.#batch(sequences);
+	}
+
+	#batch(sequences: readonly TrainingSequence[]): DiffusionBatch {
+		const { hidden } = this.#options;
+		const padded = padTogether(sequences, this.#options);
+		return toBatch(hidden.length > 0 ? padded.map((sequence) => hide(sequence, hidden)) : padded);
 	}
 
 	#peek(): TrainingSequence {

@@ -29,8 +29,15 @@ struct Span {
   int64_t block, blocks;
 };
 
+constexpr uint8_t kAlwaysMasked = 2;  // of CleanBatch::maskable
+
 bool is_maskable(const CleanBatch& clean, int64_t n) {
   return clean.maskable == nullptr || clean.maskable[n] != 0;
+}
+
+// Not where the mask is given, which then says everything.
+bool is_always_masked(const CleanBatch& clean, int64_t n) {
+  return clean.mask == nullptr && clean.maskable != nullptr && clean.maskable[n] == kAlwaysMasked;
 }
 
 // Under the shift no row predicts a sequence's first token.
@@ -73,6 +80,10 @@ void validate_tokens(const CleanBatch& clean, const NoiseOptions& options, int64
     const auto here = [&] { return "token " + std::to_string(n - begin) + " of " + sequence_name(s); };
     const int32_t id = clean.ids[n];
     if (id < 0) misuse(here() + " has the id " + std::to_string(id) + ", expected 0 or more");
+    if (options.time_sampler == TimeSampler::kExactCount && clean.t == nullptr &&
+        is_always_masked(clean, n)) {
+      misuse(here() + " is always masked, which exact counts do not allow");
+    }
     if (clean.mask != nullptr && clean.mask[n] != 0 && !is_maskable(clean, n)) {
       misuse(here() + " is masked by the given mask but not maskable");
     }
@@ -220,6 +231,11 @@ double corrupt_span(const CleanBatch& clean, const NoiseOptions& options, const 
   for (int64_t i = span.begin; i < span.end; ++i) {
     const int64_t n = span.offset + i;
     if (!is_maskable(clean, n)) continue;
+    if (is_always_masked(clean, n)) {
+      mask[n] = 1;
+      weights[n] = 1;
+      continue;
+    }
     Rate rate{t, all_mask_limit ? 1 : 1 / t};
     if (spindle) {
       rate = spindle_rate(t, options.spindle_lambda * (1 - mean / options.spindle_information[clean.ids[n]]));

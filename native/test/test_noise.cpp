@@ -114,6 +114,37 @@ DN_TEST(noise_given_parts_are_not_drawn) {
   }
 }
 
+// Tokens that are always masked: at every t, with weight 1, beside others that are drawn as ever.
+DN_TEST(noise_always_masked_tokens) {
+  CleanTokens clean({{1, 2, 3, 4, 5, 6}});
+  clean.maskable = {0, 1, 1, 1, 2, 2};
+  NoiseOptions options = noise_options();
+  options.t_min = options.t_max = 0.25;
+  int64_t drawn = 0;
+  for (options.step = 0; options.step < 400; ++options.step) {
+    const NoisyBatch noisy = corrupt(clean.view(), options);
+    CHECK(noisy.mask[0] == 0 && noisy.mask[4] == 1 && noisy.mask[5] == 1);
+    CHECK(noisy.predictable == 5 && noisy.denominator == 5);
+    const size_t R = noisy.rows.rows.size();
+    CHECK((noisy.rows.targets[R - 2] == 5 && noisy.rows.targets[R - 1] == 6));
+    for (size_t r = 0; r < R; ++r) CHECK(noisy.rows.weights[r] == (r + 2 < R ? 4.0f : 1.0f));
+    drawn += static_cast<int64_t>(R) - 2;
+  }
+  CHECK(std::abs(static_cast<double>(drawn) / (3 * 400) - 0.25) < 0.05);
+
+  clean.mask = {0, 1, 0, 0, 0, 1};  // given: it says everything
+  clean.t = {0.25};
+  const NoisyBatch given = corrupt(clean.view(), options);
+  CHECK(given.mask == clean.mask && (given.rows.weights == Weights{4, 4}));
+
+  clean.mask.clear();
+  clean.t.clear();
+  options.time_sampler = TimeSampler::kExactCount;
+  options.t_min = 1e-3;
+  options.t_max = 1;
+  CHECK_THROWS(corrupt(clean.view(), options), Code::kArgument, "always masked");
+}
+
 DN_TEST(noise_autoregressive_rows) {
   CleanTokens clean({{10, 11, 12, 13}, {20}, {30, 31}});
   clean.maskable = {1, 0, 1, 1, 1, 1, 1};
