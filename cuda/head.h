@@ -64,7 +64,7 @@ struct TilePart {
   float draw[kQuarters] = {0, 0, 0, 0};  // of exp((x - best) / temperature), by quarters of the tile
 };
 
-// Rows that go through the fused head in one launch: bounds the scratch to 57 MiB at V = 50257.
+// Rows that go through the fused head in one launch: bounds the scratch to 56 MiB at V = 50257.
 constexpr int64_t kFusedRows = 8192;
 constexpr int64_t kFusedMultiple = 8;
 

@@ -1,6 +1,7 @@
 // The head on the device: cross-entropy and its gradients against double precision; statistics and draws
 // against the CPU backend on the same numbers, with every filter.
 
+#include "cuda/head.h"
 #include "cuda/test/support.h"
 
 namespace dn::cuda_test {
@@ -215,6 +216,38 @@ void check_draws(Dtype dtype) {
 DN_TEST(cuda_draws_follow_the_distribution) {
   check_draws(Dtype::kF32);
   check_draws(Dtype::kBF16);
+}
+
+// Of stored logits, too, only as many rows are looked at as the device counts.
+DN_TEST(cuda_denoise_counts_rows_on_the_device) {
+  Backend& device = backend(Dtype::kF32);
+  const int64_t R = 3, V = 70, stride = cuda::logits_stride(V);
+  const Array logits(device, Dtype::kF32, R, stride, random_values(R * stride, 1)),
+      tile_mass(device, Dtype::kF32, R, 2 * cuda::head_tiles(V));
+  std::vector<DenoiseRow> rows(idx(R));
+  for (int64_t r = 0; r < R; ++r) rows[idx(r)].row = r;
+  std::vector<cuda::DenoiseResult> results(idx(R));
+  for (cuda::DenoiseResult& result : results) result.not_finite = -77;
+  const int32_t live = 2;
+  const std::unique_ptr<Buffer> list = device.alloc(rows.size() * sizeof(DenoiseRow)),
+                                out = device.alloc(results.size() * sizeof(cuda::DenoiseResult)),
+                                count = device.alloc(sizeof live);
+  device.upload(list->data(), rows.data(), list->bytes());
+  device.upload(out->data(), results.data(), out->bytes());
+  device.upload(count->data(), &live, sizeof live);
+  cuda::DenoiseCall call;
+  call.logits = static_cast<float*>(logits.data());
+  call.stride = stride;
+  call.V = V;
+  call.rows = static_cast<const DenoiseRow*>(list->data());
+  call.R = R;
+  call.count = static_cast<const int32_t*>(count->data());
+  call.tile_mass = static_cast<double*>(tile_mass.data());
+  call.results = static_cast<cuda::DenoiseResult*>(out->data());
+  cuda::denoise(call, nullptr);
+  cuda::synchronize(nullptr);
+  device.download(results.data(), out->data(), out->bytes());
+  CHECK(results[0].not_finite == -1 && results[1].not_finite == -1 && results[2].not_finite == -77);
 }
 
 DN_TEST(cuda_denoise_names_logits_that_are_not_finite) {
