@@ -58,6 +58,7 @@ CudaBackend::CudaBackend(int device, const Device& properties, Dtype activations
       gradient_rows_(state_.get(), "the gradients of the head's rows"),
       results_(state_.get(), "the head's results"),
       tile_mass_(state_.get(), "sums of probabilities"),
+      head_parts_(state_.get(), "the head's partial sums"),
       doubles_(state_.get(), "sums of squares") {
   library_ = CublasLt::open();
   // A device that takes memory and launches but does not compute is found here, not in a user's results.

@@ -14,6 +14,7 @@
 #include "core/backend.h"
 #include "cuda/attention.h"
 #include "cuda/cublaslt.h"
+#include "cuda/head.h"
 #include "cuda/rows.h"
 #include "cuda/runtime.h"
 
@@ -163,6 +164,12 @@ class CudaBackend : public Backend {
   void head_logits(Tensor logits, Tensor hidden, const int64_t* rows, int64_t R, const Weight& wte) override;
   void head_denoise(DenoiseStats* stats, float* watched, Tensor hidden, const DenoiseRow* rows, int64_t R,
                     const int32_t* watch, int64_t watch_count, const Weight& wte) override;
+  // head_denoise for loops that stay on the device. Rows, results and, when given, how many of the R rows
+  // there are lie in device memory; nothing is checked and nothing waits. No row may have a guide or a
+  // filter; hidden must be what the fused head takes: bf16, C a multiple of 8. Memory: step_bytes with this
+  // R.
+  void head_denoise_listed(DenoiseResult* results, Tensor hidden, const DenoiseRow* rows, int64_t R,
+                           const int32_t* count, const Weight& wte);
   void head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte, Tensor hidden, const int64_t* rows,
                           const int32_t* targets, const float* weights, int64_t R, const Weight& wte,
                           MatmulPrecision precision) override;
@@ -186,6 +193,12 @@ class CudaBackend : public Backend {
                                const int32_t* query_positions, int64_t NH, int64_t C, bool backward);
   // Rows of logits that are held at once: bounded, and at most a thirty-second of the device's memory.
   int64_t head_chunk_rows(int64_t V, bool training) const;
+  // The fused head on these matrices, without rows; without wte where it cannot run.
+  FusedDenoiseCall fused_call(Tensor hidden, const Weight& wte);
+  void run_fused(FusedDenoiseCall call);
+  // Results and watched probabilities, on the device, of rows whose logits are needed.
+  void denoise_chunks(DenoiseResult* results, float* watched, Tensor hidden, const DenoiseRow* rows,
+                      int64_t R, const int32_t* device_watch, int64_t watch_count, const Weight& wte);
   // Rows of the head's input, gathered: (R, C).
   Tensor gather_hidden(const char* op, Tensor hidden, const int64_t* rows, int64_t R);
   void add_embedding_gradient(Tensor dtable, Tensor dout, const int32_t* rows, const char* what);
@@ -199,7 +212,7 @@ class CudaBackend : public Backend {
   Staging staging_;
   // One piece of scratch per purpose: an op's intermediate results never share memory with what it reads.
   Scratch partial_, delta_, spans_, plan_, logits_, hidden_rows_, gradient_rows_, results_, tile_mass_,
-      doubles_;
+      head_parts_, doubles_;
   std::vector<char> plan_bytes_;  // what plan_ holds
   Spans* tile_spans_ = nullptr;   // of that plan
   // Small copies that wait for the next op, and what they touch, as one range of bytes each.

@@ -1,7 +1,9 @@
-// The head: rows are gathered, projected in chunks whose fp32 logits fit a bounded piece of memory, and
-// consumed there.
+// The head. Rows that are only denoised go through the fused kernel, which keeps no logits (head_fused.cu).
+// Training, and rows with a guide or a filter, are gathered, projected in chunks whose fp32 logits fit a
+// bounded piece of memory, and consumed there (head.cu).
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "core/error.h"
@@ -76,29 +78,30 @@ void CudaBackend::head_logits(Tensor logits, Tensor hidden, const int64_t* rows,
   multiply(projection(static_cast<float*>(logits.data), logits.stride, inp, operand(wte), wte.N));
 }
 
-void CudaBackend::head_denoise(DenoiseStats* stats, float* watched, Tensor hidden, const DenoiseRow* rows,
-                               int64_t R, const int32_t* watch, int64_t watch_count, const Weight& wte) {
-  const Stream stream = begin();
-  const char* const op = "head_denoise";
-  const int64_t V = wte.N, stride = logits_stride(V), capacity = head_chunk_rows(V, false);
-  check(op, "hidden", hidden, hidden.rows, wte.K, dtype_);
-  for (int64_t r = 0; r < R; ++r) {
-    const DenoiseRow& row = rows[r];
-    if (row.guide_row >= 0) check_row(op, r, row.guide_row, hidden);
-    if (!(row.temperature >= 0) || !(row.top_p >= 0) || row.top_k < 0 || row.banned < -1 || row.banned >= V)
-      refuse(op, "row " + std::to_string(r) + " has options out of range (temperature " +
-                     std::to_string(row.temperature) + ", top_p " + std::to_string(row.top_p) + ", top_k " +
-                     std::to_string(row.top_k) + ", banned " + std::to_string(row.banned) + ")");
-    if (V == 1 && row.banned == 0) refuse(op, "the vocabulary has no id that is not banned");
-  }
-  for (int64_t w = 0; w < watch_count; ++w) check_id(op, "watched id", w, watch[w], V);
-  if (R == 0) return;
-
+FusedDenoiseCall CudaBackend::fused_call(Tensor hidden, const Weight& wte) {
+  FusedDenoiseCall call;
+  if (dtype_ != Dtype::kBF16) return call;
   const Operand head = operand(wte);
-  DenoiseResult* const results = results_.take<DenoiseResult>(R);
-  // Kept for the whole call: chunks only differ in their rows.
-  float* const device_watched = partial_.take<float>(R * std::max<int64_t>(watch_count, 1));
-  const int32_t* device_watch = nullptr;
+  if (!head.transposed) return call;
+  call.hidden = hidden.data;
+  call.hidden_stride = hidden.stride;
+  call.wte = head.data;
+  call.wte_stride = head.stride;
+  call.V = wte.N;
+  call.C = wte.K;
+  return call;
+}
+
+void CudaBackend::run_fused(FusedDenoiseCall call) {
+  call.parts = head_parts_.take<TilePart>(std::min(call.R, kFusedRows) * head_tiles(call.V));
+  fused_denoise(call, multiprocessors_, state_->stream());
+}
+
+void CudaBackend::denoise_chunks(DenoiseResult* results, float* watched, Tensor hidden,
+                                 const DenoiseRow* rows, int64_t R, const int32_t* device_watch,
+                                 int64_t watch_count, const Weight& wte) {
+  const int64_t V = wte.N, stride = logits_stride(V), capacity = head_chunk_rows(V, false);
+  const Operand head = operand(wte);
   std::vector<DenoiseRow> chunk;
   std::vector<int64_t> inputs;
   for (int64_t begin_row = 0, end = 0; begin_row < R; begin_row = end) {
@@ -116,9 +119,8 @@ void CudaBackend::head_denoise(DenoiseStats* stats, float* watched, Tensor hidde
     }
     const int64_t count = end - begin_row, logit_rows = static_cast<int64_t>(inputs.size());
     float* const logits = logits_.take<float>(logit_rows * stride);
-    const Tensor inp = gather_hidden(op, hidden, inputs.data(), logit_rows);
+    const Tensor inp = gather_hidden("head_denoise", hidden, inputs.data(), logit_rows);
     multiply(projection(logits, stride, inp, head, V));
-    if (watch_count > 0) device_watch = staging_.list(watch, watch_count);
     DenoiseCall call;
     call.logits = logits;
     call.stride = stride;
@@ -128,17 +130,65 @@ void CudaBackend::head_denoise(DenoiseStats* stats, float* watched, Tensor hidde
     call.tile_mass = tile_mass_.take<double>(count * head_tiles(V));
     call.watch = device_watch;
     call.watch_count = watch_count;
-    call.watched = device_watched + begin_row * watch_count;
+    call.watched = watched + begin_row * watch_count;
     call.results = results + begin_row;
-    denoise(call, stream);
+    denoise(call, state_->stream());
   }
+}
+
+void CudaBackend::head_denoise(DenoiseStats* stats, float* watched, Tensor hidden, const DenoiseRow* rows,
+                               int64_t R, const int32_t* watch, int64_t watch_count, const Weight& wte) {
+  const Stream stream = begin();
+  const char* const op = "head_denoise";
+  const int64_t V = wte.N;
+  check(op, "hidden", hidden, hidden.rows, wte.K, dtype_);
+  for (int64_t r = 0; r < R; ++r) {
+    const DenoiseRow& row = rows[r];
+    check_row(op, r, row.row, hidden);
+    if (row.guide_row >= 0) check_row(op, r, row.guide_row, hidden);
+    if (!(row.temperature >= 0) || !(row.top_p >= 0) || row.top_k < 0 || row.banned < -1 || row.banned >= V)
+      refuse(op, "row " + std::to_string(r) + " has options out of range (temperature " +
+                     std::to_string(row.temperature) + ", top_p " + std::to_string(row.top_p) + ", top_k " +
+                     std::to_string(row.top_k) + ", banned " + std::to_string(row.banned) + ")");
+    if (V == 1 && row.banned == 0) refuse(op, "the vocabulary has no id that is not banned");
+  }
+  for (int64_t w = 0; w < watch_count; ++w) check_id(op, "watched id", w, watch[w], V);
+  if (R == 0) return;
+
+  // Rows that the fused kernel takes come first; order: where a row stands in the caller's list.
+  FusedDenoiseCall fused = fused_call(hidden, wte);
+  const bool fits = fused_denoise_fits(fused);
+  std::vector<int64_t> order(static_cast<size_t>(R));
+  std::iota(order.begin(), order.end(), int64_t{0});
+  fused.R = std::stable_partition(order.begin(), order.end(),
+                                  [&](int64_t r) { return fits && !rows[r].needs_logits(V); }) -
+            order.begin();
+  std::vector<DenoiseRow> ordered;
+  for (const int64_t r : order) ordered.push_back(rows[r]);
+
+  DenoiseResult* const results = results_.take<DenoiseResult>(R);
+  float* const device_watched = partial_.take<float>(R * std::max<int64_t>(watch_count, 1));
+  const int32_t* const device_watch = watch_count > 0 ? staging_.list(watch, watch_count) : nullptr;
+  if (fused.R > 0) {
+    fused.rows = staging_.list(ordered.data(), fused.R);
+    fused.watch = device_watch;
+    fused.watch_count = watch_count;
+    fused.watched = device_watched;
+    fused.results = results;
+    run_fused(fused);
+  }
+  denoise_chunks(results + fused.R, device_watched + fused.R * watch_count, hidden, ordered.data() + fused.R,
+                 R - fused.R, device_watch, watch_count, wte);
+
   std::vector<DenoiseResult> host(static_cast<size_t>(R));
+  std::vector<float> host_watched(static_cast<size_t>(R * watch_count));
   copy_to_host(host.data(), results, host.size() * sizeof(DenoiseResult), stream);
   if (watch_count > 0)
-    copy_to_host(watched, device_watched, static_cast<size_t>(R * watch_count) * sizeof(float), stream);
+    copy_to_host(host_watched.data(), device_watched, host_watched.size() * sizeof(float), stream);
   cuda::synchronize(stream);
-  for (int64_t r = 0; r < R; ++r) {
-    const DenoiseResult& result = host[static_cast<size_t>(r)];
+  for (int64_t i = 0; i < R; ++i) {
+    const int64_t r = order[static_cast<size_t>(i)];
+    const DenoiseResult& result = host[static_cast<size_t>(i)];
     if (result.not_finite >= 0) {
       throw Error(Code::kInternal, "head_denoise: logits of row " + std::to_string(r) +
                                        " are not finite: id " + std::to_string(result.not_finite) + " has " +
@@ -147,7 +197,26 @@ void CudaBackend::head_denoise(DenoiseStats* stats, float* watched, Tensor hidde
                                        std::to_string(rows[r].position) + ")");
     }
     stats[r] = result.stats;
+    if (watch_count > 0)
+      std::copy_n(host_watched.data() + i * watch_count, watch_count, watched + r * watch_count);
   }
+}
+
+void CudaBackend::head_denoise_listed(DenoiseResult* results, Tensor hidden, const DenoiseRow* rows,
+                                      int64_t R, const int32_t* count, const Weight& wte) {
+  begin();
+  const char* const op = "head_denoise_listed";
+  check(op, "hidden", hidden, hidden.rows, wte.K, dtype_);
+  FusedDenoiseCall call = fused_call(hidden, wte);
+  if (!fused_denoise_fits(call))
+    refuse(op, "hidden " + hidden.shape() + " and a head of (K, N) = " + wte.shape() +
+                   " do not fit the fused kernel (bf16, rows aligned to 16 bytes)");
+  if (R == 0) return;
+  call.rows = rows;
+  call.R = R;
+  call.count = count;
+  call.results = results;
+  run_fused(call);
 }
 
 void CudaBackend::head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte, Tensor hidden,

@@ -8,7 +8,8 @@
 #include <cstdint>
 
 #define DN_DEVICE __device__ __forceinline__
-#define DN_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// Threads of a block and, where it matters, how many blocks a multiprocessor should hold.
+#define DN_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define DN_UNROLL _Pragma("unroll")
 // A deliberate mistake that only the emulator can switch on.
 #define DN_PLANTED(number) false

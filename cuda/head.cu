@@ -2,15 +2,13 @@
 // and order of filters as in native/cpu/head_row.cpp; sums of probabilities are in double, in tiles of
 // kTileIds, so that equal logits draw equal tokens on both devices.
 
-#include "cuda/common.cuh"
-#include "cuda/head.h"
+#include "cuda/draw.cuh"
 
 namespace dn::cuda {
 namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr float kMinExponent = -87.0f;  // below, a probability counts as zero
 constexpr int kPerLane = static_cast<int>(kTileIds) / kWarp;
 constexpr int kCuts = 15;  // thresholds tried in one pass over a row
 
@@ -62,30 +60,6 @@ cross_entropy_kernel(CrossEntropyCall p) {
   }
 }
 
-// The best two logits seen so far; the smallest id among equals.
-struct Best {
-  float value = -INFINITY, second = -INFINITY;
-  int32_t id = 0x7FFFFFFF;
-};
-DN_DEVICE void consider(Best* best, float x, int32_t id) {
-  if (x > best->value || (x == best->value && id < best->id)) {
-    best->second = best->value;
-    best->value = x;
-    best->id = id;
-  } else if (x > best->second) {
-    best->second = x;
-  }
-}
-DN_DEVICE void merge(Best* best, float value, float second, int32_t id) {
-  const float least = best->value < value ? best->value : value;
-  const float seconds = best->second > second ? best->second : second;
-  if (value > best->value || (value == best->value && id < best->id)) {
-    best->value = value;
-    best->id = id;
-  }
-  best->second = least > seconds ? least : seconds;
-}
-
 // fp32 in the order of unsigned numbers.
 DN_DEVICE uint32_t order_of(float x) {
   const uint32_t bits = float_as_uint(x);
@@ -102,7 +76,7 @@ struct Row {
   float max, scale, threshold;
   DN_DEVICE float mass(int64_t i) const {
     const float x = logits[i], z = (x - max) * scale;
-    return z < kMinExponent || x < threshold ? 0.0f : expf(z);
+    return x < threshold ? 0.0f : mass_of(z);
   }
 };
 
@@ -161,64 +135,10 @@ DN_DEVICE float select_threshold(const Row& row, bool count, double budget, doub
   return value_of(low);
 }
 
-DN_DEVICE int first_lane(bool yes, int lane) {
-  int first = yes ? lane : kWarp;
-  DN_UNROLL
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const int other = shuffle_xor(first, mask);
-    first = other < first ? other : first;
-  }
-  return first;
-}
-DN_DEVICE int last_lane(bool yes, int lane) {
-  int last = yes ? lane : -1;
-  DN_UNROLL
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const int other = shuffle_xor(last, mask);
-    last = other > last ? other : last;
-  }
-  return last;
-}
-
-// One warp: every lane owns `count` neighbouring items from `first` on. Returns the first item whose running
-// sum exceeds target (the last one with mass when rounding leaves target past the end), and in *below the sum
-// before it.
-template <typename Mass>
-DN_DEVICE int64_t find_item(const Mass& mass, int64_t first, int64_t count, double target, double* below) {
-  const int lane = thread_index() % kWarp;
-  double own = 0;
-  for (int64_t i = first; i < first + count; ++i) own += mass(i);
-  double sum = own;  // inclusive over lanes
-  DN_UNROLL
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const double other = shuffle(sum, lane >= distance ? lane - distance : lane);
-    if (lane >= distance) sum += other;
-  }
-  double before = shuffle(sum, lane > 0 ? lane - 1 : 0);
-  if (lane == 0) before = 0;
-  if (*below > 0) before += *below, sum += *below;
-  const int hit = first_lane(own > 0 && target < sum, lane), last = last_lane(own > 0, lane);
-  const int owner = hit < kWarp ? hit : last;
-  int64_t item = first;
-  double running = before, below_item = before;
-  for (int64_t i = first; i < first + count; ++i) {
-    const double m = mass(i);
-    if (m > 0) {
-      item = i;
-      below_item = running;
-    }
-    running += m;
-    if (m > 0 && target < running) break;
-  }
-  *below = shuffle(below_item, owner);
-  return shuffle(item, owner);
-}
-
 DN_KERNEL(kThreads) denoise_kernel(DenoiseCall p) {
+  if (p.count && block_x() >= *p.count) return;
   double* const scratch = shared_memory<double>();  // kWarps
-  float* const best_values = reinterpret_cast<float*>(scratch + kWarps);
-  float* const best_seconds = best_values + kWarps;
-  int32_t* const best_ids = reinterpret_cast<int32_t*>(best_seconds + kWarps);
+  WarpBest* const best_scratch = reinterpret_cast<WarpBest*>(scratch + kWarps);
   const DenoiseRow options = p.rows[block_x()];
   float* const logits = p.logits + options.row * p.stride;
   const float* const guide = options.guide_row >= 0 ? p.logits + options.guide_row * p.stride : nullptr;
@@ -230,39 +150,17 @@ DN_KERNEL(kThreads) denoise_kernel(DenoiseCall p) {
 
   // Guidance, the banned id, the best two, and whether all is finite.
   Best best;
-  int32_t bad = 0x7FFFFFFF;
+  int32_t bad = kNoId;
   for (int64_t i = thread; i < V; i += kThreads) {
     float x = logits[i];
     if (guide) x = guide[i] + (options.guidance + 1) * (x - guide[i]);
-    if (!(fabsf(x) < INFINITY) && bad == 0x7FFFFFFF) {
-      bad = static_cast<int32_t>(i);
-    }
-    if (i == options.banned && bad == 0x7FFFFFFF) x = -INFINITY;
+    if (!(fabsf(x) < INFINITY) && bad == kNoId) bad = static_cast<int32_t>(i);
+    if (i == options.banned && bad == kNoId) x = -INFINITY;
     if (guide || i == options.banned) logits[i] = x;
     if (i != options.banned) consider(&best, x, static_cast<int32_t>(i));
   }
-  DN_UNROLL
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const float value = shuffle_xor(best.value, mask), second = shuffle_xor(best.second, mask);
-    const int32_t id = shuffle_xor(best.id, mask), other = shuffle_xor(bad, mask);
-    merge(&best, value, second, id);
-    bad = other < bad ? other : bad;
-  }
-  if (lane == 0) {
-    best_values[warp] = best.value;
-    best_seconds[warp] = best.second;
-    best_ids[warp] = best.id;
-    scratch[warp] = static_cast<double>(bad);
-  }
-  sync_block();
-  best = Best();
-  for (int w = 0; w < kWarps; ++w) {
-    merge(&best, best_values[w], best_seconds[w], best_ids[w]);
-    const int32_t other = static_cast<int32_t>(scratch[w]);
-    bad = other < bad ? other : bad;
-  }
-  sync_block();
-  if (bad != 0x7FFFFFFF) {
+  block_best(&best, &bad, best_scratch);
+  if (bad != kNoId) {
     if (thread == 0) {
       result.not_finite = bad;
       result.value = logits[bad];
@@ -272,7 +170,7 @@ DN_KERNEL(kThreads) denoise_kernel(DenoiseCall p) {
 
   Row row{logits, V, best.value, 1.0f, -INFINITY};
   double moment = 0;
-  const double total = sum_tiles(row, tile_mass, &moment, scratch), log_total = log(total);
+  const double total = sum_tiles(row, tile_mass, &moment, scratch);
   for (int64_t w = thread; w < p.watch_count; w += kThreads) {
     const double exponent = static_cast<double>(logits[p.watch[w]]) - static_cast<double>(best.value);
     p.watched[block_x() * p.watch_count + w] = static_cast<float>(exp(exponent) / total);
@@ -282,7 +180,7 @@ DN_KERNEL(kThreads) denoise_kernel(DenoiseCall p) {
   if (options.temperature > 0) {
     double mass = total;
     if (options.temperature != 1) {
-      row.scale = fminf(1 / options.temperature, 3.402823466e38f);
+      row.scale = draw_scale(options.temperature);
       mass = sum_tiles(row, tile_mass, nullptr, scratch);
     }
     float threshold = -INFINITY;
@@ -310,15 +208,8 @@ DN_KERNEL(kThreads) denoise_kernel(DenoiseCall p) {
     }
   }
   if (thread != 0) return;
-  const double best_value = static_cast<double>(best.value);
-  const double entropy = log_total - moment / total;
-  DenoiseStats& stats = result.stats;
-  stats.best = best.id;
-  stats.drawn = static_cast<int32_t>(drawn);
-  stats.probability = static_cast<float>(1 / total);
-  stats.margin = static_cast<float>(-expm1(static_cast<double>(best.second) - best_value) / total);
-  stats.entropy = static_cast<float>(entropy > 0 ? entropy : 0.0);
-  stats.drawn_log_prob = static_cast<float>(static_cast<double>(logits[drawn]) - best_value - log_total);
+  set_statistics(&result.stats, best, total, moment);
+  set_draw(&result.stats, drawn, logits[drawn], best, total);
   result.not_finite = -1;
 }
 
@@ -336,7 +227,7 @@ void cross_entropy(const CrossEntropyCall& call, Stream stream) {
 
 void denoise(const DenoiseCall& call, Stream stream) {
   launch(denoise_kernel, Grid{static_cast<unsigned>(call.R)}, kThreads,
-         kWarps * (sizeof(double) + 2 * sizeof(float) + sizeof(int32_t)), stream, call);
+         kWarps * (sizeof(double) + sizeof(WarpBest)), stream, call);
 }
 
 }  // namespace dn::cuda

@@ -1,5 +1,6 @@
-// What the head does with rows of fp32 logits on the device; a block per row. backend_head.cu brings the
-// logits, chunk by chunk.
+// The head on the device. head.cu takes rows of fp32 logits that backend_head.cu brings chunk by chunk, a
+// block per row. head_fused.cu projects and denoises at once, for rows without guide and filters: their
+// logits stay in registers.
 #pragma once
 
 #include <cstdint>
@@ -43,12 +44,48 @@ struct DenoiseCall {
   int64_t V = 0;
   const DenoiseRow* rows = nullptr;  // row and guide_row are rows of `logits`
   int64_t R = 0;
-  double* tile_mass = nullptr;  // scratch (R, head_tiles(V))
+  const int32_t* count = nullptr;  // on the device: only the first *count rows are looked at, null: all R
+  double* tile_mass = nullptr;     // scratch (R, head_tiles(V))
   const int32_t* watch = nullptr;
   int64_t watch_count = 0;
   float* watched = nullptr;  // (R, watch_count)
   DenoiseResult* results = nullptr;
 };
 void denoise(const DenoiseCall& call, Stream stream);
+
+// What the fused head keeps of a row's logits in one tile of ids, the banned id and those beyond V left out.
+// Exponents are relative to the best logit of the tile.
+constexpr int kQuarters = 4;
+struct TilePart {
+  float best_logit = 0, second = 0;  // -inf where there are no such ids
+  int32_t best_id = 0;
+  float sum = 0;                         // of exp(x - best); NaN when a logit is not finite
+  float moment = 0;                      // of exp(x - best) (x - best)
+  float draw[kQuarters] = {0, 0, 0, 0};  // of exp((x - best) / temperature), by quarters of the tile
+};
+
+// Rows that go through the fused head in one launch: bounds the scratch to 56 MiB at V = 50257.
+constexpr int64_t kFusedRows = 8192;
+constexpr int64_t kFusedMultiple = 8;
+
+struct FusedDenoiseCall {
+  const void* hidden = nullptr;  // bf16 (any number, C)
+  int64_t hidden_stride = 0;
+  const void* wte = nullptr;  // bf16 (V, C)
+  int64_t wte_stride = 0;
+  int64_t V = 0, C = 0;
+  const DenoiseRow* rows = nullptr;  // of `hidden`; guides and filters are not looked at
+  int64_t R = 0;                     // 0: nothing is launched
+  const int32_t* count = nullptr;    // as in DenoiseCall; the results of the other rows are left as they are
+  TilePart* parts = nullptr;         // scratch (min(R, kFusedRows), head_tiles(V))
+  const int32_t* watch = nullptr;
+  int64_t watch_count = 0;
+  float* watched = nullptr;  // (R, watch_count)
+  DenoiseResult* results = nullptr;
+};
+// Whether there are matrices whose rows can be copied 16 bytes at a time: C and the strides are multiples of
+// kFusedMultiple.
+bool fused_denoise_fits(const FusedDenoiseCall& call);
+void fused_denoise(const FusedDenoiseCall& call, int multiprocessors, Stream stream);
 
 }  // namespace dn::cuda

@@ -147,7 +147,11 @@ size_t CudaBackend::step_bytes(const StepShape& s) const {
     add(partial_, std::max(column_sums, 2 * (s.N / kRunPiece) * s.C), sizeof(float));
   }
   if (s.R > 0) {
-    const int64_t rows = std::min(s.R, head_chunk_rows(s.V, s.training));
+    // The fused head keeps parts of its rows instead of logits; all that fit it are those that need none.
+    const bool fits = !s.training && dtype_ == Dtype::kBF16 && s.C % kFusedMultiple == 0;
+    const int64_t fused = fits ? s.R - s.logit_rows : 0;
+    const int64_t rows = std::min(s.R - fused, head_chunk_rows(s.V, s.training));
+    add(head_parts_, std::min(fused, kFusedRows) * head_tiles(s.V), sizeof(TilePart));
     add(logits_, rows * logits_stride(s.V), sizeof(float));
     add(hidden_rows_, rows * s.C, element);
     add(results_, s.R, s.training ? sizeof(float) : sizeof(DenoiseResult));

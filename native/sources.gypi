@@ -70,6 +70,7 @@
       "cuda/gemm.cu",
       "cuda/gemm_any.cu",
       "cuda/head.cu",
+      "cuda/head_fused.cu",
       "cuda/layernorm.cu",
       "cuda/memory.cu",
       "cuda/rows.cu"
@@ -87,6 +88,7 @@
       "cuda/test/test_cublaslt.cpp",
       "cuda/test/test_emulator.cpp",
       "cuda/test/test_head.cpp",
+      "cuda/test/test_head_fused.cpp",
       "cuda/test/test_memory.cpp",
       "cuda/test/test_model.cpp",
       "cuda/test/test_planted.cpp",

@@ -12,7 +12,7 @@
 #include "cuda/emulator/memory.h"
 
 #define DN_DEVICE inline
-#define DN_KERNEL(threads) inline void
+#define DN_KERNEL(...) inline void
 #define DN_UNROLL
 #define DN_PLANTED(number) (dn::emulator::planted == (number))
 

@@ -1,6 +1,7 @@
 // The head on the device: cross-entropy and its gradients against double precision; statistics and draws
 // against the CPU backend on the same numbers, with every filter.
 
+#include "cuda/head.h"
 #include "cuda/test/support.h"
 
 namespace dn::cuda_test {
@@ -124,13 +125,15 @@ DN_TEST(cuda_head_logits) {
 
 // Hidden states are unit vectors, so that a row of logits is a row of wte^T to the bit on both backends and
 // the statistics and draws can be compared one by one.
-DN_TEST(cuda_denoise_agrees_with_the_cpu) {
-  Backend& device = backend(Dtype::kF32);
+void check_denoise(Dtype dtype, const std::vector<int64_t>& vocabularies) {
+  Backend& device = backend(dtype);
   const std::unique_ptr<Backend> cpu = make_cpu_backend(1);
-  for (const int64_t V : {2, 7, 65, 200, 1000}) {
+  for (const int64_t V : vocabularies) {
     emulate_seed(static_cast<uint64_t>(V));
     const int64_t C = 8;
     std::vector<float> w = random_values(V * C, 1, 3), identity(idx(C * C), 0);
+    if (dtype == Dtype::kBF16)
+      for (float& x : w) x = bf16_to_f32(f32_to_bf16(x));
     if (V == 200) w[idx(5 * C)] = w[idx(9 * C)] = 20;  // a tie for the best of row 0
     for (int64_t c = 0; c < C; ++c) identity[idx(c * C + c)] = 1;
     std::vector<DenoiseRow> rows;
@@ -152,7 +155,7 @@ DN_TEST(cuda_denoise_agrees_with_the_cpu) {
     }
     const int64_t R = static_cast<int64_t>(rows.size());
     const int32_t watch[] = {0, static_cast<int32_t>(V - 1)};
-    Array wte(device, Dtype::kF32, V, C, w), hidden(device, Dtype::kF32, C, C, identity);
+    Array wte(device, Dtype::kF32, V, C, w), hidden(device, dtype, C, C, identity);
     std::vector<DenoiseStats> got(idx(R)), expected(idx(R));
     std::vector<float> watched(idx(R * 2), kNan), expected_watched(idx(R * 2), kNan);
     device.head_denoise(got.data(), watched.data(), hidden.tensor(), rows.data(), R, watch, 2,
@@ -161,7 +164,8 @@ DN_TEST(cuda_denoise_agrees_with_the_cpu) {
                       rows.data(), R, watch, 2, head_weight(w.data(), V, C));
     for (int64_t r = 0; r < R; ++r) {
       const DenoiseStats &a = got[idx(r)], &b = expected[idx(r)];
-      const std::string what = "V = " + std::to_string(V) + ", row " + std::to_string(r);
+      const std::string what =
+          std::string(dtype_name(dtype)) + ", V = " + std::to_string(V) + ", row " + std::to_string(r);
       CHECK_MSG(a.best == b.best,
                 what + ": best " + std::to_string(a.best) + ", CPU " + std::to_string(b.best));
       CHECK_MSG(a.drawn == b.drawn,
@@ -177,13 +181,20 @@ DN_TEST(cuda_denoise_agrees_with_the_cpu) {
   }
 }
 
+// bf16: rows without guide and filters go through the fused head, the others through stored logits.
+DN_TEST(cuda_denoise_agrees_with_the_cpu) {
+  check_denoise(Dtype::kF32, {2, 7, 65, 200, 1000});
+  check_denoise(Dtype::kBF16, {2, 7, 65, 200, 255, 256, 257, 1000});
+}
+
 // Draws follow the distribution: 50 ids, chi-square with 49 degrees of freedom (99.9 %: 85.4).
-DN_TEST(cuda_draws_follow_the_distribution) {
-  Backend& device = backend(Dtype::kF32);
-  const int64_t V = 50;
+void check_draws(Dtype dtype) {
+  Backend& device = backend(dtype);
+  const int64_t V = 50, C = 8;
   const int draws = 3000;
-  const std::vector<float> w = random_values(V, 7);
-  Array wte(device, Dtype::kF32, V, 1, w), hidden(device, Dtype::kF32, 1, 1, {1});
+  std::vector<float> w = random_values(V, 7), columns(idx(V * C), 0);
+  for (int64_t v = 0; v < V; ++v) columns[idx(v * C)] = w[idx(v)] = bf16_to_f32(f32_to_bf16(w[idx(v)]));
+  Array wte(device, Dtype::kF32, V, C, columns), hidden(device, dtype, 1, C, {1, 0, 0, 0, 0, 0, 0, 0});
   std::vector<DenoiseRow> rows(draws);
   for (int i = 0; i < draws; ++i) {
     rows[idx(i)].seed = 5;
@@ -191,7 +202,7 @@ DN_TEST(cuda_draws_follow_the_distribution) {
   }
   std::vector<DenoiseStats> stats(draws);
   device.head_denoise(stats.data(), nullptr, hidden.tensor(), rows.data(), draws, nullptr, 0,
-                      head_weight(wte.data(), V, 1));
+                      head_weight(wte.data(), V, C));
   Doubles p, counts(idx(V), 0);
   double sum = 0, chi = 0;
   for (const float x : w) sum += std::exp(static_cast<double>(x));
@@ -199,7 +210,44 @@ DN_TEST(cuda_draws_follow_the_distribution) {
   for (const DenoiseStats& s : stats) ++counts[idx(s.drawn)];
   for (size_t v = 0; v < p.size(); ++v)
     chi += (counts[v] - draws * p[v]) * (counts[v] - draws * p[v]) / (draws * p[v]);
-  CHECK_MSG(chi < 85.4, "chi-square " + std::to_string(chi));
+  CHECK_MSG(chi < 85.4, std::string(dtype_name(dtype)) + ": chi-square " + std::to_string(chi));
+}
+
+DN_TEST(cuda_draws_follow_the_distribution) {
+  check_draws(Dtype::kF32);
+  check_draws(Dtype::kBF16);
+}
+
+// Of stored logits, too, only as many rows are looked at as the device counts.
+DN_TEST(cuda_denoise_counts_rows_on_the_device) {
+  Backend& device = backend(Dtype::kF32);
+  const int64_t R = 3, V = 70, stride = cuda::logits_stride(V);
+  const Array logits(device, Dtype::kF32, R, stride, random_values(R * stride, 1)),
+      tile_mass(device, Dtype::kF32, R, 2 * cuda::head_tiles(V));
+  std::vector<DenoiseRow> rows(idx(R));
+  for (int64_t r = 0; r < R; ++r) rows[idx(r)].row = r;
+  std::vector<cuda::DenoiseResult> results(idx(R));
+  for (cuda::DenoiseResult& result : results) result.not_finite = -77;
+  const int32_t live = 2;
+  const std::unique_ptr<Buffer> list = device.alloc(rows.size() * sizeof(DenoiseRow)),
+                                out = device.alloc(results.size() * sizeof(cuda::DenoiseResult)),
+                                count = device.alloc(sizeof live);
+  device.upload(list->data(), rows.data(), list->bytes());
+  device.upload(out->data(), results.data(), out->bytes());
+  device.upload(count->data(), &live, sizeof live);
+  cuda::DenoiseCall call;
+  call.logits = static_cast<float*>(logits.data());
+  call.stride = stride;
+  call.V = V;
+  call.rows = static_cast<const DenoiseRow*>(list->data());
+  call.R = R;
+  call.count = static_cast<const int32_t*>(count->data());
+  call.tile_mass = static_cast<double*>(tile_mass.data());
+  call.results = static_cast<cuda::DenoiseResult*>(out->data());
+  cuda::denoise(call, nullptr);
+  cuda::synchronize(nullptr);
+  device.download(results.data(), out->data(), out->bytes());
+  CHECK(results[0].not_finite == -1 && results[1].not_finite == -1 && results[2].not_finite == -77);
 }
 
 DN_TEST(cuda_denoise_names_logits_that_are_not_finite) {

@@ -85,6 +85,27 @@ DN_TEST(cuda_memory_is_estimated_before_it_is_taken) {
   }
 }
 
+// Room for logits is only asked for where they will be stored.
+DN_TEST(cuda_memory_estimates_logits_where_they_are_stored) {
+  StepShape shape;
+  shape.R = 512;
+  shape.C = 64;
+  shape.V = 50000;
+  const size_t logits = sizeof(float) * 512 * 50000;
+  const auto estimate = [](Dtype dtype, const StepShape& s) { return backend(dtype).step_bytes(s); };
+  const size_t fused = estimate(Dtype::kBF16, shape);
+  CHECK(fused > 0 && fused < logits / 16);
+  StepShape some = shape;
+  some.logit_rows = 64;
+  CHECK(estimate(Dtype::kBF16, some) >= fused + logits / 16);
+  shape.logit_rows = shape.R;
+  CHECK(estimate(Dtype::kBF16, shape) >= logits);
+  shape.logit_rows = 0;
+  CHECK(estimate(Dtype::kF32, shape) >= logits);
+  shape.C = 60;
+  CHECK(estimate(Dtype::kBF16, shape) >= logits);
+}
+
 // Loading and beginning to train are refused before they take anything, and by how much is said.
 DN_TEST(cuda_memory_is_refused_to_models_that_do_not_fit) {
   emulator::MemoryState& memory = emulator::memory();

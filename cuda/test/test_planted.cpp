@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "cuda/test/attention_case.h"
+#include "cuda/test/denoise_case.h"
 
 namespace dn::cuda_test {
 namespace {
@@ -64,6 +65,15 @@ bool listed_rows_are_right() {
   return relative_error(out.get(), expected) <= 1e-6;
 }
 
+bool denoise_is_right() {
+  const DenoiseCase c(300, 136, 70);
+  try {
+    return c.mistake(c.run()).empty();
+  } catch (const Error&) {  // logits that are not finite
+    return false;
+  }
+}
+
 void check_planted(const char* what, int number, const Run& run) {
   emulator::set_seed(1);
   CHECK_MSG(run(), std::string(what) + ": the kernel without the mistake is not right");
@@ -97,6 +107,12 @@ DN_TEST(cuda_planted_mistakes_are_caught) {
     Array x(device, Dtype::kF32, 1, 3000, std::vector<float>(3000, 1));
     return device.sum_of_squares(x.data(), 3000) == 3000;
   });
+  check_planted("ids beyond the vocabulary are not masked", 11, denoise_is_right);
+  check_planted("the fused head's ring waits for one group too few", 12, denoise_is_right);
+  check_planted("the fused head reads its row list one entry late", 13, denoise_is_right);
+  check_planted("merging two parts of a row forgets the loser, which may be the second best", 14,
+                denoise_is_right);
+  check_planted("merging two parts of a row gives a tie to whoever comes first", 15, denoise_is_right);
 }
 
 }  // namespace

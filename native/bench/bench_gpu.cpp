@@ -172,6 +172,44 @@ void bench_attention(const Bench& bench, Backend& gpu) {
   }
 }
 
+// The head of a denoising step at GPT-2's shape, every row drawn: fused, and with its logits stored in
+// chunks, which hidden states take whose rows are not aligned to 16 bytes.
+void bench_head(const Bench& bench, Backend& gpu) {
+  const std::vector<int64_t> counts = {16, 128, 512, 4096, 32768};
+  const auto name = [](const char* way, int64_t R) {
+    return std::string("head/") + way + "/R" + std::to_string(R);
+  };
+  if (std::none_of(counts.begin(), counts.end(), [&](int64_t R) {
+        return bench.wants(name("fused", R)) || bench.wants(name("stored", R));
+      }))
+    return;
+  const Dtype dtype = gpu.activation_dtype();
+  const int64_t C = kGpt2.channels, V = kGpt2.vocab, most = counts.back();
+  Filled wte(gpu, Dtype::kF32, V, C), aligned(gpu, dtype, most, C), apart(gpu, dtype, most, C + 4);
+  Weight head;
+  head.data = wte.tensor().data;
+  head.order = WeightOrder::kOutIn;
+  head.K = C;
+  head.N = V;
+  for (const int64_t R : counts) {
+    std::vector<DenoiseRow> rows(static_cast<size_t>(R));
+    for (int64_t r = 0; r < R; ++r) {
+      DenoiseRow& row = rows[static_cast<size_t>(r)];
+      row.row = r;
+      row.banned = 811;
+      row.position = static_cast<uint32_t>(r);
+    }
+    std::vector<DenoiseStats> stats(rows.size());
+    const double flops = 2.0 * static_cast<double>(R) * static_cast<double>(C) * static_cast<double>(V);
+    bench.run(name("fused", R), gpu, 0, flops, 0, [&] {
+      gpu.head_denoise(stats.data(), nullptr, aligned.tensor(), rows.data(), R, nullptr, 0, head);
+    });
+    bench.run(name("stored", R), gpu, 0, flops, 0, [&] {
+      gpu.head_denoise(stats.data(), nullptr, apart.tensor().columns(0, C), rows.data(), R, nullptr, 0, head);
+    });
+  }
+}
+
 Batch make_batch(int64_t S, int64_t T) {
   Batch batch;
   for (int64_t s = 0; s < S; ++s) {
@@ -272,6 +310,7 @@ int main(int argc, char** argv) {
     bench_ceilings(bench, *gpu);
     bench_products(bench, *gpu);
     bench_attention(bench, *gpu);
+    bench_head(bench, *gpu);
     bench_training(bench, make_cuda_backend(0));
     bench_denoising(bench, make_cuda_backend(0));
   } catch (const Error& e) {

@@ -69,6 +69,12 @@ struct DenoiseRow {
   uint64_t seed = 0;    // the draw is a function of (seed, step, position) and the distribution alone
   uint32_t step = 0;
   uint32_t position = 0;
+
+  // Whether the row's V logits must be held: they are mixed with a guide's, or a filter drops some of them.
+  // Otherwise statistics and draw follow from sums over them.
+  bool needs_logits(int64_t V) const {
+    return guide_row >= 0 || (temperature > 0 && (top_p < 1 || (top_k > 0 && top_k < V)));
+  }
 };
 
 // Statistics of one row. Probability, margin and entropy are of the distribution at temperature 1 without
@@ -96,9 +102,10 @@ struct AdamWStep {
 // A packed int8 weight may be written in pieces of a multiple of this many columns.
 constexpr int64_t kInt8Columns = 32;
 
-// What a step needs memory for. R: rows of the head.
+// What a step needs memory for. R: rows of the head; logit_rows: those of them, when sampling, whose logits
+// must be held (DenoiseRow::needs_logits), guides included.
 struct StepShape {
-  int64_t N = 0, S = 0, R = 0;
+  int64_t N = 0, S = 0, R = 0, logit_rows = 0;
   int64_t C = 0, NH = 0, V = 0;
   bool training = false;
 };

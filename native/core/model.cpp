@@ -375,7 +375,11 @@ void Model::denoise(DenoiseStats* stats, float* watched, const DenoiseRow* rows,
   if (R == 0) return;
   StepShape shape = step_shape(R, false);
   shape.N = shape.S = 0;
-  for (int64_t r = 0; r < R; ++r) shape.R += rows[r].guide_row >= 0 ? 1 : 0;
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t guides = rows[r].guide_row >= 0 ? 1 : 0;
+    shape.R += guides;
+    if (rows[r].needs_logits(config_.vocab)) shape.logit_rows += 1 + guides;
+  }
   require_memory(*backend_, backend_->step_bytes(shape), "sampling " + str(R) + " rows",
                  "lower the batch size, or sample fewer rows at a time");
   backend_->head_denoise(stats, watched, hidden_, rows, R, watch, watch_count, weight(kWte));
