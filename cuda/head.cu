@@ -219,6 +219,7 @@ DN_KERNEL(kThreads) denoise_kernel(DenoiseCall p) {
   float* const best_values = reinterpret_cast<float*>(scratch + kWarps);
   float* const best_seconds = best_values + kWarps;
   int32_t* const best_ids = reinterpret_cast<int32_t*>(best_seconds + kWarps);
+  if (beyond(p.live, block_x())) return;
   const DenoiseRow options = p.rows[block_x()];
   float* const logits = p.logits + options.row * p.stride;
   const float* const guide = options.guide_row >= 0 ? p.logits + options.guide_row * p.stride : nullptr;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/backend.h"
+#include "cuda/live.h"
 #include "cuda/runtime.h"
 
 namespace dn::cuda {
@@ -48,6 +49,7 @@ struct DenoiseCall {
   int64_t watch_count = 0;
   float* watched = nullptr;  // (R, watch_count)
   DenoiseResult* results = nullptr;
+  LiveRows live;  // of `rows`
 };
 void denoise(const DenoiseCall& call, Stream stream);
 

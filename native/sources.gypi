@@ -85,6 +85,7 @@
       "cuda/test/test_checkpoint.cpp",
       "cuda/test/test_cublaslt.cpp",
       "cuda/test/test_emulator.cpp",
+      "cuda/test/test_graphs.cpp",
       "cuda/test/test_head.cpp",
       "cuda/test/test_memory.cpp",
       "cuda/test/test_model.cpp",
