@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "cuda/backend_cuda.h"
+#include "cuda/backend_loop.h"
 #include "cuda/head.h"
 
 namespace dn::cuda {
@@ -133,6 +134,12 @@ size_t CudaBackend::step_bytes(const StepShape& s) const {
     total += scratch.growth(static_cast<size_t>(count) * bytes);
   };
   const size_t element = dtype_bytes(dtype_);
+  if (s.loop_steps > 0) {
+    const int64_t rows = std::min(s.R, head_chunk_rows(s.V, false));
+    add(logits_, rows * logits_stride(s.V), sizeof(float));
+    add(tile_mass_, rows * head_tiles(s.V), sizeof(double));
+    return total + loop_memory_.growth(CudaLoop::memory_bytes(s));
+  }
   if (s.N > 0) {
     const int64_t tiles = s.N / kQueryTile + s.S;
     add(spans_, tiles, sizeof(Spans));

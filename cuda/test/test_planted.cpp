@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "cuda/test/attention_case.h"
+#include "cuda/test/loop_case.h"
 
 namespace dn::cuda_test {
 namespace {
@@ -64,6 +65,16 @@ bool listed_rows_are_right() {
   return relative_error(out.get(), expected) <= 1e-6;
 }
 
+// Five steps in one call, most of them replayed from a graph.
+bool loop_is_right() {
+  Model model(make_cuda_backend(0), kConfig);
+  fill(model);
+  LoopCase c;
+  c.add(12, 2, 12, 6).sampler = LoopSampler::kAncestral;
+  c.add(10, 1, 10, 5).shift = 1;
+  return c.compare(model, 5).empty();
+}
+
 void check_planted(const char* what, int number, const Run& run) {
   emulator::set_seed(1);
   CHECK_MSG(run(), std::string(what) + ": the kernel without the mistake is not right");
@@ -97,6 +108,9 @@ DN_TEST(cuda_planted_mistakes_are_caught) {
     Array x(device, Dtype::kF32, 1, 3000, std::vector<float>(3000, 1));
     return device.sum_of_squares(x.data(), 3000) == 3000;
   });
+  check_planted("a replayed step draws with the numbers of the step that was captured", 11, loop_is_right);
+  check_planted("the rows of a step are listed one late", 12, loop_is_right);
+  check_planted("a sequence decides on rows beyond its own", 13, loop_is_right);
 }
 
 }  // namespace
