@@ -37,7 +37,7 @@ struct Product {
   int64_t extra_stride = 0;
   // A's rows end in zeros up to a multiple of 8 columns beyond K, so that K need not be one.
   bool padded_k = false;
-  LiveRows live;  // of A and C; only the own kernels leave out the others
+  LiveRows live;  // of A and C; only the own tensor-core kernel leaves out the others
 };
 
 // Runs on cuBLASLt when `library` is given and knows an algorithm, otherwise on the own kernels.

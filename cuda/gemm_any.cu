@@ -19,7 +19,6 @@ struct AnyParams {
   const In* b;
   int64_t a_m, a_k, b_k, b_n;  // elements from one row or column to the next
   EpilogueParams<Out> epilogue;
-  LiveRows live;
 };
 
 template <typename In, typename Out>
@@ -30,7 +29,6 @@ gemm_any_kernel(AnyParams<In, Out> p) {
   const int thread = thread_index(), tm = thread / 16 * kPer, tn = thread % 16;
   const int64_t block_n = static_cast<int64_t>(block_x()) * kBlock,
                 block_m = static_cast<int64_t>(block_y()) * kBlock;
-  if (beyond(p.live, block_m)) return;
   float c[kPer][kPer] = {};
   for (int64_t begin = 0; begin < p.K; begin += kSlice) {
     for (int i = thread; i < kSlice * kBlock; i += kThreads) {
@@ -71,7 +69,6 @@ void run(const Product& p, Stream stream) {
   g.b_k = p.b.transposed ? 1 : p.b.stride;
   g.b_n = p.b.transposed ? p.b.stride : 1;
   g.epilogue = epilogue_of<Out>(p);
-  g.live = p.live;
   launch(gemm_any_kernel<In, Out>, Grid{blocks_of(p.N, kBlock), blocks_of(p.M, kBlock)}, kThreads,
          2 * kSlice * kBlock * sizeof(float), stream, g);
 }
