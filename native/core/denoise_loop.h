@@ -87,8 +87,8 @@ class DeviceLoop {
   // Sends a checked request to the device. `activations`: where the steps leave theirs; a captured step
   // belongs to that place.
   virtual void begin(const LoopRequest& request, const StepShape& rounded, const void* activations) = 0;
-  // Does what `issue` issues so many times: one forward pass, from embed() to decide(). It is called at most
-  // twice; the rest is replayed.
+  // Does what `issue` issues so many times: one forward pass, from embed() to decide(). With graphs it is
+  // called at most twice; the rest is replayed.
   virtual void run(int32_t steps, const std::function<void()>& issue) = 0;
   // Waits and brings the log. Throws Error(kInternal) when logits were not finite.
   virtual void finish(LoopLog* log) = 0;
