@@ -61,7 +61,7 @@ if [ "$what" != measure ]; then
       say "compute-sanitizer $tool"
       DIFFUSION_NATIVE_CUBLASLT=off compute-sanitizer --tool "$tool" --error-exitcode 1 "$folder/dn_cuda_check" \
         cuda_attention_sizes cuda_attention_ragged cuda_products_bf16 cuda_cross_entropy cuda_fused_head_agrees \
-        cuda_embedding cuda_layernorm
+        cuda_embedding cuda_layernorm cuda_loop_ends
     done
   else
     say 'compute-sanitizer is not installed, skipped'

@@ -71,6 +71,7 @@ attention_forward_kernel(ForwardParams p) {
   const int thread = thread_index(), warp = thread / kWarp, lane = thread % kWarp, head = block_y();
   const AttentionTile tile = p.call.query_tiles[block_x()];
   const AttentionItem& item = p.call.items[tile.item];
+  if (is_idle(p.call, item, tile)) return;
   const AttentionMask mask = item.mask;
   const int k_len = item.k_len, HS = p.call.HS;
   const KeysValues<bf16> kv(p.call, item, static_cast<int64_t>(head) * HS);

@@ -8,6 +8,7 @@
 
 #include "core/attention_mask.h"
 #include "core/tensor.h"
+#include "cuda/live.h"
 #include "cuda/runtime.h"
 
 namespace dn::cuda {
@@ -55,6 +56,7 @@ struct AttentionCall {
   int64_t query_rows = 0;
   int32_t NH = 0;
   int32_t HS = 0;
+  LiveRows live;  // of the query rows; forward only
 };
 
 // True when the tensor-core kernels can do it: bf16, whole 16-byte chunks per head, aligned rows.

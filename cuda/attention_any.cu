@@ -64,6 +64,7 @@ DN_KERNEL(kThreads)
 attention_forward_any_kernel(AnyParams p) {
   const AttentionTile tile = p.call.query_tiles[block_x()];
   const AttentionItem& item = p.call.items[tile.item];
+  if (is_idle(p.call, item, tile)) return;
   const int lane = thread_index() % kWarp, head = block_y(), HS = p.call.HS;
   const int64_t head_offset = static_cast<int64_t>(head) * HS;
   const KeysValues<T> kv(p.call, item, head_offset);

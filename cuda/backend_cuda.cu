@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "cuda/backend_cuda.h"
+#include "cuda/backend_loop.h"
 #include "cuda/gemm.h"
 
 namespace dn::cuda {
@@ -59,7 +60,8 @@ CudaBackend::CudaBackend(int device, const Device& properties, Dtype activations
       results_(state_.get(), "the head's results"),
       tile_mass_(state_.get(), "sums of probabilities"),
       head_parts_(state_.get(), "the head's partial sums"),
-      doubles_(state_.get(), "sums of squares") {
+      doubles_(state_.get(), "sums of squares"),
+      loop_memory_(state_.get(), "a denoising loop") {
   library_ = CublasLt::open();
   // A device that takes memory and launches but does not compute is found here, not in a user's results.
   const std::vector<float> numbers(1000, 2.0f);
@@ -74,9 +76,16 @@ CudaBackend::~CudaBackend() {
   } catch (const Error&) {
     // A failed device has nothing left to wait for.
   }
+  loop_.reset();
+}
+
+DeviceLoop* CudaBackend::device_loop() {
+  if (!loop_) loop_ = std::make_unique<CudaLoop>(*this);
+  return loop_.get();
 }
 
 Stream CudaBackend::begin() {
+  if (capturing_) return state_->stream();
   if (!segments_.empty()) flush_adamw();
   if (!copies_.empty()) flush_copies();
   staging_.begin_op();
@@ -255,7 +264,7 @@ void CudaBackend::layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor
   check(op, "bias", bias, 1, inp.cols, Dtype::kF32);
   if (mean) check(op, "mean", mean, inp.rows, 1, Dtype::kF32);
   if (rstd) check(op, "rstd", rstd, inp.rows, 1, Dtype::kF32);
-  cuda::layernorm_forward(out, f32(mean), f32(rstd), inp, f32(weight), f32(bias), stream);
+  cuda::layernorm_forward(out, f32(mean), f32(rstd), inp, f32(weight), f32(bias), stream, live_);
 }
 
 void CudaBackend::layernorm_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,
@@ -311,6 +320,7 @@ void CudaBackend::matmul_forward(Tensor out, Tensor inp, const Weight& w, Tensor
   p.epilogue = epilogue;
   p.extra = extra.data;
   p.extra_stride = extra.stride;
+  p.live = live_;
   multiply(p);
 }
 

@@ -15,6 +15,7 @@
 #include "cuda/attention.h"
 #include "cuda/cublaslt.h"
 #include "cuda/head.h"
+#include "cuda/live.h"
 #include "cuda/rows.h"
 #include "cuda/runtime.h"
 
@@ -117,6 +118,8 @@ class Staging {
   std::vector<void*> retired_;  // twins of smaller rings that this op may still use
 };
 
+class CudaLoop;
+
 class CudaBackend : public Backend {
  public:
   CudaBackend(int device, const Device& properties, Dtype activations);
@@ -178,7 +181,10 @@ class CudaBackend : public Backend {
              const AdamWStep& step) override;
   double sum_of_squares(const void* gradients, int64_t n) override;
 
+  DeviceLoop* device_loop() override;
+
  private:
+  friend class CudaLoop;
   // Every op begins here: the device is made current, and what waits (the optimiser's segments, small copies)
   // is sent off.
   Stream begin();
@@ -221,6 +227,12 @@ class CudaBackend : public Backend {
   const char *copies_src_begin_ = nullptr, *copies_src_end_ = nullptr;
   std::vector<AdamWSegment> segments_;
   AdamWConstants adamw_constants_;
+  // The denoising loop (backend_loop.cu) and what it changes for the ops of its steps: how many of their rows
+  // count, and that they are recorded.
+  Scratch loop_memory_;
+  LiveRows live_;
+  bool capturing_ = false;
+  std::unique_ptr<CudaLoop> loop_;
 };
 
 }  // namespace dn::cuda

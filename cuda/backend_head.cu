@@ -214,7 +214,7 @@ void CudaBackend::head_denoise_listed(DenoiseResult* results, Tensor hidden, con
   if (R == 0) return;
   call.rows = rows;
   call.R = R;
-  call.count = count;
+  call.live = {count, 0};
   call.results = results;
   run_fused(call);
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/error.h"
+#include "cuda/live.h"
 #include "cuda/runtime.h"
 
 #ifdef DN_CUDA_EMULATOR
@@ -21,9 +22,11 @@ constexpr int kWarp = 32;
 #ifdef DN_CUDA_EMULATOR
 using emulator::Grid;
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes, Stream,
+void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes, Stream stream,
             Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (emulator::record(stream, [=] { launch(kernel, grid, threads, shared_bytes, nullptr, arguments...); }))
+    return;
   const emulator::DeviceAccess access;
   emulator::run_grid(grid, threads, shared_bytes, [&] { kernel(arguments...); });
 }
@@ -54,6 +57,11 @@ void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared
 
 inline unsigned blocks_of(int64_t n, int64_t per_block) {
   return static_cast<unsigned>((n + per_block - 1) / per_block);
+}
+
+// Whether a row of the launch lies beyond those that count.
+DN_DEVICE bool beyond(const LiveRows& live, int64_t row) {
+  return live.count && live.first + row >= *live.count;
 }
 
 template <typename T>

@@ -17,11 +17,13 @@ struct ForwardParams {
   const float* wte;
   const float* wpe;
   int64_t out_stride, wpe_stride, C;
+  LiveRows live;
 };
 template <typename T>
 DN_KERNEL(kThreads)
 embedding_forward_kernel(ForwardParams p) {
   const int64_t n = block_x();
+  if (beyond(p.live, n)) return;
   const float* const token = p.wte + p.ids[n] * p.C;
   const float* const position = p.wpe + p.positions[n] * p.wpe_stride;
   T* const out = static_cast<T*>(p.out) + n * p.out_stride;
@@ -70,9 +72,9 @@ DN_KERNEL(kThreads) embedding_sums_kernel(SumParams p) {
 }  // namespace
 
 void embedding_forward(Tensor out, const int32_t* ids, const int32_t* positions, const float* wte, Tensor wpe,
-                       Stream stream) {
+                       Stream stream, LiveRows live) {
   const ForwardParams p{out.data,   ids,        positions, wte, static_cast<const float*>(wpe.data),
-                        out.stride, wpe.stride, out.cols};
+                        out.stride, wpe.stride, out.cols,  live};
   const Grid grid{static_cast<unsigned>(out.rows)};
   if (out.dtype == Dtype::kBF16) {
     launch(embedding_forward_kernel<bf16>, grid, kThreads, 0, stream, p);

@@ -21,6 +21,7 @@ struct GemmParams {
   const bf16* b;
   int64_t a_stride, b_stride;
   EpilogueParams<T> epilogue;
+  LiveRows live;
 };
 
 // Blocks of kBlock x kBlock by (kBlock / 32)^2 / 2 warps of 64 x 32, or for 64: four warps of 32 x 32.
@@ -47,6 +48,7 @@ gemm_kernel(GemmParams<T> p) {
   // Neighbouring blocks share rows of A and walk over N, in bands that keep B's columns in the cache.
   const int64_t block_n = static_cast<int64_t>(block_x()) * kBlock,
                 block_m = static_cast<int64_t>(block_y()) * kBlock;
+  if (beyond(p.live, block_m)) return;
   const int slices = static_cast<int>((p.K + kSlice - 1) / kSlice);
 
   const auto load = [&](int slice) {
@@ -147,6 +149,7 @@ void run(const Product& p, Stream stream) {
   g.a_stride = p.a.stride;
   g.b_stride = p.b.stride;
   g.epilogue = epilogue_of<T>(p);
+  g.live = p.live;
   const Grid grid{blocks_of(p.N, kBlock), blocks_of(p.M, kBlock)};
   // What the model asks for: activations times a weight in either order, fp32 logits, and fp32 gradients of
   // weights.

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/backend.h"
+#include "cuda/live.h"
 #include "cuda/runtime.h"
 
 namespace dn::cuda {
@@ -36,6 +37,7 @@ struct Product {
   int64_t extra_stride = 0;
   // A's rows end in zeros up to a multiple of 8 columns beyond K, so that K need not be one.
   bool padded_k = false;
+  LiveRows live;  // of A and C; only the own tensor-core kernel leaves out the others
 };
 
 // Runs on cuBLASLt when `library` is given and knows an algorithm, otherwise on the own kernels.

@@ -135,13 +135,20 @@ DN_DEVICE float select_threshold(const Row& row, bool count, double budget, doub
   return value_of(low);
 }
 
+// DenoiseRow::needs_logits of a row without a guide.
+DN_DEVICE bool is_filtered(const DenoiseRow& row, int64_t V) {
+  return row.temperature > 0 && (row.top_p < 1 || (row.top_k > 0 && row.top_k < V));
+}
+
 DN_KERNEL(kThreads) denoise_kernel(DenoiseCall p) {
-  if (p.count && block_x() >= *p.count) return;
+  if (beyond(p.live, block_x())) return;
   double* const scratch = shared_memory<double>();  // kWarps
   WarpBest* const best_scratch = reinterpret_cast<WarpBest*>(scratch + kWarps);
   const DenoiseRow options = p.rows[block_x()];
-  float* const logits = p.logits + options.row * p.stride;
-  const float* const guide = options.guide_row >= 0 ? p.logits + options.guide_row * p.stride : nullptr;
+  if (p.filtered_only && !is_filtered(options, p.V)) return;
+  float* const logits = p.logits + (options.row - p.first_row) * p.stride;
+  const float* const guide =
+      options.guide_row >= 0 ? p.logits + (options.guide_row - p.first_row) * p.stride : nullptr;
   const int thread = thread_index(), warp = thread / kWarp, lane = thread % kWarp;
   const int64_t V = p.V;
   const int64_t tiles = head_tiles(V);

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/backend.h"
+#include "cuda/live.h"
 #include "cuda/runtime.h"
 
 namespace dn::cuda {
@@ -42,10 +43,12 @@ struct DenoiseCall {
   float* logits = nullptr;  // (logit rows, stride), overwritten
   int64_t stride = 0;
   int64_t V = 0;
-  const DenoiseRow* rows = nullptr;  // row and guide_row are rows of `logits`
+  const DenoiseRow* rows = nullptr;  // row and guide_row, less first_row, are rows of `logits`
+  int64_t first_row = 0;
   int64_t R = 0;
-  const int32_t* count = nullptr;  // on the device: only the first *count rows are looked at, null: all R
-  double* tile_mass = nullptr;     // scratch (R, head_tiles(V))
+  LiveRows live;                // of `rows`: the results of the others are left as they are
+  bool filtered_only = false;   // rows that need no logits are left as they are too
+  double* tile_mass = nullptr;  // scratch (R, head_tiles(V))
   const int32_t* watch = nullptr;
   int64_t watch_count = 0;
   float* watched = nullptr;  // (R, watch_count)
@@ -76,7 +79,7 @@ struct FusedDenoiseCall {
   int64_t V = 0, C = 0;
   const DenoiseRow* rows = nullptr;  // of `hidden`; guides and filters are not looked at
   int64_t R = 0;                     // 0: nothing is launched
-  const int32_t* count = nullptr;    // as in DenoiseCall; the results of the other rows are left as they are
+  LiveRows live;                     // of `rows`: the results of the others are left as they are
   TilePart* parts = nullptr;         // scratch (min(R, kFusedRows), head_tiles(V))
   const int32_t* watch = nullptr;
   int64_t watch_count = 0;

@@ -42,8 +42,8 @@ struct QuarterPart {
 };
 
 DN_DEVICE int64_t live_rows(const FusedDenoiseCall& p) {
-  if (!p.count) return p.R;
-  const int64_t count = *p.count;
+  if (!p.live.count) return p.R;
+  const int64_t count = *p.live.count - p.live.first;
   return count < p.R ? count : p.R;
 }
 

@@ -22,13 +22,14 @@ struct ForwardParams {
   float* rstd;
   int64_t out_stride, inp_stride, N;
   int C;
+  LiveRows live;
 };
 
 template <typename T, int kVector>
 DN_KERNEL(kThreads)
 layernorm_forward_kernel(ForwardParams p) {
   const int64_t row = static_cast<int64_t>(block_x()) * kWarps + thread_index() / kWarp;
-  if (row >= p.N) return;
+  if (row >= p.N || beyond(p.live, row)) return;
   const int lane = thread_index() % kWarp;
   const T* const inp = static_cast<const T*>(p.inp) + row * p.inp_stride;
   T* const out = static_cast<T*>(p.out) + row * p.out_stride;
@@ -166,9 +167,10 @@ void run_backward(const BackwardParams& p, Stream stream) {
 }  // namespace
 
 void layernorm_forward(Tensor out, float* mean, float* rstd, Tensor inp, const float* weight,
-                       const float* bias, Stream stream) {
+                       const float* bias, Stream stream, LiveRows live) {
   const ForwardParams p{out.data, inp.data,   weight,     bias,     mean,
-                        rstd,     out.stride, inp.stride, inp.rows, static_cast<int>(inp.cols)};
+                        rstd,     out.stride, inp.stride, inp.rows, static_cast<int>(inp.cols),
+                        live};
   inp.dtype == Dtype::kBF16 ? run_forward<bf16>(p, stream) : run_forward<float>(p, stream);
 }
 

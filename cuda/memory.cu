@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "cuda/backend_cuda.h"
+#include "cuda/backend_loop.h"
 #include "cuda/head.h"
 
 namespace dn::cuda {
@@ -133,6 +134,15 @@ size_t CudaBackend::step_bytes(const StepShape& s) const {
     total += scratch.growth(static_cast<size_t>(count) * bytes);
   };
   const size_t element = dtype_bytes(dtype_);
+  // The fused head keeps parts of its rows instead of logits; all that fit it are those that need none.
+  const bool fits = !s.training && dtype_ == Dtype::kBF16 && s.C % kFusedMultiple == 0;
+  if (s.loop_steps > 0) {
+    const int64_t rows = fits && s.logit_rows == 0 ? 0 : std::min(s.R, head_chunk_rows(s.V, false));
+    if (fits) add(head_parts_, std::min(s.R, kFusedRows) * head_tiles(s.V), sizeof(TilePart));
+    add(logits_, rows * logits_stride(s.V), sizeof(float));
+    add(tile_mass_, rows * head_tiles(s.V), sizeof(double));
+    return total + loop_memory_.growth(CudaLoop::memory_bytes(s));
+  }
   if (s.N > 0) {
     const int64_t tiles = s.N / kQueryTile + s.S;
     add(spans_, tiles, sizeof(Spans));
@@ -147,8 +157,6 @@ size_t CudaBackend::step_bytes(const StepShape& s) const {
     add(partial_, std::max(column_sums, 2 * (s.N / kRunPiece) * s.C), sizeof(float));
   }
   if (s.R > 0) {
-    // The fused head keeps parts of its rows instead of logits; all that fit it are those that need none.
-    const bool fits = !s.training && dtype_ == Dtype::kBF16 && s.C % kFusedMultiple == 0;
     const int64_t fused = fits ? s.R - s.logit_rows : 0;
     const int64_t rows = std::min(s.R - fused, head_chunk_rows(s.V, s.training));
     add(head_parts_, std::min(fused, kFusedRows) * head_tiles(s.V), sizeof(TilePart));

@@ -58,12 +58,14 @@ struct RowListParams {
   const int64_t* rows;
   int64_t dst_stride, src_stride, count, cols;
   bool scatter;
+  LiveRows live;
 };
 
 template <typename T>
 DN_KERNEL(kThreads)
 copy_rows_kernel(RowListParams p) {
   const int64_t r = block_x();
+  if (beyond(p.live, r)) return;
   // The mistake: one row late, as a list that begins at 1 would be.
   const int64_t listed = p.rows[DN_PLANTED(6) && r + 1 < p.count ? r + 1 : r];
   const T* const src = static_cast<const T*>(p.src) + (p.scatter ? r : listed) * p.src_stride;
@@ -71,9 +73,9 @@ copy_rows_kernel(RowListParams p) {
   for (int64_t c = thread_index(); c < p.cols; c += kThreads) dst[c] = src[c];
 }
 
-void copy_rows(Tensor dst, Tensor src, const int64_t* rows, bool scatter, Stream stream) {
+void copy_rows(Tensor dst, Tensor src, const int64_t* rows, bool scatter, Stream stream, LiveRows live) {
   RowListParams p{dst.data, src.data, rows, dst.stride, src.stride, scatter ? src.rows : dst.rows,
-                  dst.cols, scatter};
+                  dst.cols, scatter,  live};
   const Grid grid{static_cast<unsigned>(p.count)};
   const size_t bytes = dtype_bytes(dst.dtype);
   const auto in_units_of = [&](size_t unit) {
@@ -213,11 +215,11 @@ void gelu_backward(Tensor dinp, Tensor dout, Tensor inp, Stream stream) {
   }
 }
 
-void gather_rows(Tensor dst, Tensor src, const int64_t* rows, Stream stream) {
-  copy_rows(dst, src, rows, false, stream);
+void gather_rows(Tensor dst, Tensor src, const int64_t* rows, Stream stream, LiveRows live) {
+  copy_rows(dst, src, rows, false, stream, live);
 }
 void scatter_rows(Tensor dst, Tensor src, const int64_t* rows, Stream stream) {
-  copy_rows(dst, src, rows, true, stream);
+  copy_rows(dst, src, rows, true, stream, {});
 }
 
 void copy_segments(const CopySegment* segments, int64_t count, Stream stream) {

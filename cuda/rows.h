@@ -4,13 +4,14 @@
 #include <cstdint>
 
 #include "core/backend.h"
+#include "cuda/live.h"
 #include "cuda/runtime.h"
 
 namespace dn::cuda {
 
 // layernorm.cu
 void layernorm_forward(Tensor out, float* mean, float* rstd, Tensor inp, const float* weight,
-                       const float* bias, Stream stream);
+                       const float* bias, Stream stream, LiveRows live = {});
 // partial: scratch, layernorm_partial_rows(N) rows of 2 C floats.
 int64_t layernorm_partial_rows(int64_t N);
 void layernorm_backward(Tensor dinp, float* dweight, float* dbias, Tensor dout, Tensor inp,
@@ -21,7 +22,7 @@ void layernorm_backward(Tensor dinp, float* dweight, float* dbias, Tensor dout, 
 void gelu_forward(Tensor out, Tensor inp, Stream stream);
 void gelu_backward(Tensor dinp, Tensor dout, Tensor inp, Stream stream);
 // dst (rows listed) = src[rows[r]], any strides, same dtype; and back: dst[rows[r]] = src.
-void gather_rows(Tensor dst, Tensor src, const int64_t* rows, Stream stream);
+void gather_rows(Tensor dst, Tensor src, const int64_t* rows, Stream stream, LiveRows live = {});
 void scatter_rows(Tensor dst, Tensor src, const int64_t* rows, Stream stream);
 // Many small copies in one launch. Widths and pitches are bytes; no copy may read or write what another one
 // writes.
@@ -43,7 +44,7 @@ void add_partial_rows(float* sums, const float* partial, int64_t rows, int64_t c
 
 // embedding.cu
 void embedding_forward(Tensor out, const int32_t* ids, const int32_t* positions, const float* wte, Tensor wpe,
-                       Stream stream);
+                       Stream stream, LiveRows live = {});
 constexpr int32_t kRunPiece = 256;  // entries of a piece, added one after the other by one thread
 // A run of `order` entries that add into one row of the table. Long runs are cut into pieces, each with a row
 // of scratch.

@@ -23,6 +23,11 @@ void check(cudaError_t status, const char* what) {
 
 cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream); }
 
+thread_local bool capturing = false;
+void refuse_in_capture(const char* what) {
+  if (capturing) throw Error(Code::kDevice, std::string(what) + " while a graph is captured");
+}
+
 }  // namespace
 
 std::vector<Device> list_devices(std::string* reason) {
@@ -64,9 +69,13 @@ Stream create_stream() {
   return stream;
 }
 void destroy_stream(Stream stream) { cudaStreamDestroy(native(stream)); }
-void synchronize(Stream stream) { check(cudaStreamSynchronize(native(stream)), "waiting for the device"); }
+void synchronize(Stream stream) {
+  refuse_in_capture("waiting for the device");
+  check(cudaStreamSynchronize(native(stream)), "waiting for the device");
+}
 
 void* device_alloc(size_t bytes) {
+  refuse_in_capture("allocating device memory");
   void* p = nullptr;
   const cudaError_t status = cudaMalloc(&p, bytes > 0 ? bytes : 1);
   if (status == cudaErrorMemoryAllocation) {
@@ -85,6 +94,7 @@ void free_memory(size_t* free_bytes, size_t* total_bytes) {
   check(cudaMemGetInfo(free_bytes, total_bytes), "asking for free memory");
 }
 void* pinned_alloc(size_t bytes) {
+  refuse_in_capture("allocating page-locked memory");
   void* p = nullptr;
   check(cudaHostAlloc(&p, bytes > 0 ? bytes : 1, cudaHostAllocDefault), "allocating page-locked memory");
   return p;
@@ -106,9 +116,11 @@ void allow_shared_memory(const void* kernel, size_t bytes) {
 }
 
 void copy_to_device(void* dst, const void* host, size_t bytes, Stream stream) {
+  refuse_in_capture("copying from the host");
   check(cudaMemcpyAsync(dst, host, bytes, cudaMemcpyHostToDevice, native(stream)), "copying to the device");
 }
 void copy_to_host(void* host, const void* src, size_t bytes, Stream stream) {
+  refuse_in_capture("copying to the host");
   check(cudaMemcpyAsync(host, src, bytes, cudaMemcpyDeviceToHost, native(stream)), "copying from the device");
 }
 void copy_on_device(void* dst, const void* src, size_t bytes, Stream stream) {
@@ -123,5 +135,31 @@ void copy_rows_on_device(void* dst, size_t dst_pitch, const void* src, size_t sr
 void fill_zero(void* dst, size_t bytes, Stream stream) {
   check(cudaMemsetAsync(dst, 0, bytes, native(stream)), "clearing device memory");
 }
+
+// Other threads may use the device meanwhile: what they call does not concern this capture.
+void begin_capture(Stream stream) {
+  check(cudaStreamBeginCapture(native(stream), cudaStreamCaptureModeThreadLocal), "beginning a capture");
+  capturing = true;
+}
+Graph end_capture(Stream stream) {
+  capturing = false;
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamEndCapture(native(stream), &graph), "capturing a graph");
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  check(status, "instantiating a graph");
+  return executable;
+}
+void cancel_capture(Stream stream) {
+  capturing = false;
+  cudaGraph_t graph = nullptr;
+  if (cudaStreamEndCapture(native(stream), &graph) == cudaSuccess && graph) cudaGraphDestroy(graph);
+  cudaGetLastError();
+}
+void launch_graph(Graph graph, Stream stream) {
+  check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), native(stream)), "launching a graph");
+}
+void destroy_graph(Graph graph) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph)); }
 
 }  // namespace dn::cuda

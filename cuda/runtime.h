@@ -49,4 +49,16 @@ void copy_rows_on_device(void* dst, size_t dst_pitch, const void* src, size_t sr
                          size_t rows, Stream stream);
 void fill_zero(void* dst, size_t bytes, Stream stream);
 
+// Work recorded once and replayed as one. Between begin_capture and end_capture what the calling thread
+// issues to the stream (launches with their arguments, copies and fills on the device) is recorded and not
+// run. Waiting for the device, taking or giving back memory and copies from or to the host throw
+// Error(kDevice) meanwhile: a replay would not repeat them, or would read the host's memory of another call.
+using Graph = void*;  // a cudaGraphExec_t
+void begin_capture(Stream stream);
+Graph end_capture(Stream stream);
+// Ends capturing after a failure; what was recorded is dropped. Never throws.
+void cancel_capture(Stream stream);
+void launch_graph(Graph graph, Stream stream);
+void destroy_graph(Graph graph);
+
 }  // namespace dn::cuda

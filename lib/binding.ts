@@ -90,6 +90,71 @@ export interface NativeStats {
 	logits: Float32Array;
 }
 
+/** A sampler that a device can run by itself; see native/core/denoise_loop.h. */
+export interface NativeSampler {
+	sampler: 'ancestral' | 'confidence' | 'threshold' | 'factor' | 'entropy-bound';
+	/** Of 'confidence'. */
+	score: 'probability' | 'margin' | 'entropy' | 'random';
+	/** Of 'confidence'. */
+	plan: 'even' | 'linear';
+	/** tau of 'threshold', f of 'factor', gamma of 'entropy-bound'; else 0. */
+	parameter: number;
+}
+
+/** One sequence of {@link NativeLoop}: its state before the next forward. */
+export interface NativeLoopSequence extends NativeSampler {
+	mask: NativeMask;
+	temperature: number;
+	topP: number;
+	topK: number;
+	/** An id whose probability is zero, -1: none. */
+	banned: number;
+	seed: bigint;
+	/** Row i - shift predicts position i. */
+	shift: number;
+	/** Counter of the next forward. */
+	step: number;
+	/** Steps spent in the first window, and positions that were open at its beginning. */
+	blockStep: number;
+	initialOpen: number;
+	/** Its windows, [windowBegin, windowEnd) of the list. */
+	windowBegin: number;
+	windowEnd: number;
+}
+
+/** Denoising steps that a device takes by itself, over packed whole canvases at positions 0, 1, ... */
+export interface NativeLoop {
+	/** (N) */
+	ids: Int32Array;
+	/** (N) 1: open. */
+	open: Uint8Array;
+	/** (S + 1) packed row where each sequence begins. */
+	offsets: Int32Array;
+	/** (S) */
+	sequences: NativeLoopSequence[];
+	/** (W, 3): begin, end and steps (0: no bound) of each window, positions of its sequence. */
+	windows: Int32Array;
+	/** 1 to 64. */
+	steps: number;
+}
+
+/** What each step looked at and did. L: rows of all steps. */
+export interface NativeLoopLog {
+	/** (steps, S, 3): step counter, and its rows [begin, end); none: the sequence was finished. */
+	events: Int32Array;
+	/** (L) */
+	position: Int32Array;
+	/** (L) 1: the drawn id was written there. */
+	committed: Uint8Array;
+	/** (L) each; as in {@link NativeStats}. */
+	best: Int32Array;
+	drawn: Int32Array;
+	probability: Float32Array;
+	margin: Float32Array;
+	entropy: Float32Array;
+	drawnLogProb: Float32Array;
+}
+
 /** Clean sequences of one micro-batch and how they are corrupted; see native/core/noise.h. */
 export interface NativeTrainBatch {
 	ids: Int32Array;
@@ -203,6 +268,8 @@ export interface NativeSafetensors {
 export interface NativeModel {
 	/** "cpu/avx512" */
 	readonly backend: string;
+	/** Whether `denoiseSteps` works: the device can take several steps by itself. */
+	readonly deviceLoop: boolean;
 	readonly parameters: NativeParameter[];
 	/** Bytes held: parameters, training state, workspace. */
 	memory(): { parameters: number; training: number; workspace: number };
@@ -219,6 +286,8 @@ export interface NativeModel {
 
 	/** Forward, then statistics of the asked rows. */
 	denoise(batch: NativeBatch, denoise: NativeDenoise): Promise<NativeStats>;
+	/** Several steps, decided on the device. */
+	denoiseSteps(batch: NativeLoop): Promise<NativeLoopLog>;
 	/** Forward, then raw logits (R, V) or hidden states (R, C). */
 	forward(batch: NativeBatch, output: 'logits' | 'hidden'): Promise<Float32Array>;
 

@@ -59,6 +59,19 @@ export interface Plan {
 	last: boolean;
 }
 
+/** Where a request stands before a forward. */
+export interface LoopState {
+	/** Counter of the forward. */
+	step: number;
+	/** Steps spent in the first window, and positions that were open at its beginning. */
+	blockStep: number;
+	initialOpen: number;
+	/** Canvas positions [begin, end) that are filled one after the other; steps 0: no bound. */
+	windows: { begin: number; end: number; steps: number }[];
+	/** Most forwards still to come. */
+	stepsLeft: number;
+}
+
 /** Steps without progress after which a user's policy is taken to be stuck. */
 const idleLimit = 256;
 
@@ -143,6 +156,24 @@ export class Loop {
 			}
 			this.#advance();
 		}
+	}
+
+	/** What a device needs to go on by itself from the plan that `next` has just returned. */
+	state(): LoopState {
+		const positions = this.#canvas.generatedPositions();
+		const windows = this.#windows.flatMap(({ begin, end, steps }) => {
+			const inside = part(positions, begin, end);
+			if (inside.length === 0) return [];
+			const last = inside[inside.length - 1] as number;
+			return [{ begin: inside[0] as number, end: last + 1, steps: steps === Number.POSITIVE_INFINITY ? 0 : steps }];
+		});
+		return {
+			step: this.#step,
+			blockStep: this.#blockStep,
+			initialOpen: this.#initialOpen,
+			windows,
+			stepsLeft: this.#stepsLeft(),
+		};
 	}
 
 	/** Applies the policy's decision and describes it. `all` speaks of `plan.looked`. */

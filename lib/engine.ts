@@ -4,10 +4,11 @@
  * `generate` calls that each await `engine.denoise` are thereby served together, step by step (continuous batching).
  * Nothing here knows what a token means; lib/generate.ts and lib/trainer.ts do.
  */
-import type { NativeCache, NativeMask, NativeModel, NativeParameter } from './binding.js';
+import type { NativeCache, NativeMask, NativeModel, NativeParameter, NativeSampler } from './binding.js';
 import type { ModelConfig } from './config.js';
 import { DiffusionNativeError, fromNative } from './errors.js';
 import { logitRowsOf, merge, pickColumns } from './merge.js';
+import { mergeSteps, stepsOf } from './merge-steps.js';
 
 /** One denoising step of one caller: one canvas, or several variants of it (an unconditional twin, verification copies). */
 export interface DenoiseRequest {
@@ -59,6 +60,44 @@ export interface RowStatistics {
 	guideLogits?: Float32Array;
 }
 
+/** Several denoising steps of one canvas that the device takes by itself; see NativeLoop. */
+export interface StepsRequest {
+	/** (T) */
+	tokens: Int32Array;
+	/** (T) 1: open. */
+	open: Uint8Array;
+	mask: NativeMask;
+	sampler: NativeSampler;
+	/** Canvas positions [begin, end) that are filled one after the other; steps 0: no bound. */
+	windows: readonly { begin: number; end: number; steps: number }[];
+	/** Counter of the next forward. */
+	step: number;
+	/** Steps spent in the first window, and positions that were open at its beginning. */
+	blockStep: number;
+	initialOpen: number;
+	/** Most steps of this call. */
+	steps: number;
+	seed: bigint;
+	temperature: number;
+	topP: number;
+	topK: number;
+	banned: number;
+	/** Row i - shift predicts position i. */
+	shift: number;
+}
+
+/** What one of those steps looked at and did. */
+export interface StepRecord {
+	/** Counter of the forward. */
+	step: number;
+	/** (R) ascending. */
+	positions: Int32Array;
+	/** (R) 1: the drawn id was committed. */
+	committed: Uint8Array;
+	/** Of the positions; nothing is watched. */
+	stats: RowStatistics;
+}
+
 export interface EngineOptions {
 	/** Requests that may wait at once; one more is refused with `ERR_DN_BUSY`. @default 1024 */
 	maxQueued?: number;
@@ -68,8 +107,10 @@ export interface EngineOptions {
 	batchLogits?: number;
 }
 
+/** What waits is one of three: a step or several, which are merged with their like, or a call of its own. */
 interface Waiting {
 	request: DenoiseRequest | undefined;
+	steps: StepsRequest | undefined;
 	call: ((native: NativeModel) => unknown) | undefined;
 	signal: AbortSignal | undefined;
 	resolve: (value: unknown) => void;
@@ -81,6 +122,8 @@ export class Engine {
 	readonly config: ModelConfig;
 	/** "cpu/avx512", "cuda:0/sm_90". */
 	readonly backend: string;
+	/** Whether the device can take several steps by itself: `denoiseSteps`. */
+	readonly deviceLoop: boolean;
 	/** Merged native calls so far and the requests they carried, for benchmarks and tests. */
 	readonly counters = { batches: 0, requests: 0 };
 
@@ -103,6 +146,7 @@ export class Engine {
 		this.#native = native;
 		this.config = config;
 		this.backend = native.backend;
+		this.deviceLoop = native.deviceLoop;
 		this.#maxQueued = options.maxQueued ?? 1024;
 		this.batchTokens = options.batchTokens ?? 8192;
 		this.#batchLogits = options.batchLogits ?? 2 ** 25;
@@ -126,12 +170,20 @@ export class Engine {
 
 	/** Runs `call` alone on the native model, in its turn. Rejects with `signal.reason`, `ERR_DN_BUSY` or `ERR_DN_DISPOSED`. */
 	run<T>(call: (native: NativeModel) => T | Promise<T>, signal?: AbortSignal): Promise<T> {
-		return this.#enqueue({ request: undefined, call }, signal) as Promise<T>;
+		return this.#enqueue({ call }, signal) as Promise<T>;
 	}
 
 	/** One denoising step, merged with those of others. Rejects as `run` does. */
 	denoise(request: DenoiseRequest, signal?: AbortSignal): Promise<RowStatistics> {
-		return this.#enqueue({ request, call: undefined }, signal) as Promise<RowStatistics>;
+		return this.#enqueue({ request }, signal) as Promise<RowStatistics>;
+	}
+
+	/**
+	 * Up to `request.steps` steps in one native call, merged with those of others; at least one where something is open.
+	 * Needs `deviceLoop`. Rejects as `run` does.
+	 */
+	denoiseSteps(request: StepsRequest, signal?: AbortSignal): Promise<StepRecord[]> {
+		return this.#enqueue({ steps: request }, signal) as Promise<StepRecord[]>;
 	}
 
 	/**
@@ -199,7 +251,10 @@ export class Engine {
 		this.#native.dispose();
 	}
 
-	#enqueue(work: Pick<Waiting, 'request' | 'call'>, signal: AbortSignal | undefined): Promise<unknown> {
+	#enqueue(
+		work: Partial<Pick<Waiting, 'request' | 'steps' | 'call'>>,
+		signal: AbortSignal | undefined,
+	): Promise<unknown> {
 		if (this.#closing) return Promise.reject(disposedError());
 		if (signal?.aborted) return Promise.reject(signal.reason);
 		if (this.#queue.length >= this.#maxQueued) {
@@ -208,7 +263,8 @@ export class Engine {
 			);
 		}
 		return new Promise((resolve, reject) => {
-			const item: Waiting = { request: work.request, call: work.call, signal, resolve, reject };
+			const { request, steps, call } = work;
+			const item: Waiting = { request, steps, call, signal, resolve, reject };
 			this.#attach(item);
 			this.#queue.push(item);
 			this.#schedule();
@@ -261,19 +317,20 @@ export class Engine {
 		});
 	}
 
-	/** The head of the queue, with the denoising requests right behind it that fit the budgets. */
+	/** The head of the queue, with the denoising requests of its kind right behind it that fit the budgets. */
 	#take(): Waiting[] {
 		const items: Waiting[] = [];
 		let tokens = 0;
 		let logits = 0;
 		for (const next of this.#queue) {
-			const { request } = next;
-			if (items.length > 0 && !request) break;
-			tokens += request ? request.sequences.length * request.positions.length : 0;
+			const { request, steps } = next;
+			const first = items[0];
+			if (first && (next.call || Boolean(first.steps) !== Boolean(steps))) break;
+			tokens += request ? request.sequences.length * request.positions.length : (steps?.tokens.length ?? 0);
 			logits += request ? logitRowsOf(request) * this.config.vocab : 0;
 			if (items.length > 0 && (tokens > this.batchTokens || logits > this.#batchLogits)) break;
 			items.push(next);
-			if (!request) break;
+			if (next.call) break;
 		}
 		this.#queue.splice(0, items.length);
 		for (const item of items) this.#detach(item);
@@ -292,7 +349,9 @@ export class Engine {
 			return;
 		}
 		try {
-			const results = await this.#denoiseTogether(items.map((item) => item.request as DenoiseRequest));
+			const results = first.steps
+				? await this.#stepsTogether(items.map((item) => item.steps as StepsRequest))
+				: await this.#denoiseTogether(items.map((item) => item.request as DenoiseRequest));
 			for (const [i, item] of items.entries()) settle(item, results[i]);
 		} catch (error) {
 			if (items.length === 1) {
@@ -329,6 +388,13 @@ export class Engine {
 			}
 			return result;
 		});
+	}
+
+	async #stepsTogether(requests: StepsRequest[]): Promise<StepRecord[][]> {
+		const log = await this.#native.denoiseSteps(mergeSteps(requests));
+		this.counters.batches++;
+		this.counters.requests += requests.length;
+		return requests.map((_, s) => stepsOf(log, s, requests.length));
 	}
 }
 

@@ -3,6 +3,7 @@
  * request is one async generator that awaits one forward per step, so a slow consumer slows only its own request, and
  * concurrent requests meet in the engine's batches.
  */
+import { aheadEvaluator, goesAhead } from './ahead.js';
 import { toSeed } from './batch.js';
 import { blockEvaluator, maskOf } from './block-cache.js';
 import type { Canvas } from './canvas.js';
@@ -61,16 +62,24 @@ export interface GenerationRequest {
 	open: number;
 }
 
-/** Checks prompt and options together. @throws `ERR_DN_ARGUMENT`, or `signal.reason` when it is aborted already */
+/** Steps of one native call where nobody watches and the options do not say. */
+export const usualStepsPerCall = 8;
+
+/**
+ * Checks prompt and options together. `stepsPerCall`: where the options do not say.
+ * @throws `ERR_DN_ARGUMENT`, or `signal.reason` when it is aborted already
+ */
 export function prepareRequest(
 	engine: Engine,
 	tokenizer: TextCodec | null,
 	prompt: Prompt,
 	given: GenerateOptions = {},
+	stepsPerCall = 1,
 ): GenerationRequest {
 	engine.check();
 	const { config } = engine;
 	const options = resolveOptions(given, config);
+	options.stepsPerCall ??= stepsPerCall;
 	options.signal?.throwIfAborted();
 	const parsed = parsePrompt(prompt, config, tokenizer);
 	const { length } = options;
@@ -174,8 +183,8 @@ export async function* denoise(
 		const canvas = makeCanvas(prompt, open, engine.config);
 		if (ends) canvas.endWith(engine.config.eosId);
 		const most = Math.max(canvas.length, prompt.before.length + (rule?.max ?? 0) + prompt.after.length);
-		evaluator = evaluatorOf(engine, canvas, request, most);
 		const loop = new Loop(canvas, options, rule, endIds(engine.config), tokenizer);
+		evaluator = evaluatorOf(engine, canvas, request, most, loop);
 		for (;;) {
 			const plan = loop.next();
 			if (!plan) break;
@@ -216,10 +225,17 @@ export async function* denoise(
 }
 
 /** How a request's forwards are run. `most`: positions of the longest canvas to come. */
-function evaluatorOf(engine: Engine, canvas: Canvas, { prompt, options }: GenerationRequest, most: number): Evaluator {
+function evaluatorOf(
+	engine: Engine,
+	canvas: Canvas,
+	{ prompt, options, rule }: GenerationRequest,
+	most: number,
+	loop: Loop,
+): Evaluator {
 	const { pinned } = prompt;
 	const { blockCausal, cache, measureDrift } = options;
 	if (options.isAutoregressive) return cachedEvaluator(engine, canvas, options, pinned, most);
+	if (goesAhead(engine, options, rule)) return aheadEvaluator(engine, canvas, options, loop, maskOf(blockCausal));
 	if (!cache) return fullEvaluator(engine, canvas, options, pinned, maskOf(blockCausal));
 	return blockEvaluator(engine, canvas, options, pinned, { kind: cache, blockCausal, measureDrift, capacity: most });
 }

@@ -24,6 +24,7 @@ import {
 	type PredictOptions,
 	predictLength,
 	prepareRequest,
+	usualStepsPerCall,
 } from './generate.js';
 import { forgetLengths, lengthExtras } from './length/extras.js';
 import type { LengthOptions, LengthPrediction } from './length/method.js';
@@ -216,9 +217,10 @@ export class DiffuGPT {
 
 	/** Generates text; the last value of `stream`. @throws `ERR_DN_ARGUMENT`, `ERR_DN_BUSY`, or `signal.reason` */
 	async generate(prompt: Prompt, options: GenerateOptions = {}): Promise<GenerateResult> {
-		const stream = this.stream(prompt, options);
+		const request = prepareRequest(this.engine, this.tokenizer, prompt, options, usualStepsPerCall);
+		const steps = denoise(this.engine, this.tokenizer, request);
 		for (;;) {
-			const { done, value } = await stream.next();
+			const { done, value } = await steps.next();
 			if (done) return value;
 		}
 	}
@@ -244,7 +246,9 @@ export class DiffuGPT {
 			? (options as readonly GenerateOptions[])
 			: prompts.map(() => options as GenerateOptions);
 		check(each.length === prompts.length, `there are ${prompts.length} prompts but ${each.length} options`);
-		const requests = prompts.map((prompt, i) => prepareRequest(this.engine, this.tokenizer, prompt, each[i]));
+		const requests = prompts.map((prompt, i) =>
+			prepareRequest(this.engine, this.tokenizer, prompt, each[i], usualStepsPerCall),
+		);
 		const results: GenerateResult[] = new Array(requests.length);
 		// As many at once as fill a merged batch: more would only wait, and hold caches meanwhile.
 		const sizes = requests.map(canvasSize);

@@ -2,6 +2,7 @@
 import { randomBytes } from 'node:crypto';
 
 import { toSeed } from './batch.js';
+import type { NativeSampler } from './binding.js';
 import type { CacheKind } from './block-cache.js';
 import { checkMask, type ModelConfig } from './config.js';
 import { check } from './errors.js';
@@ -106,9 +107,17 @@ export interface GenerateOptions {
 	 * the work of a forward. @default 0, none
 	 */
 	readonly guidance?: number;
+	/**
+	 * Most denoising steps of one native call. Where the device can take steps by itself (CUDA), a call carries so many and
+	 * the results are those of single steps; a stream's events then come in groups, and aborting takes effect between
+	 * calls. It takes single steps all the same on the CPU, with `cache`, `guidance`, a `length` that the canvas follows, and
+	 * the samplers 'klass', 'revocable', 'first-hitting', 'autoregressive' and one's own. Above 64 means 64.
+	 * @default 8 for `generate` and `generateBatch`, 1 for `stream`
+	 */
+	readonly stepsPerCall?: number;
 	/** 0 .. 2^64 - 1. The same seed and options give the same tokens. @default random */
 	readonly seed?: number | bigint;
-	/** Aborting rejects with `signal.reason`, within one step. */
+	/** Aborting rejects with `signal.reason`, within one native call (`stepsPerCall`). */
 	readonly signal?: AbortSignal;
 }
 
@@ -132,6 +141,10 @@ export interface ResolvedOptions {
 	topK: number;
 	topP: number;
 	guidance: number;
+	/** undefined: the caller decides. */
+	stepsPerCall: number | undefined;
+	/** The policy as a device knows it; null: it does not. */
+	deviceSampler: NativeSampler | null;
 	seed: bigint;
 	signal: AbortSignal | undefined;
 }
@@ -142,6 +155,8 @@ interface SamplerEntry {
 	temperature: number;
 	planned: boolean;
 	make(options: GenerateOptions): SamplerPolicy;
+	/** The same for a device that takes steps by itself. */
+	device?(options: GenerateOptions): Partial<NativeSampler>;
 }
 
 const common: readonly (keyof GenerateOptions)[] = [
@@ -151,6 +166,7 @@ const common: readonly (keyof GenerateOptions)[] = [
 	'topK',
 	'topP',
 	'guidance',
+	'stepsPerCall',
 	'seed',
 	'signal',
 ];
@@ -159,30 +175,40 @@ const common: readonly (keyof GenerateOptions)[] = [
 const blockwise: readonly (keyof GenerateOptions)[] = ['block', 'attention', 'cache', 'measureDrift'];
 
 const samplers: Record<SamplerName, SamplerEntry> = {
-	ancestral: { uses: ['steps', ...blockwise], temperature: 1, planned: true, make: ancestral },
+	ancestral: {
+		uses: ['steps', ...blockwise],
+		temperature: 1,
+		planned: true,
+		make: ancestral,
+		device: () => ({ sampler: 'ancestral' }),
+	},
 	confidence: {
 		uses: ['steps', ...blockwise, 'score', 'plan'],
 		temperature: 0,
 		planned: true,
 		make: (o) => confidence(o.score ?? 'probability', o.plan ?? 'even'),
+		device: (o) => ({ sampler: 'confidence', score: o.score ?? 'probability', plan: o.plan ?? 'even' }),
 	},
 	threshold: {
 		uses: ['steps', ...blockwise, 'threshold'],
 		temperature: 0,
 		planned: false,
 		make: (o) => threshold(o.threshold ?? 0.9),
+		device: (o) => ({ sampler: 'threshold', parameter: o.threshold ?? 0.9 }),
 	},
 	factor: {
 		uses: ['steps', ...blockwise, 'factor'],
 		temperature: 0,
 		planned: false,
 		make: (o) => factor(o.factor ?? 1),
+		device: (o) => ({ sampler: 'factor', parameter: o.factor ?? 1 }),
 	},
 	'entropy-bound': {
 		uses: ['steps', ...blockwise, 'entropyBound'],
 		temperature: 0,
 		planned: false,
 		make: (o) => entropyBound(o.entropyBound ?? 0.1),
+		device: (o) => ({ sampler: 'entropy-bound', parameter: o.entropyBound ?? 0.1 }),
 	},
 	klass: {
 		uses: ['steps', ...blockwise, 'threshold', 'divergence', 'stableSteps'],
@@ -268,6 +294,7 @@ export function resolveOptions(options: GenerateOptions, config: ModelConfig): R
 		`option cache cannot be combined with the sampler '${samplerName}', which verifies on copies of the canvas`,
 	);
 	check(!options.measureDrift || cache !== undefined, 'option measureDrift needs option cache');
+	const device = entry?.device?.(options);
 	const guidance = options.guidance ?? 0;
 	if (guidance !== 0) checkMask(config, 'option guidance');
 	return {
@@ -286,6 +313,10 @@ export function resolveOptions(options: GenerateOptions, config: ModelConfig): R
 		topK: options.topK ?? 0,
 		topP: options.topP ?? 1,
 		guidance,
+		stepsPerCall: options.stepsPerCall,
+		deviceSampler: device
+			? { sampler: 'confidence', score: 'probability', plan: 'even', parameter: 0, ...device }
+			: null,
 		seed: options.seed === undefined ? randomBytes(8).readBigUInt64LE() : toSeed(options.seed),
 		signal: options.signal,
 	};
@@ -331,6 +362,7 @@ function checkValues(options: GenerateOptions): void {
 		`option measureDrift is ${String(measureDrift)}, expected true or false`,
 	);
 	whole('steps', 1, mostSteps);
+	whole('stepsPerCall', 1);
 	whole('block', 1);
 	whole('topK', 0);
 	whole('stableSteps', 1);

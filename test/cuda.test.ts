@@ -3,7 +3,7 @@
  * Where there is neither, only that asking for one is refused with the reason.
  */
 import test from 'ava';
-import { DiffuGPT, info, Trainer } from 'diffusion-native';
+import { type DenoiseStep, DiffuGPT, type GenerateOptions, info, type Prompt, Trainer } from 'diffusion-native';
 
 import { binding } from '../lib/binding.js';
 import { sharpModel, smallConfig } from './helpers/models.js';
@@ -95,6 +95,108 @@ onDevice('the same text as the CPU, greedy and drawn', async (t) => {
 		const prompt = { tokens: Int32Array.from([7, 8, 9, ...new Array<number>(12).fill(60)]) };
 		const [a, b] = [await model.generate(prompt, options), await cpu.generate(prompt, options)];
 		t.deepEqual(a.tokens, b.tokens, JSON.stringify(options));
+	}
+});
+
+/** Every event of a stream, and what it returns but the time. */
+async function record(model: DiffuGPT, prompt: Prompt, options: GenerateOptions) {
+	const events: DenoiseStep[] = [];
+	const stream = model.stream(prompt, options);
+	for (;;) {
+		const { done, value } = await stream.next();
+		if (!done) {
+			events.push(value);
+			continue;
+		}
+		const { stats, ...result } = value;
+		return { events, result, stats: { ...stats, ms: 0, tokensPerSecond: 0 } };
+	}
+}
+
+const scattered = { tokens: Int32Array.from([7, 60, 9, 60, 60, 3, ...new Array<number>(14).fill(60), 5, 60]) };
+const continued = { tokens: Int32Array.of(7, 8, 9) };
+
+for (const [name, prompt, options] of [
+	['ancestral', scattered, { sampler: 'ancestral', steps: 9 }],
+	['ancestral in blocks', continued, { sampler: 'ancestral', length: 20, block: 6, steps: 11, topK: 5 }],
+	['confidence', scattered, { steps: 7 }],
+	['more steps than tokens', scattered, { steps: 40, plan: 'linear', score: 'random' }],
+	['margin, linear', continued, { length: 21, steps: 8, score: 'margin', plan: 'linear', temperature: 0.7 }],
+	['entropy, in blocks', continued, { length: 21, block: 5, steps: 12, score: 'entropy', temperature: 1, topP: 0.8 }],
+	['random', scattered, { steps: 5, score: 'random', temperature: 1 }],
+	['threshold', scattered, { sampler: 'threshold', threshold: 0.6 }],
+	['threshold, bounded', continued, { sampler: 'threshold', threshold: 0.97, length: 20, block: 10, steps: 6 }],
+	['factor', continued, { sampler: 'factor', factor: 1.2, length: 20 }],
+	['entropy-bound', scattered, { sampler: 'entropy-bound', entropyBound: 0.4 }],
+	['block-causal', continued, { sampler: 'threshold', length: 20, attention: { blockCausal: 8 } }],
+	['one position', { tokens: Int32Array.of(7, 60) }, { steps: 1 }],
+	['none', { tokens: Int32Array.of(7, 8) }, {}],
+	['single steps: guidance', continued, { length: 12, steps: 6, guidance: 0.5 }],
+	['single steps: klass', continued, { length: 12, sampler: 'klass' }],
+] as const satisfies readonly (readonly [string, Prompt, GenerateOptions])[]) {
+	onDevice(`one result whatever stepsPerCall: ${name}`, async (t) => {
+		await using cpu = await sharpModel();
+		for (const dtype of ['auto', 'fp32'] as const) {
+			await using model = await copyTo(cpu, dtype);
+			const single = await record(model, prompt, { ...options, seed: 3, stepsPerCall: 1 });
+			for (const stepsPerCall of [3, 8]) {
+				const { batches } = model.engine.counters;
+				const several = await record(model, prompt, { ...options, seed: 3, stepsPerCall });
+				t.deepEqual(several, single, `${dtype}, ${stepsPerCall} steps`);
+				const calls = model.engine.counters.batches - batches;
+				const { forwards } = single.stats;
+				if (name.startsWith('single')) t.is(calls, forwards);
+				else t.true(calls <= Math.ceil(forwards / stepsPerCall), `${calls} calls for ${forwards} forwards`);
+			}
+		}
+	});
+}
+
+onDevice('a canvas that is cut at an end token is cut the same within a call', async (t) => {
+	await using cpu = await sharpModel({}, 1, 8);
+	await using model = await copyTo(cpu, 'auto');
+	let cut = 0;
+	for (let seed = 1; seed <= 12; seed++) {
+		const options = { sampler: 'ancestral', length: { max: 30 }, steps: 10, temperature: 1.5, seed } as const;
+		const single = await record(model, continued, { ...options, stepsPerCall: 1 });
+		t.deepEqual(await record(model, continued, { ...options, stepsPerCall: 8 }), single, `seed ${seed}`);
+		if (single.events.slice(0, -1).some(({ resized }) => resized)) cut++;
+	}
+	t.true(cut > 0, 'no canvas was cut before the last step');
+});
+
+onDevice('requests that run together take their steps together', async (t) => {
+	await using cpu = await sharpModel();
+	await using model = await copyTo(cpu, 'auto');
+	const options = [
+		{ steps: 8, seed: 1 },
+		{ sampler: 'ancestral', steps: 16, seed: 2 },
+		{ sampler: 'threshold', seed: 3 },
+	] as const;
+	const alone = [];
+	for (const each of options) alone.push((await model.generate(scattered, each)).tokens);
+	const { batches } = model.engine.counters;
+	const together = await model.generateBatch([scattered, scattered, scattered], options);
+	t.deepEqual(
+		together.map(({ tokens }) => tokens),
+		alone,
+	);
+	t.true(model.engine.counters.batches - batches <= 4, `${model.engine.counters.batches - batches} calls`);
+});
+
+onDevice('aborting takes effect after the call, and streams go step by step unless asked', async (t) => {
+	await using cpu = await sharpModel();
+	await using model = await copyTo(cpu, 'auto');
+	const controller = new AbortController();
+	const reason = new Error('enough');
+	const { batches } = model.engine.counters;
+	const stream = model.stream(scattered, { steps: 12, stepsPerCall: 4, signal: controller.signal });
+	await stream.next();
+	controller.abort(reason);
+	t.is(await t.throwsAsync(stream.next()), reason);
+	t.is(model.engine.counters.batches, batches + 1);
+	for await (const { step } of model.stream(scattered, { steps: 3 })) {
+		t.is(model.engine.counters.batches, batches + 1 + step);
 	}
 });
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
 
@@ -11,7 +13,7 @@ struct MemoryState {
   std::map<void*, size_t> pieces;
   size_t used = 0;
   size_t limit = size_t{1} << 34;
-  int handles = 0;   // pieces of page-locked memory and streams
+  int handles = 0;   // pieces of page-locked memory, streams and graphs
   int overruns = 0;  // bytes written beside a piece, counted when it was freed
 };
 
@@ -30,5 +32,14 @@ class DeviceAccess {
  private:
   std::unique_lock<std::recursive_mutex> lock_;
 };
+
+// Records what would run on a stream that is being captured, and says whether it is; arguments are held by
+// value. Launches and copies on the device begin with it.
+bool record(void* stream, std::function<void()> work);
+// Graphs captured and replays launched since the start.
+struct GraphCounts {
+  int64_t captures = 0, launches = 0;
+};
+GraphCounts& graph_counts();
 
 }  // namespace dn::emulator

@@ -8,7 +8,10 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
+#include <utility>
+#include <vector>
 
 #include "core/error.h"
 #include "cuda/emulator/emulator.h"
@@ -31,12 +34,36 @@ unsigned char* arena() {
 
 int access_depth = 0;
 
+// Streams are always idle, except that one may be recording.
+struct EmulatedStream {
+  bool capturing = false;
+  std::vector<std::function<void()>> recorded;
+};
+// The stream that this thread captures.
+thread_local EmulatedStream* captured = nullptr;
+
+void refuse_in_capture(const char* what) {
+  if (captured) throw Error(Code::kDevice, std::string(what) + " while a graph is captured");
+}
+
 std::recursive_mutex& device_mutex() {
   static std::recursive_mutex mutex;
   return mutex;
 }
 
 }  // namespace
+
+bool record(void* stream, std::function<void()> work) {
+  EmulatedStream* const s = static_cast<EmulatedStream*>(stream);
+  if (!s || !s->capturing) return false;
+  s->recorded.push_back(std::move(work));
+  return true;
+}
+
+GraphCounts& graph_counts() {
+  static GraphCounts counts;
+  return counts;
+}
 
 MemoryState& memory() {
   static MemoryState state;
@@ -75,15 +102,17 @@ void select_device(int) {}
 Stream create_stream() {
   const emulator::DeviceAccess access;
   ++emulator::memory().handles;
-  return nullptr;
+  return new emulator::EmulatedStream;
 }
-void destroy_stream(Stream) {
+void destroy_stream(Stream stream) {
   const emulator::DeviceAccess access;
   --emulator::memory().handles;
+  delete static_cast<emulator::EmulatedStream*>(stream);
 }
-void synchronize(Stream) {}
+void synchronize(Stream) { emulator::refuse_in_capture("waiting for the device"); }
 
 void* device_alloc(size_t bytes) {
+  emulator::refuse_in_capture("allocating device memory");
   const emulator::DeviceAccess access;
   emulator::MemoryState& state = emulator::memory();
   if (state.used + bytes > state.limit) {
@@ -109,6 +138,7 @@ void* device_alloc(size_t bytes) {
 }
 
 void device_free(void* p) {
+  if (emulator::captured) throw emulator::Fault("freeing device memory while a graph is captured");
   const emulator::DeviceAccess access;
   emulator::MemoryState& state = emulator::memory();
   const auto piece = state.pieces.find(p);
@@ -128,6 +158,7 @@ void free_memory(size_t* free_bytes, size_t* total_bytes) {
   *free_bytes = *total_bytes - emulator::memory().used;
 }
 void* pinned_alloc(size_t bytes) {
+  emulator::refuse_in_capture("allocating page-locked memory");
   const emulator::DeviceAccess access;
   ++emulator::memory().handles;
   return std::malloc(bytes > 0 ? bytes : 1);
@@ -139,27 +170,73 @@ void pinned_free(void* p) {
 }
 
 void copy_to_device(void* dst, const void* host, size_t bytes, Stream) {
+  emulator::refuse_in_capture("copying from the host");
   const emulator::DeviceAccess access;
   std::memcpy(dst, host, bytes);
 }
 void copy_to_host(void* host, const void* src, size_t bytes, Stream) {
+  emulator::refuse_in_capture("copying to the host");
   const emulator::DeviceAccess access;
   std::memcpy(host, src, bytes);
 }
-void copy_on_device(void* dst, const void* src, size_t bytes, Stream) {
+void copy_on_device(void* dst, const void* src, size_t bytes, Stream stream) {
+  if (emulator::record(stream, [=] { copy_on_device(dst, src, bytes, nullptr); })) return;
   const emulator::DeviceAccess access;
   std::memmove(dst, src, bytes);
 }
 void copy_rows_on_device(void* dst, size_t dst_pitch, const void* src, size_t src_pitch, size_t width,
-                         size_t rows, Stream) {
+                         size_t rows, Stream stream) {
+  if (emulator::record(stream,
+                       [=] { copy_rows_on_device(dst, dst_pitch, src, src_pitch, width, rows, nullptr); }))
+    return;
   const emulator::DeviceAccess access;
   for (size_t r = 0; r < rows; ++r)
     std::memmove(static_cast<char*>(dst) + r * dst_pitch, static_cast<const char*>(src) + r * src_pitch,
                  width);
 }
-void fill_zero(void* dst, size_t bytes, Stream) {
+void fill_zero(void* dst, size_t bytes, Stream stream) {
+  if (emulator::record(stream, [=] { fill_zero(dst, bytes, nullptr); })) return;
   const emulator::DeviceAccess access;
   std::memset(dst, 0, bytes);
+}
+
+namespace {
+
+using Recorded = std::vector<std::function<void()>>;
+
+}  // namespace
+
+void begin_capture(Stream stream) {
+  emulator::EmulatedStream* const s = static_cast<emulator::EmulatedStream*>(stream);
+  if (emulator::captured || s->capturing) throw emulator::Fault("a capture begins inside of another one");
+  s->capturing = true;
+  emulator::captured = s;
+}
+Graph end_capture(Stream stream) {
+  emulator::EmulatedStream* const s = static_cast<emulator::EmulatedStream*>(stream);
+  if (emulator::captured != s) throw emulator::Fault("a capture ends that this thread did not begin");
+  const emulator::DeviceAccess access;
+  emulator::captured = nullptr;
+  s->capturing = false;
+  ++emulator::memory().handles;
+  ++emulator::graph_counts().captures;
+  return new Recorded(std::exchange(s->recorded, {}));
+}
+void cancel_capture(Stream stream) {
+  emulator::EmulatedStream* const s = static_cast<emulator::EmulatedStream*>(stream);
+  emulator::captured = nullptr;
+  s->capturing = false;
+  s->recorded.clear();
+}
+void launch_graph(Graph graph, Stream) {
+  emulator::refuse_in_capture("launching a graph");
+  ++emulator::graph_counts().launches;
+  for (const std::function<void()>& work : *static_cast<Recorded*>(graph)) work();
+}
+void destroy_graph(Graph graph) {
+  const emulator::DeviceAccess access;
+  --emulator::memory().handles;
+  delete static_cast<Recorded*>(graph);
 }
 
 }  // namespace dn::cuda

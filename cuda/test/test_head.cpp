@@ -241,7 +241,7 @@ DN_TEST(cuda_denoise_counts_rows_on_the_device) {
   call.V = V;
   call.rows = static_cast<const DenoiseRow*>(list->data());
   call.R = R;
-  call.count = static_cast<const int32_t*>(count->data());
+  call.live = {static_cast<const int32_t*>(count->data()), 0};
   call.tile_mass = static_cast<double*>(tile_mass.data());
   call.results = static_cast<cuda::DenoiseResult*>(out->data());
   cuda::denoise(call, nullptr);

@@ -7,6 +7,7 @@
 
 #include "cuda/test/attention_case.h"
 #include "cuda/test/denoise_case.h"
+#include "cuda/test/loop_case.h"
 
 namespace dn::cuda_test {
 namespace {
@@ -74,6 +75,16 @@ bool denoise_is_right() {
   }
 }
 
+// Five steps in one call, most of them replayed from a graph.
+bool loop_is_right() {
+  Model model(make_cuda_backend(0), kConfig);
+  fill(model);
+  LoopCase c;
+  c.add(12, 2, 12, 6).sampler = LoopSampler::kAncestral;
+  c.add(10, 1, 10, 5).shift = 1;
+  return c.compare(model, 5).empty();
+}
+
 void check_planted(const char* what, int number, const Run& run) {
   emulator::set_seed(1);
   CHECK_MSG(run(), std::string(what) + ": the kernel without the mistake is not right");
@@ -113,6 +124,9 @@ DN_TEST(cuda_planted_mistakes_are_caught) {
   check_planted("merging two parts of a row forgets the loser, which may be the second best", 14,
                 denoise_is_right);
   check_planted("merging two parts of a row gives a tie to whoever comes first", 15, denoise_is_right);
+  check_planted("a replayed step draws with the numbers of the step that was captured", 16, loop_is_right);
+  check_planted("the rows of a step are listed one late", 17, loop_is_right);
+  check_planted("a sequence decides on rows beyond its own", 18, loop_is_right);
 }
 
 }  // namespace

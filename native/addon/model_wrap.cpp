@@ -50,6 +50,7 @@ Napi::ObjectReference keep_alive(const Napi::Value& value) {
 Napi::Function ModelWrap::define(Napi::Env env) {
   return DefineClass(env, "NativeModel",
                      {InstanceAccessor<&ModelWrap::backend>("backend"),
+                      InstanceAccessor<&ModelWrap::device_loop>("deviceLoop"),
                       InstanceAccessor<&ModelWrap::parameters>("parameters"),
                       InstanceMethod<&ModelWrap::memory>("memory"),
                       InstanceMethod<&ModelWrap::initialise>("initialise"),
@@ -60,6 +61,7 @@ Napi::Function ModelWrap::define(Napi::Env env) {
                       InstanceMethod<&ModelWrap::prepare_inference>("prepareInference"),
                       InstanceMethod<&ModelWrap::create_cache>("createCache"),
                       InstanceMethod<&ModelWrap::denoise>("denoise"),
+                      InstanceMethod<&ModelWrap::denoise_steps>("denoiseSteps"),
                       InstanceMethod<&ModelWrap::forward>("forward"),
                       InstanceMethod<&ModelWrap::begin_training>("beginTraining"),
                       InstanceMethod<&ModelWrap::end_training>("endTraining"),
@@ -137,6 +139,10 @@ Napi::Promise ModelWrap::start(const Napi::CallbackInfo& info, std::vector<Napi:
 
 Napi::Value ModelWrap::backend(const Napi::CallbackInfo& info) {
   return Napi::String::New(info.Env(), model(info.Env()).backend().name());
+}
+
+Napi::Value ModelWrap::device_loop(const Napi::CallbackInfo& info) {
+  return Napi::Boolean::New(info.Env(), model(info.Env()).has_device_loop());
 }
 
 Napi::Value ModelWrap::parameters(const Napi::CallbackInfo& info) {
@@ -262,6 +268,34 @@ Napi::Value ModelWrap::create_cache(const Napi::CallbackInfo& info) {
   return state_->cache_class.New({external, info[0]});
 }
 
+namespace {
+
+// The fields of `result` that hold statistics: stats_at(i) for i < D.
+template <typename StatsAt>
+void set_stats(const Napi::Object& result, size_t D, const StatsAt& stats_at) {
+  const Napi::Env env = result.Env();
+  auto best = Napi::Int32Array::New(env, D), drawn = Napi::Int32Array::New(env, D);
+  auto probability = Napi::Float32Array::New(env, D), margin = Napi::Float32Array::New(env, D);
+  auto entropy = Napi::Float32Array::New(env, D), drawn_log_prob = Napi::Float32Array::New(env, D);
+  for (size_t i = 0; i < D; ++i) {
+    const DenoiseStats& s = stats_at(i);
+    best[i] = s.best;
+    drawn[i] = s.drawn;
+    probability[i] = s.probability;
+    margin[i] = s.margin;
+    entropy[i] = s.entropy;
+    drawn_log_prob[i] = s.drawn_log_prob;
+  }
+  result.Set("best", best);
+  result.Set("drawn", drawn);
+  result.Set("probability", probability);
+  result.Set("margin", margin);
+  result.Set("entropy", entropy);
+  result.Set("drawnLogProb", drawn_log_prob);
+}
+
+}  // namespace
+
 Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Model& m = idle(env);
@@ -285,28 +319,39 @@ Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
         if (K > 0) m.logits(logits, request->logit_rows.data(), K);
       },
       [stats, watched, kept](Napi::Env e) -> Napi::Value {
-        const size_t D = stats->size();
-        auto best = Napi::Int32Array::New(e, D), drawn = Napi::Int32Array::New(e, D);
-        auto probability = Napi::Float32Array::New(e, D), margin = Napi::Float32Array::New(e, D);
-        auto entropy = Napi::Float32Array::New(e, D), drawn_log_prob = Napi::Float32Array::New(e, D);
-        for (size_t i = 0; i < D; ++i) {
-          const DenoiseStats& s = (*stats)[i];
-          best[i] = s.best;
-          drawn[i] = s.drawn;
-          probability[i] = s.probability;
-          margin[i] = s.margin;
-          entropy[i] = s.entropy;
-          drawn_log_prob[i] = s.drawn_log_prob;
-        }
         Napi::Object result = Napi::Object::New(e);
-        result.Set("best", best);
-        result.Set("drawn", drawn);
-        result.Set("probability", probability);
-        result.Set("margin", margin);
-        result.Set("entropy", entropy);
-        result.Set("drawnLogProb", drawn_log_prob);
+        set_stats(result, stats->size(), [&](size_t i) -> const DenoiseStats& { return (*stats)[i]; });
         result.Set("watched", to_array<Napi::Float32Array>(e, *watched));
         result.Set("logits", kept->Value());
+        return result;
+      });
+}
+
+Napi::Value ModelWrap::denoise_steps(const Napi::CallbackInfo& info) {
+  Model& m = idle(info.Env());
+  auto request = to_loop(object_argument(info, 0, "batch"));
+  auto log = std::make_shared<LoopLog>();
+  return start(
+      info, {}, [&m, request, log] { m.denoise_steps(*request, log.get()); },
+      [log](Napi::Env e) -> Napi::Value {
+        const size_t events = log->events.size(), L = log->rows.size();
+        Napi::Object result = Napi::Object::New(e);
+        auto triples = Napi::Int32Array::New(e, 3 * events);
+        for (size_t i = 0; i < events; ++i) {
+          triples[3 * i] = static_cast<int32_t>(log->events[i].step);
+          triples[3 * i + 1] = log->events[i].begin;
+          triples[3 * i + 2] = log->events[i].end;
+        }
+        auto position = Napi::Int32Array::New(e, L);
+        auto committed = Napi::Uint8Array::New(e, L);
+        for (size_t i = 0; i < L; ++i) {
+          position[i] = log->rows[i].position;
+          committed[i] = static_cast<uint8_t>(log->rows[i].committed);
+        }
+        result.Set("events", triples);
+        result.Set("position", position);
+        result.Set("committed", committed);
+        set_stats(result, L, [&](size_t i) -> const DenoiseStats& { return log->rows[i].stats; });
         return result;
       });
 }

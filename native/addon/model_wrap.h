@@ -30,6 +30,7 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
 
  private:
   Napi::Value backend(const Napi::CallbackInfo& info);
+  Napi::Value device_loop(const Napi::CallbackInfo& info);
   Napi::Value parameters(const Napi::CallbackInfo& info);
   Napi::Value memory(const Napi::CallbackInfo& info);
   Napi::Value initialise(const Napi::CallbackInfo& info);
@@ -40,6 +41,7 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
   Napi::Value prepare_inference(const Napi::CallbackInfo& info);
   Napi::Value create_cache(const Napi::CallbackInfo& info);
   Napi::Value denoise(const Napi::CallbackInfo& info);
+  Napi::Value denoise_steps(const Napi::CallbackInfo& info);
   Napi::Value forward(const Napi::CallbackInfo& info);
   Napi::Value begin_training(const Napi::CallbackInfo& info);
   Napi::Value end_training(const Napi::CallbackInfo& info);

@@ -122,6 +122,77 @@ std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t r
 
 namespace {
 
+LoopSequence to_loop_sequence(const Napi::Object& object) {
+  const Napi::Env env = object.Env();
+  LoopSequence q;
+  std::vector<uint8_t> matrix;
+  q.mask = to_mask(object_field(object, "mask"), &matrix);
+  expect(env, matrix.empty(), "a mask of the loop is a matrix");
+  const std::string sampler = string_field(object, "sampler"), score = string_field(object, "score");
+  const std::string plan = string_field(object, "plan");
+  if (sampler == "ancestral") {
+    q.sampler = LoopSampler::kAncestral;
+  } else if (sampler == "confidence") {
+    q.sampler = LoopSampler::kConfidence;
+  } else if (sampler == "threshold") {
+    q.sampler = LoopSampler::kThreshold;
+  } else if (sampler == "factor") {
+    q.sampler = LoopSampler::kFactor;
+  } else if (sampler == "entropy-bound") {
+    q.sampler = LoopSampler::kEntropyBound;
+  } else {
+    throw type_error(env, "sampler", "one that the device runs");
+  }
+  q.score = score == "margin"    ? LoopScore::kMargin
+            : score == "entropy" ? LoopScore::kEntropy
+            : score == "random"  ? LoopScore::kRandom
+                                 : LoopScore::kProbability;
+  q.plan = plan == "linear" ? LoopPlan::kLinear : LoopPlan::kEven;
+  q.parameter = number_field(object, "parameter");
+  q.temperature = static_cast<float>(number_field(object, "temperature"));
+  q.top_p = static_cast<float>(number_field(object, "topP"));
+  q.top_k = static_cast<int32_t>(int_field(object, "topK"));
+  q.banned = static_cast<int32_t>(int_field(object, "banned"));
+  q.seed = bigint_field(object, "seed");
+  q.shift = static_cast<int32_t>(int_field(object, "shift"));
+  q.step = static_cast<uint32_t>(int_field(object, "step"));
+  q.block_step = static_cast<int32_t>(int_field(object, "blockStep"));
+  q.initial_open = static_cast<int32_t>(int_field(object, "initialOpen"));
+  q.window_begin = static_cast<int32_t>(int_field(object, "windowBegin"));
+  q.window_end = static_cast<int32_t>(int_field(object, "windowEnd"));
+  return q;
+}
+
+}  // namespace
+
+std::shared_ptr<LoopRequest> to_loop(const Napi::Object& object) {
+  const Napi::Env env = object.Env();
+  auto request = std::make_shared<LoopRequest>();
+  request->ids = int32_field(object, "ids");
+  request->open = copy_array<uint8_t, Napi::Uint8Array>(object, "open", napi_uint8_array);
+  request->steps = static_cast<int32_t>(int_field(object, "steps"));
+  const std::vector<int32_t> offsets = int32_field(object, "offsets"),
+                             windows = int32_field(object, "windows");
+  expect(env, windows.size() % 3 == 0, "windows are not triples");
+  for (size_t w = 0; w < windows.size(); w += 3)
+    request->windows.push_back({windows[w], windows[w + 1], windows[w + 2]});
+  const Napi::Value sequences_value = object.Get("sequences");
+  expect(env, sequences_value.IsArray(), "sequences is an array");
+  const Napi::Array sequences = sequences_value.As<Napi::Array>();
+  expect(env, offsets.size() == size_t{sequences.Length()} + 1,
+         "offsets and sequences disagree on the number of sequences");
+  for (uint32_t s = 0; s < sequences.Length(); ++s) {
+    const Napi::Value sequence = sequences.Get(s);
+    expect(env, sequence.IsObject(), "a sequence is not an object");
+    request->sequences.push_back(to_loop_sequence(sequence.As<Napi::Object>()));
+    request->sequences.back().begin = offsets[s];
+    request->sequences.back().end = offsets[s + 1];
+  }
+  return request;
+}
+
+namespace {
+
 NoiseOptions to_noise(const Napi::Object& object, std::vector<uint8_t>* matrix) {
   const Napi::Env env = object.Env();
   NoiseOptions noise;

@@ -44,6 +44,7 @@ struct TrainRequest {
 AttentionMask to_mask(const Napi::Object& object, std::vector<uint8_t>* matrix);
 std::shared_ptr<BatchRequest> to_batch(const Napi::Object& object, const Model& model);
 std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t row_count);
+std::shared_ptr<LoopRequest> to_loop(const Napi::Object& object);
 std::shared_ptr<TrainRequest> to_train(const Napi::Object& batch, const Napi::Object& noise,
                                        const Napi::Object& options);
 

@@ -1,7 +1,8 @@
 // GPT-2 124M on a GPU, through the backend's interface and without Node: the ceilings of the machine (copy,
-// one large product), products at the model's shapes, attention, the head, a training step and a denoising
-// step. One line of JSON per case on standard output. Usage: bench_gpu [filter] [seconds per case = 0.5]; the
-// filter picks lines whose name contains it. Exits with 2 and the reason where there is no usable GPU.
+// one large product), products at the model's shapes, attention, a training step, a denoising step and the
+// denoising loop. One line of JSON per case on standard output. Usage: bench_gpu [filter] [seconds per case =
+// 0.5]; the filter picks lines whose name contains it. Exits with 2 and the reason where there is no usable
+// GPU.
 
 #include <algorithm>
 #include <chrono>
@@ -263,16 +264,22 @@ void bench_training(const Bench& bench, std::unique_ptr<Backend> backend) {
   }
 }
 
-// A forward pass and the head on half of the rows, as an ancestral sampler's step in the middle of a run.
+// Half of the rows, as an ancestral sampler's step in the middle of a run: a forward pass and the head,
+// issued and brought back by the host (denoise/...), and a step of the loop that stays on the device, eight
+// to a call, with graphs and without. A step of the loop looks at every open position and fills the fewest
+// that it can, so that all eight do nearly the same work.
 void bench_denoising(const Bench& bench, std::unique_ptr<Backend> backend) {
   Model model(std::move(backend), kGpt2);
   model.initialise(1);
   for (const auto& [S, T] : {std::pair<int64_t, int64_t>{1, 256}, {1, 1024}, {64, 256}, {64, 1024}}) {
-    const std::string name = "denoise/B" + std::to_string(S) + "/T" + std::to_string(T);
-    if (!bench.wants(name)) continue;
+    const std::string shape = "/B" + std::to_string(S) + "/T" + std::to_string(T);
     const Batch batch = make_batch(S, T);
     std::vector<int64_t> kept;
     std::vector<DenoiseRow> rows;
+    LoopRequest loop;
+    loop.ids = batch.ids;
+    loop.open.assign(batch.ids.size(), 0);
+    loop.steps = 8;
     for (int64_t n = 0; n < S * T; n += 2) {
       DenoiseRow row;
       row.row = static_cast<int64_t>(kept.size());
@@ -281,13 +288,34 @@ void bench_denoising(const Bench& bench, std::unique_ptr<Backend> backend) {
       row.position = static_cast<uint32_t>(n % T);
       rows.push_back(row);
       kept.push_back(n);
+      loop.open[static_cast<size_t>(n)] = 1;
+    }
+    for (const Sequence& sequence : batch.sequences) {
+      LoopSequence q;
+      q.begin = sequence.begin;
+      q.end = sequence.end;
+      q.sampler = LoopSampler::kThreshold;
+      q.parameter = 2;  // above every probability: one token a step
+      q.banned = 811;
+      q.seed = 1;
+      q.window_begin = static_cast<int32_t>(loop.windows.size());
+      q.window_end = q.window_begin + 1;
+      loop.windows.push_back({0, static_cast<int32_t>(T), 0});
+      loop.sequences.push_back(q);
     }
     const int64_t R = static_cast<int64_t>(rows.size());
+    const double flops = forward_flops(S * T, T, R);
     std::vector<DenoiseStats> stats(rows.size());
-    bench.run(name, model.backend(), 0, forward_flops(S * T, T, R), 0, [&] {
+    bench.run("denoise" + shape, model.backend(), 0, flops, 0, [&] {
       model.forward(batch, kept);
       model.denoise(stats.data(), nullptr, rows.data(), R, nullptr, 0);
     });
+    LoopLog log;
+    for (const bool graphs : {true, false}) {
+      model.use_graphs(graphs);
+      bench.run(std::string(graphs ? "loop-of-8/graphs" : "loop-of-8/launches") + shape, model.backend(), 0,
+                loop.steps * flops, 0, [&] { model.denoise_steps(loop, &log); });
+    }
   }
 }
 

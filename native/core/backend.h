@@ -108,7 +108,10 @@ struct StepShape {
   int64_t N = 0, S = 0, R = 0, logit_rows = 0;
   int64_t C = 0, NH = 0, V = 0;
   bool training = false;
+  int64_t loop_steps = 0;  // of a denoising loop that stays on the device (denoise_loop.h), 0: none
 };
+
+class DeviceLoop;
 
 class Backend {
  public:
@@ -210,6 +213,10 @@ class Backend {
   // Sum of squares of n gradients in double, with an order of additions that does not depend on threads. NaN
   // and infinities propagate.
   virtual double sum_of_squares(const void* gradients, int64_t n) = 0;
+
+  // The denoising loop that stays on the device (denoise_loop.h); null: there is none, and steps come one by
+  // one.
+  virtual DeviceLoop* device_loop() { return nullptr; }
 
  private:
   Error no_int8() const {

@@ -35,10 +35,14 @@ void check_mask(const AttentionMask& mask, int64_t q_end, int64_t k_end, const s
   }
 }
 
-// dst (R, C) = the rows of src that the runs name, in order.
-void gather(Backend& backend, Tensor dst, Tensor src, const std::vector<RowRun>& runs) {
+// dst (R, C) = the rows of src that the plan lists, in order.
+void gather(Backend& backend, const BatchPlan& plan, Tensor dst, Tensor src) {
+  if (plan.loop) {
+    plan.loop->gather(dst, src);
+    return;
+  }
   int64_t r = 0;
-  for (const RowRun& run : runs) {
+  for (const RowRun& run : plan.gathers) {
     backend.copy(dst.slice(r, run.count), src.slice(run.row, run.count));
     r += run.count;
   }
@@ -71,6 +75,16 @@ void QueryPlan::clear() {
   positions.clear();
 }
 
+void BatchPlan::clear() {
+  N = R = 0;
+  listed = false;
+  all.clear();
+  rows.clear();
+  gathers.clear();
+  cache_writes.clear();
+  loop = nullptr;
+}
+
 void QueryPlan::use_layer(int32_t layer) {
   for (size_t s = 0; s < sequences.size(); ++s) {
     if (!caches[s]) continue;
@@ -82,11 +96,8 @@ void QueryPlan::use_layer(int32_t layer) {
 void Model::plan_batch(const Batch& batch, const std::vector<int64_t>& rows) {
   BatchPlan& plan = workspace_->plan;
   const int64_t N = static_cast<int64_t>(batch.ids.size());
+  plan.clear();
   plan.N = N;
-  plan.all.clear();
-  plan.rows.clear();
-  plan.gathers.clear();
-  plan.cache_writes.clear();
   if (N == 0) bad("batch: there are no tokens");
   if (batch.positions.size() != idx(N)) {
     bad("batch: " + str(N) + " ids but " + std::to_string(batch.positions.size()) + " positions");
@@ -230,16 +241,20 @@ void Model::block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActi
   Tensor q = a.qkv.columns(0, C);
   Tensor residual = inp;
   if (listed) {
-    gather(backend, a.q, q, plan.gathers);
-    gather(backend, a.inp_rows, inp, plan.gathers);
+    gather(backend, plan, a.q, q);
+    gather(backend, plan, a.inp_rows, inp);
     q = a.q;
     residual = a.inp_rows;
   }
-  QueryPlan& queries = listed ? plan.rows : plan.all;
-  queries.use_layer(layer);
-  backend.attention_forward(a.att, a.lse, q, a.qkv.columns(C, 2 * C), queries.sequences.data(),
-                            static_cast<int64_t>(queries.sequences.size()), queries.positions.data(),
-                            config_.heads);
+  if (plan.loop) {
+    plan.loop->attention(a.att, q, a.qkv.columns(C, 2 * C), listed, config_.heads);
+  } else {
+    QueryPlan& queries = listed ? plan.rows : plan.all;
+    queries.use_layer(layer);
+    backend.attention_forward(a.att, a.lse, q, a.qkv.columns(C, 2 * C), queries.sequences.data(),
+                              static_cast<int64_t>(queries.sequences.size()), queries.positions.data(),
+                              config_.heads);
+  }
   backend.matmul_forward(a.mid, a.att, weight(parameter(kAttnProjWeight)), tensor(parameter(kAttnProjBias)),
                          Epilogue::kResidual, residual, precision);
 
@@ -252,59 +267,70 @@ void Model::block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActi
                          Epilogue::kResidual, a.mid, precision);
 }
 
-// Memory: 7 C elements a token, whatever the depth. `wide` holds qkv and att, then fc; q and the gathered
-// input of the last block live where mid and ln2 will be.
+// 7 C elements a token, whatever the depth. `wide` holds qkv and att, then fc; q and the gathered input of
+// the last block live where mid and ln2 will be. rows_held: N or R, whichever is more: a list may repeat
+// rows.
+size_t Model::lay_out_inference(Carver carver, int64_t N, int64_t rows_held, InferenceActivations* to) const {
+  const Dtype dtype = backend_->activation_dtype();
+  const int64_t C = config_.channels;
+  BlockActivations& a = to->block;
+  to->h = carver.take(dtype, rows_held, C);
+  a.mid = carver.take(dtype, rows_held, C);
+  to->ln = carver.take(dtype, rows_held, C);
+  Carver narrow = carver;
+  a.qkv = narrow.take(dtype, N, 3 * C);
+  a.att = narrow.take(dtype, rows_held, C);
+  a.fc = carver.take(dtype, rows_held, 4 * C);
+  const size_t bytes = std::max(narrow.used(), carver.used());
+  to->h = to->h.slice(0, N);
+  a.mid = a.mid.slice(0, N);
+  a.att = a.att.slice(0, N);
+  a.fc = a.fc.slice(0, N);
+  a.ln1 = a.ln2 = to->ln.slice(0, N);
+  return bytes;
+}
+
+// The blocks and the last layer norm, from the embedded tokens in `t.h`; returns the hidden states of the R
+// rows.
+Tensor Model::run_blocks(InferenceActivations t, int64_t R, MatmulPrecision precision) {
+  const BatchPlan& plan = workspace_->plan;
+  BlockActivations& a = t.block;
+  Tensor h = t.h;
+  for (int32_t layer = 0; layer < config_.layers; ++layer) {
+    const bool listed = plan.listed && layer == config_.layers - 1;
+    Tensor out = h;
+    if (listed) {
+      for (Tensor* each : {&a.att, &a.mid, &a.fc, &out}) each->rows = R;
+      a.q = a.mid;
+      a.inp_rows = a.ln2 = Tensor(t.ln.data, t.ln.dtype, R, config_.channels);
+    }
+    block_forward(layer, out, h, a, listed, precision);
+    h = out;
+  }
+  t.ln.rows = R;
+  backend_->layernorm_forward(t.ln, Tensor(), Tensor(), h, tensor(ln_f_weight(config_)),
+                              tensor(ln_f_bias(config_)));
+  return t.ln;
+}
+
 void Model::run_forward(const Batch& batch, const std::vector<int64_t>& rows, MatmulPrecision precision) {
   hidden_ = Tensor();
   plan_batch(batch, rows);
   prepare_inference();
   const BatchPlan& plan = workspace_->plan;
-  const int64_t N = plan.N, R = plan.R, C = config_.channels;
-  const Dtype dtype = backend_->activation_dtype();
+  const int64_t N = plan.N, R = plan.R, rows_held = std::max(N, R);
 
-  // More rows than tokens is possible: a list may repeat rows.
-  const int64_t rows_held = std::max(N, R);
-  Tensor h, ln;
-  BlockActivations a;
-  const auto layout = [&](Carver carver) {
-    h = carver.take(dtype, rows_held, C);
-    a.mid = carver.take(dtype, rows_held, C);
-    ln = carver.take(dtype, rows_held, C);
-    Carver narrow = carver;
-    a.qkv = narrow.take(dtype, N, 3 * C);
-    a.att = narrow.take(dtype, rows_held, C);
-    a.fc = carver.take(dtype, rows_held, 4 * C);
-    return std::max(narrow.used(), carver.used());
-  };
-  const size_t bytes = layout(Carver(nullptr));
+  InferenceActivations t;
+  const size_t bytes = lay_out_inference(Carver(nullptr), N, rows_held, &t);
   require_memory(
       *backend_, workspace_->arena.growth(bytes) + backend_->step_bytes(step_shape(0, false)),
       "a forward pass over " + str(N) + " tokens in " + str(plan.all.sequences.size()) + " sequences",
       "lower the batch size or the sequence length");
   workspace_->arena.reserve(*backend_, bytes, "the activations of a forward pass");
-  layout(Carver(workspace_->arena.data()));
-  h = h.slice(0, N);
-  a.mid = a.mid.slice(0, N);
-  a.att = a.att.slice(0, N);
-  a.fc = a.fc.slice(0, N);
-  a.ln1 = a.ln2 = ln.slice(0, N);
+  lay_out_inference(Carver(workspace_->arena.data()), N, rows_held, &t);
 
-  backend_->embedding_forward(h, batch.ids.data(), batch.positions.data(), weight(kWte), tensor(kWpe));
-  for (int32_t layer = 0; layer < config_.layers; ++layer) {
-    const bool listed = plan.listed && layer == config_.layers - 1;
-    Tensor out = h;
-    if (listed) {
-      for (Tensor* t : {&a.att, &a.mid, &a.fc, &out}) t->rows = R;
-      a.q = a.mid;
-      a.inp_rows = a.ln2 = Tensor(ln.data, dtype, R, C);
-    }
-    block_forward(layer, out, h, a, listed, precision);
-    h = out;
-  }
-  ln.rows = R;
-  backend_->layernorm_forward(ln, Tensor(), Tensor(), h, tensor(ln_f_weight(config_)),
-                              tensor(ln_f_bias(config_)));
-  hidden_ = ln;
+  backend_->embedding_forward(t.h, batch.ids.data(), batch.positions.data(), weight(kWte), tensor(kWpe));
+  hidden_ = run_blocks(t, R, precision);
 }
 
 StepShape Model::step_shape(int64_t R, bool training) const {

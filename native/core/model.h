@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/denoise_loop.h"
 
 namespace dn {
 
@@ -85,6 +86,8 @@ struct TrainingOptions {
   MatmulPrecision precision = MatmulPrecision::kFP32;
 };
 
+class Carver;
+
 class Model {
  public:
   // weights: kF32, or kI8: the operands of products (all matrices but wpe) are held as int8 with a scale per
@@ -127,6 +130,11 @@ class Model {
   void logits(float* out, const int64_t* rows, int64_t R);  // host (R, V)
   void denoise(DenoiseStats* stats, float* watched, const DenoiseRow* rows, int64_t R, const int32_t* watch,
                int64_t watch_count);
+  // Several denoising steps of whole canvases, decided on the device (denoise_loop.h); the log says what
+  // every step looked at and did. Error(kArgument) on a backend without such a loop. Keeps no hidden states.
+  bool has_device_loop() const { return backend_->device_loop() != nullptr; }
+  void denoise_steps(const LoopRequest& request, LoopLog* log);
+  void use_graphs(bool on);
 
   // Training. begin_training unpacks weights and allocates gradients and moments; end_training frees them.
   void begin_training();
@@ -156,6 +164,7 @@ class Model {
   struct Training;
   struct Workspace;
   struct BlockActivations;
+  struct InferenceActivations;
 
   // Views of a parameter, or of the same place in a gradient buffer. Vectors are (1, n), wpe is (context, C).
   Tensor tensor(size_t index) const;
@@ -175,10 +184,14 @@ class Model {
 
   // Checks a batch against the model and plans its attention calls; `rows` as in forward.
   void plan_batch(const Batch& batch, const std::vector<int64_t>& rows);
+  // Cuts the activations of a forward pass out of memory; returns their bytes.
+  size_t lay_out_inference(Carver carver, int64_t N, int64_t rows_held, InferenceActivations* to) const;
+  Tensor run_blocks(InferenceActivations t, int64_t R, MatmulPrecision precision);
   void run_forward(const Batch& batch, const std::vector<int64_t>& rows, MatmulPrecision precision);
   void block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActivations& a, bool listed,
                      MatmulPrecision precision);
   void block_backward(int32_t layer, Tensor inp, const BlockActivations& a, MatmulPrecision precision);
+  void check_loop(const LoopRequest& request) const;
   void check_loss_rows(const Batch& batch, const LossRows& rows);
   const Training& require_training(const char* caller) const;
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/denoise_loop.h"
 #include "core/model.h"
 
 namespace dn {
@@ -147,7 +148,9 @@ struct BatchPlan {
   QueryPlan rows;       // the listed rows ask, in the listed order; used by the last block
   std::vector<RowRun> gathers;
   std::vector<CacheRun> cache_writes;
+  DeviceLoop* loop = nullptr;  // given: the lists above are empty, it holds them
 
+  void clear();
   // Position of packed row n in its sequence, as masks see it.
   int32_t query_position(const Batch& batch, int64_t n) const {
     return (batch.mask_positions.empty() ? batch.positions : batch.mask_positions)[static_cast<size_t>(n)];
@@ -166,6 +169,11 @@ struct Model::BlockActivations {
   Tensor mid;                      // (N, C) residual stream after attention
   Tensor ln2, ln2_mean, ln2_rstd;
   Tensor fc_pre, fc;  // (N, 4C) before and after GELU
+};
+
+struct Model::InferenceActivations {
+  Tensor h, ln;  // (N, C) residual stream; last layer norm, with the rows that it is given
+  BlockActivations block;
 };
 
 struct Model::Workspace {
