@@ -108,11 +108,12 @@ DN_KERNEL(kThreads) choose_kernel(LoopCall p) {
     }
     if (block_step == 0) initial_open = n;
     if (q.sampler == LoopSampler::kAncestral) {
-      // When a position is revealed was drawn with the counter of the window's first step.
+      // When a position is revealed was drawn with the counter of the window's first step; the last step
+      // leaves nothing, whatever the counter.
       const uint32_t drawn_at = step - static_cast<uint32_t>(block_step);
       const auto is_due = [&](int, int32_t position) {
         const double u = uniform(q.seed, dn::Stream::kOrder, drawn_at, static_cast<uint64_t>(position));
-        return static_cast<int>(u * range.steps) == block_step;
+        return static_cast<int>(u * range.steps) == block_step || block_step + 1 >= range.steps;
       };
       n = keep_in_place(chosen, n, is_due, scratch);
       if (n == 0) {  // costs no forward

@@ -144,14 +144,18 @@ const short = { padding: { logUniform: 32 } };
 const long = { padding: { logUniform: 256 } };
 
 async function firstRound() {
-	await train('autoregressive', () => DiffuGPT.fromConfig(config, { seed: Number(options.seed), tokenizer, ...threads }), {
-		...common,
-		objective: 'autoregressive',
-		maxSteps: Number(options['autoregressive-steps']),
-		learningRate: { kind: 'cosine', peak: 2e-3, warmupSteps: 200, final: 1e-4 },
-		evalEvery: 250,
-		checkpoint: { dir: path('autoregressive'), every: 250, keep: 2 },
-	});
+	await train(
+		'autoregressive',
+		() => DiffuGPT.fromConfig(config, { seed: Number(options.seed), tokenizer, ...threads }),
+		{
+			...common,
+			objective: 'autoregressive',
+			maxSteps: Number(options['autoregressive-steps']),
+			learningRate: { kind: 'cosine', peak: 2e-3, warmupSteps: 200, final: 1e-4 },
+			evalEvery: 250,
+			checkpoint: { dir: path('autoregressive'), every: 250, keep: 2 },
+		},
+	);
 	const adapted = await diffuse('diffusion', newest('autoregressive'), {
 		...short,
 		attentionAnnealing: { steps: 300 },

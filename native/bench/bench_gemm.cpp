@@ -84,7 +84,8 @@ double fma_peak(const Cpu& cpu) {
 // Operands in memory as the backend takes it.
 class Floats {
  public:
-  explicit Floats(int64_t n) : pages_(std::make_unique<Pages>(static_cast<size_t>(n) * sizeof(float))), size_(n) {}
+  explicit Floats(int64_t n)
+      : pages_(std::make_unique<Pages>(static_cast<size_t>(n) * sizeof(float))), size_(n) {}
   float* data() { return static_cast<float*>(pages_->data()); }
   const float* data() const { return static_cast<const float*>(pages_->data()); }
   float* begin() { return data(); }

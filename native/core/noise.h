@@ -47,8 +47,9 @@ struct NoiseOptions {
   double spindle_lambda = 0;
 };
 
-// Clean sequences, packed. maskable: (N) of 0/1, or 2 for a token that is always masked and weighs 1, since its
-// mask says nothing of t; may be null (all 1). mask: (N) of 0/1, may be null (drawn here). t: (S), may be null. Nothing that is given is drawn: with t alone each token is masked with probability t, whatever the
+// Clean sequences, packed. maskable: (N) of 0/1, or 2 for a token that is always masked and weighs 1, since
+// its mask says nothing of t; may be null (all 1). mask: (N) of 0/1, may be null (drawn here). t: (S), may be
+// null. Nothing that is given is drawn: with t alone each token is masked with probability t, whatever the
 // time sampler; with mask alone t is the masked fraction of the predictable tokens (the weight of the
 // exact-count form). For kBlockDiffusion a given t holds for every block of its sequence. kAutoregressive
 // takes neither. Exact counts do not go with tokens that are always masked.

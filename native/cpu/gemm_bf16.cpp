@@ -1,7 +1,8 @@
-// The bf16 matrix product on AMX or AVX512_BF16: operands are rounded to bf16 as they are packed into tiles. A segment of
-// the reduction at a time, B is packed once for all rows and A in chunks of rows that stay in L2 while they
-// meet every column. An element is one chain over the reduction, a segment continuing where the last one
-// stored; rows past the end are zero rows of a tile, so a row's numbers never depend on its neighbours.
+// The bf16 matrix product on AMX or AVX512_BF16: operands are rounded to bf16 as they are packed into tiles.
+// A segment of the reduction at a time, B is packed once for all rows and A in chunks of rows that stay in L2
+// while they meet every column. An element is one chain over the reduction, a segment continuing where the
+// last one stored; rows past the end are zero rows of a tile, so a row's numbers never depend on its
+// neighbours.
 
 #include <algorithm>
 
@@ -55,7 +56,7 @@ void pack_a(const Block& x, int64_t task) {
     for (int64_t s = 0; s < x.strips(); ++s) {
       const int64_t count = std::min(kBf16Rows, x.rows - s * kBf16Rows);
       x.kernels.pack_columns(x.strip(s) + task * kBf16Tile, kBf16Tile, src + s * kBf16Rows, p.a_stride, count,
-                            depth, true);
+                             depth, true);
     }
     return;
   }
@@ -118,7 +119,7 @@ void multiply(const Block& x, int64_t strip_begin, int64_t strip_end, int64_t pa
                                p.residual ? p.residual + extra : nullptr,
                                p.extra_stride};
       x.kernels.tile({c, p.c_stride, rows, cols, x.strip(s), two ? x.strip(s + 1) : nullptr, x.panel(panel),
-                     x.steps(), p.accumulate || x.k > 0, finish ? &then : nullptr});
+                      x.steps(), p.accumulate || x.k > 0, finish ? &then : nullptr});
     }
   }
 }

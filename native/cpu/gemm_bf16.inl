@@ -1,5 +1,6 @@
-// What the AMX and AVX512_BF16 sources of the bf16 matrix product share: packing, which rounds to the nearest bf16, ties
-// to even, and cells beside C. Included after immintrin.h and string.h; everything has internal linkage.
+// What the AMX and AVX512_BF16 sources of the bf16 matrix product share: packing, which rounds to the nearest
+// bf16, ties to even, and cells beside C. Included after immintrin.h and string.h; everything has internal
+// linkage.
 
 #include "cpu/gemm_avx512.inl"
 

@@ -1,6 +1,6 @@
 // The bf16 matrix product's kernels on AVX512_BF16, for processors whose vdpbf16ps does more than two fp32
-// multiply-adds in the same time (isa.h, has_fast_bf16). Eight rows of two vectors at a time: sixteen sums hide the
-// latency, and each broadcast pair of A serves two instructions.
+// multiply-adds in the same time (isa.h, has_fast_bf16). Eight rows of two vectors at a time: sixteen sums
+// hide the latency, and each broadcast pair of A serves two instructions.
 
 #include "cpu/gemm_kernels.h"
 
@@ -19,8 +19,8 @@ void begin() {}
 
 void end() {}
 
-// c (kGroup, 32) = or += A B for kGroup rows of a strip of A; only `rows` rows and the columns of the masks are
-// touched.
+// c (kGroup, 32) = or += A B for kGroup rows of a strip of A; only `rows` rows and the columns of the masks
+// are touched.
 void multiply(const uint16_t* a, const uint16_t* b, int64_t steps, float* c, int64_t c_stride, int64_t rows,
               __mmask16 m0, __mmask16 m1, bool accumulate) {
   __m512 sum[kGroup][2];

@@ -74,9 +74,9 @@ extern const GemmKernels kGemmAvx2;
 extern const GemmKernels kGemmAvx512;
 
 // --- bf16 ---
-// A tile is 16 rows of 64 bytes, as AMX has them. Operands are packed in steps of 32 of the reduction: A as [step] tiles
-// of 16 rows x 32 numbers, B as [step][half] tiles of 16 pairs of the reduction x 16 columns (the two of a
-// pair adjacent). Rows, columns and numbers past the end are zero.
+// A tile is 16 rows of 64 bytes, as AMX has them. Operands are packed in steps of 32 of the reduction: A as
+// [step] tiles of 16 rows x 32 numbers, B as [step][half] tiles of 16 pairs of the reduction x 16 columns
+// (the two of a pair adjacent). Rows, columns and numbers past the end are zero.
 constexpr int64_t kBf16Step = 32;
 constexpr int64_t kBf16Rows = 16;
 constexpr int64_t kBf16Tile = 512;  // numbers in a tile

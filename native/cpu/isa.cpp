@@ -110,8 +110,7 @@ bool has_amx_int8() {
 
 bool has_fast_bf16() {
 #if defined(__x86_64__)
-  static const bool has =
-      detected_isa() >= Isa::kAvx512 && feature(1, 0, 5) && __builtin_cpu_is("amd");
+  static const bool has = detected_isa() >= Isa::kAvx512 && feature(1, 0, 5) && __builtin_cpu_is("amd");
   return has;
 #else
   return false;

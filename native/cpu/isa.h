@@ -16,7 +16,8 @@ const char* isa_name(Isa isa);
 bool has_avx_vnni();     // 256-bit VNNI without AVX-512
 bool has_avx512_vnni();  // beside kAvx512
 bool has_amx_int8();     // beside kAmx
-// Beside kAvx512: AVX512_BF16 whose products outrun fp32's (AMD since Zen 4). Intel's do not: with AMX they are not needed.
+// Beside kAvx512: AVX512_BF16 whose products outrun fp32's (AMD since Zen 4). Intel's do not: with AMX they
+// are not needed.
 bool has_fast_bf16();
 // Name of the kernels that int8 products of many rows use here (gemm_int8.cpp).
 const char* active_int8();

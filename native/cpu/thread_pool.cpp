@@ -1,6 +1,7 @@
 // The pool: workers start when first needed, spin for a moment after a region, give way to whoever else wants
-// the core for a little longer, and then sleep, so that idle threads cost the host nothing. A region is never late because of a sleeper: a worker that wakes after the
-// last task was claimed finds the region closed and is not waited for.
+// the core for a little longer, and then sleep, so that idle threads cost the host nothing. A region is never
+// late because of a sleeper: a worker that wakes after the last task was claimed finds the region closed and
+// is not waited for.
 
 #include "cpu/thread_pool.h"
 
@@ -33,7 +34,8 @@
 namespace dn::cpu {
 namespace {
 
-// How long a worker looks for the next region, and the caller for its workers, without letting go of the core.
+// How long a worker looks for the next region, and the caller for its workers, without letting go of the
+// core.
 constexpr std::chrono::microseconds kSpin{30};
 // How long after that it looks between yields: the host's own work between two steps of a loop takes less,
 // and waking a sleeper can take longer than a step.
