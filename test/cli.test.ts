@@ -81,9 +81,11 @@ test('generate prints what the library generates', async (t) => {
 		.trimEnd()
 		.split('\n')
 		.map((line) => JSON.parse(line) as Record<string, unknown>);
+	// One line for every step that reveals anything.
+	t.true(expected.stats.forwards > 1);
 	t.deepEqual(
 		lines.map(({ type }) => type),
-		['step', 'step', 'step', 'step', 'result'],
+		[...new Array<string>(expected.stats.forwards).fill('step'), 'result'],
 	);
 	const last = lines.at(-1) as Record<string, unknown>;
 	t.is(last['text'], expected.text);
