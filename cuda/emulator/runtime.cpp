@@ -148,6 +148,11 @@ void device_free(void* p) {
     if (begin[piece->second + i] != kFenceByte) ++state.overruns;
     if (begin[-1 - static_cast<ptrdiff_t>(i)] != kFenceByte) ++state.overruns;
   }
+  // Whole pages go back to the system: every change of protection walks what is resident.
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + piece->second) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
   state.used -= piece->second;
   state.pieces.erase(piece);
 }
