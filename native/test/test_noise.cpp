@@ -126,6 +126,8 @@ DN_TEST(noise_always_masked_tokens) {
     CHECK(noisy.mask[0] == 0 && noisy.mask[4] == 1 && noisy.mask[5] == 1);
     CHECK(noisy.predictable == 5 && noisy.denominator == 5);
     const size_t R = noisy.rows.rows.size();
+    CHECK(R >= 2);
+    if (R < 2) return;
     CHECK((noisy.rows.targets[R - 2] == 5 && noisy.rows.targets[R - 1] == 6));
     for (size_t r = 0; r < R; ++r) CHECK(noisy.rows.weights[r] == (r + 2 < R ? 4.0f : 1.0f));
     drawn += static_cast<int64_t>(R) - 2;
