@@ -271,7 +271,7 @@ export interface NativeModel {
 	/** Whether `denoiseSteps` works: the device can take several steps by itself. */
 	readonly deviceLoop: boolean;
 	readonly parameters: NativeParameter[];
-	/** Bytes held: parameters, training state, workspace. */
+	/** Bytes held: parameters, training state, workspace with the memory of results that nobody uses now. */
 	memory(): { parameters: number; training: number; workspace: number };
 	initialise(seed: bigint): Promise<void>;
 	getParameter(name: string): Float32Array;

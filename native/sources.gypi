@@ -6,6 +6,7 @@
       "native/core/model_loop.cpp",
       "native/core/model_training.cpp",
       "native/core/noise.cpp",
+      "native/core/page_pool.cpp",
       "native/core/pages.cpp",
       "native/core/parameter_file.cpp",
       "native/core/params.cpp",

@@ -7,10 +7,11 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "addon/async.h"
-#include "core/pages.h"
+#include "core/page_pool.h"
 
 namespace dn::addon {
 
@@ -101,19 +102,29 @@ Array to_array(Napi::Env env, const std::vector<T>& values) {
   return array;
 }
 
-// A (n) result that a pool thread writes: zeros in huge pages where it is large. A runtime that forbids
-// memory of ours in its arrays (V8 with a sandbox) gives its own.
-inline Napi::Float32Array result_array(Napi::Env env, size_t n) {
+// A (n) result that a pool thread writes, all of it: nothing is said of its contents before. A large one lies in
+// huge pages, which return to `pool` when JavaScript is done with it. A runtime that forbids memory of ours in
+// its arrays (V8 with a sandbox) gives its own.
+inline Napi::Float32Array result_array(Napi::Env env, size_t n, const std::shared_ptr<PagePool>& pool) {
   constexpr size_t kLarge = 4 << 20;  // bytes
   const size_t bytes = n * sizeof(float);
   if (bytes < kLarge) return Napi::Float32Array::New(env, n);
-  auto pages = std::make_unique<Pages>(bytes);
-  const auto free_pages = [](napi_env, void*, void* hint) { delete static_cast<Pages*>(hint); };
+  struct Lent {
+    std::unique_ptr<Pages> pages;
+    std::shared_ptr<PagePool> pool;
+  };
+  auto lent = std::make_unique<Lent>();
+  lent->pages = pool->take(bytes);
+  lent->pool = pool;
+  const auto give_back = [](napi_env, void*, void* hint) {
+    const std::unique_ptr<Lent> done(static_cast<Lent*>(hint));
+    done->pool->give(std::move(done->pages));
+  };
   napi_value buffer;
   const napi_status status =
-      napi_create_external_arraybuffer(env, pages->data(), bytes, free_pages, pages.get(), &buffer);
+      napi_create_external_arraybuffer(env, lent->pages->data(), bytes, give_back, lent.get(), &buffer);
   if (status != napi_ok) return Napi::Float32Array::New(env, n);
-  pages.release();
+  lent.release();
   return Napi::Float32Array::New(env, n, Napi::ArrayBuffer(env, buffer), 0);
 }
 

@@ -112,7 +112,7 @@ void ModelWrap::account(Napi::Env env) {
   int64_t now = 0;
   if (model_) {
     const Model::Memory memory = model_->memory();
-    now = static_cast<int64_t>(memory.parameters + memory.training + memory.workspace);
+    now = static_cast<int64_t>(memory.parameters + memory.training + memory.workspace + results_->bytes());
   }
   state_->adjust(env, now - reported_);
   reported_ = now;
@@ -121,6 +121,7 @@ void ModelWrap::account(Napi::Env env) {
 void ModelWrap::release(Napi::Env env) {
   if (!model_) return;
   model_.reset();
+  results_->close();
   account(env);
 }
 
@@ -168,7 +169,7 @@ Napi::Value ModelWrap::memory(const Napi::CallbackInfo& info) {
   Napi::Object result = Napi::Object::New(info.Env());
   result.Set("parameters", static_cast<double>(memory.parameters));
   result.Set("training", static_cast<double>(memory.training));
-  result.Set("workspace", static_cast<double>(memory.workspace));
+  result.Set("workspace", static_cast<double>(memory.workspace + results_->bytes()));
   return result;
 }
 
@@ -306,7 +307,7 @@ Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
   // Written in place by the pool thread, like the result of forward.
   const int64_t K = static_cast<int64_t>(request->logit_rows.size());
   Napi::Float32Array values =
-      result_array(env, static_cast<size_t>(K) * static_cast<size_t>(m.config().vocab));
+      result_array(env, static_cast<size_t>(K) * static_cast<size_t>(m.config().vocab), results_);
   float* logits = values.Data();
   auto kept = std::make_shared<Napi::ObjectReference>(Napi::Persistent(values.As<Napi::Object>()));
   return start(
@@ -365,7 +366,7 @@ Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
   const int64_t width = hidden ? m.config().channels : m.config().vocab;
   // The result is written in place by the pool thread: one copy of (R, V) logits, not two. Nobody else holds
   // it yet.
-  Napi::Float32Array values = result_array(env, static_cast<size_t>(R * width));
+  Napi::Float32Array values = result_array(env, static_cast<size_t>(R * width), results_);
   float* out = values.Data();
   auto kept = std::make_shared<Napi::ObjectReference>(Napi::Persistent(values.As<Napi::Object>()));
   return start(

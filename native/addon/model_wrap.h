@@ -10,6 +10,7 @@
 #include "addon/async.h"
 #include "addon/state.h"
 #include "core/model.h"
+#include "core/page_pool.h"
 
 namespace dn::addon {
 
@@ -65,6 +66,7 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
 
   SharedState state_;
   std::shared_ptr<Model> model_;
+  const std::shared_ptr<PagePool> results_ = std::make_shared<PagePool>();
   bool busy_ = false;
   int64_t reported_ = 0;  // bytes told to V8
 };

@@ -1,7 +1,7 @@
 // The fp32 matrix product. Rows of A are packed tile by tile, columns of B are panels; a thread keeps a block
-// of the reduction of some panels (32 KB each) in L2 and meets it with tiles of A, while lines of what comes
-// next are asked for between the multiply-adds. Two ways to cut a product: by columns, all rows of A packed
-// first, or, with many rows and a small B, by rows, all of B packed first. Neither changes a bit.
+// of the reduction of some panels in L2 and meets it with tiles of A, while lines of what comes next are asked
+// for between the multiply-adds. Two ways to cut a product: by columns, all rows of A packed first, or, with
+// many rows and a small B, by rows, all of B packed first. Neither changes a bit.
 
 #include "cpu/gemm.h"
 
@@ -15,16 +15,16 @@
 namespace dn::cpu {
 namespace {
 
-// Rows of A handled against one panel before the next: 256 KB of a block of packed A, a share of L2.
-constexpr int64_t kRowBlock = 256;
+// Packed A that is met with one panel before the next, and packed B of a task, in one block of the reduction:
+// 384 KB each. Both and what is asked for ahead fit in an L2 of 1 MB.
+constexpr int64_t kBlockFloats = int64_t{96} << 10;
 // So few rows are bound by reading the weight, and all of their packed A fits in L2.
 constexpr int64_t kFewRows = 32;
-// Packed A kept at a time when cut by columns: 16 MB, or kRowBlock rows when they are longer.
+// Packed A kept at a time when cut by columns: 16 MB, or the rows of a block when they are longer.
 constexpr int64_t kPackedFloats = int64_t{4} << 20;
-// Panels of a task. A block of plain weights is packed for all of them at a time: 256 KB in L2, long runs of
-// the rows in memory.
-constexpr int64_t kGroup = 8;
-constexpr int64_t kBufferFloats = kGroup * kGemmDepth * kGemmPanel;
+// A longer reduction, of head_cross_entropy over the vocabulary, is cut: every task reads all of packed A, which
+// then comes from L3.
+constexpr int64_t kMostDepth = 6144;
 // Cut by rows: from so many rows on, and for B of at most so many numbers (1 MB, in L2).
 constexpr int64_t kManyRows = 2048;
 constexpr int64_t kSmallB = int64_t{256} << 10;
@@ -40,8 +40,12 @@ constexpr int64_t kMostTileRows = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Rows of A, and panels of B, in a block.
+int64_t block_rows(const GemmKernels& kernels) { return kBlockFloats / kernels.depth; }
+int64_t block_panels(const GemmKernels& kernels) { return kBlockFloats / (kernels.depth * kGemmPanel); }
+
 // One row chunk [m_begin, m_begin + rows) of a product, cut into tiles of nearly equal height, and its packed
-// A: blocks of kGemmDepth of the reduction, in each the tiles one after the other.
+// A: blocks of kernels.depth of the reduction, in each the tiles one after the other.
 struct Chunk {
   const GemmProduct& p;
   const GemmKernels& kernels;
@@ -49,15 +53,18 @@ struct Chunk {
   int64_t rows;
   float* packed_a;
 
-  int64_t blocks() const { return ceil_div(p.K, kGemmDepth); }
-  int64_t depth(int64_t block) const { return std::min(kGemmDepth, p.K - block * kGemmDepth); }
+  int64_t k_begin(int64_t block) const { return block * kernels.depth; }
+  int64_t blocks() const { return ceil_div(p.K, kernels.depth); }
+  int64_t depth(int64_t block) const { return std::min(kernels.depth, p.K - k_begin(block)); }
   int64_t tiles() const { return ceil_div(rows, kernels.max_rows); }
   int64_t tile_begin(int64_t tile) const { return rows * tile / tiles(); }
   float* tile_a(int64_t block, int64_t tile) const {
-    return packed_a + block * kGemmDepth * rows + tile_begin(tile) * depth(block);
+    return packed_a + k_begin(block) * rows + tile_begin(tile) * depth(block);
   }
   // Tiles handled against one panel before the next: blocks of nearly equal size.
-  int64_t row_blocks() const { return ceil_div(tiles(), ceil_div(kRowBlock, kernels.max_rows)); }
+  int64_t row_blocks() const {
+    return ceil_div(tiles(), ceil_div(block_rows(kernels), kernels.max_rows));
+  }
 };
 
 // Memory wanted soon and the tiles that may still ask for it, each for an equal share.
@@ -92,7 +99,7 @@ Ahead ahead_of_tiles(const Chunk& chunk, int64_t block, int64_t tile_begin, int6
 
 void pack_a(const Chunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end) {
   const GemmProduct& p = chunk.p;
-  const int64_t k = block * kGemmDepth, depth = chunk.depth(block);
+  const int64_t k = chunk.k_begin(block), depth = chunk.depth(block);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const int64_t m = chunk.m_begin + chunk.tile_begin(tile);
     const int64_t rows = chunk.tile_begin(tile + 1) - chunk.tile_begin(tile);
@@ -176,7 +183,7 @@ void multiply_packed(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, i
   const GemmProduct& p = chunk.p;
   const int64_t blocks = chunk.blocks(), tiles = tile_end - tile_begin;
   const auto b_of = [&](int64_t block, int64_t panel) {
-    return p.b + (panel * p.K + block * kGemmDepth) * kGemmPanel;
+    return p.b + (panel * p.K + chunk.k_begin(block)) * kGemmPanel;
   };
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t next_block = block + 1 < blocks ? block + 1 : 0, uses = tiles * (panel_end - panel_begin);
@@ -196,15 +203,15 @@ void multiply_packed(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, i
 }
 
 // C of tiles [tile_begin, tile_end) of the chunk and panels [panel_begin, panel_end) of a plain B. buffer:
-// kBufferFloats. next_panel: where the next task of this thread may begin.
+// kBlockFloats. next_panel: where the next task of this thread may begin.
 void multiply_plain(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t panel_begin,
                     int64_t panel_end, int64_t next_panel, float* buffer) {
   const GemmProduct& p = chunk.p;
-  const int64_t panel_floats = kGemmDepth * kGemmPanel, blocks = chunk.blocks();
+  const int64_t panel_floats = chunk.kernels.depth * kGemmPanel, blocks = chunk.blocks();
   const int64_t tiles = tile_end - tile_begin, parts = std::min(tiles, chunk.row_blocks());
   const int64_t next_end = std::min(ceil_div(p.N, kGemmPanel), next_panel + panel_end - panel_begin);
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t k = block * kGemmDepth, depth = chunk.depth(block);
+    const int64_t k = chunk.k_begin(block), depth = chunk.depth(block);
     pack_panels(p, chunk.kernels, panel_begin, panel_end, k, depth, buffer, panel_floats);
     Ahead ahead_b;
     const int64_t width = panel_end - panel_begin;
@@ -260,35 +267,59 @@ void multiply_chunk(const Cpu& cpu, const Chunk& chunk, float* buffers) {
     pack_a(chunk, task / strips, begin, std::min(tiles, begin + kPackTiles));
   });
 
-  // Tasks: some four a thread, of whole panels; rows are divided only when there are too few panels.
+  // Tasks: four a thread or more, of whole panels and nearly equal size, as many for every thread; rows are
+  // divided only when there are too few panels.
   const int64_t panels = ceil_div(p.N, kGemmPanel), wanted = int64_t{4} * cpu.threads;
-  const int64_t group = std::clamp<int64_t>(panels / wanted, 1, kGroup);
-  const int64_t groups = ceil_div(panels, group);
+  const int64_t needed = std::max(wanted, ceil_div(panels, block_panels(chunk.kernels)));
+  const int64_t groups = std::min(panels, ceil_div(needed, cpu.threads) * cpu.threads);
+  const auto group_begin = [&](int64_t group) { return panels * std::min(group, groups) / groups; };
   int64_t row_parts = 1;
   if (cpu.threads > 1 && groups < wanted)
     row_parts = std::clamp<int64_t>(wanted / groups, 1, ceil_div(tiles, 4));
   parallel(cpu.threads, groups * row_parts, [&](int64_t task, int worker) {
-    const int64_t part = task % row_parts, panel = task / row_parts * group;
-    const int64_t next = (task + cpu.threads) / row_parts * group;  // most likely
-    multiply_group(chunk, tiles * part / row_parts, tiles * (part + 1) / row_parts, panel,
-                   std::min(panels, panel + group), next, buffers + worker * kBufferFloats);
+    const int64_t part = task % row_parts, group = task / row_parts;
+    const int64_t next = group_begin((task + cpu.threads) / row_parts);  // most likely
+    multiply_group(chunk, tiles * part / row_parts, tiles * (part + 1) / row_parts, group_begin(group),
+                   group_begin(group + 1), next, buffers + worker * kBlockFloats);
   });
 }
 
 void multiply_by_columns(const Cpu& cpu, const GemmProduct& p, const GemmKernels& kernels) {
-  const int64_t most_rows = std::min(p.M, std::max(kRowBlock, kPackedFloats / p.K / kRowBlock * kRowBlock));
-  const int64_t buffer_floats = p.b_layout == GemmLayout::kPanels ? 0 : cpu.threads * kBufferFloats;
+  const int64_t row_block = block_rows(kernels);
+  const int64_t most_rows = std::min(p.M, std::max(row_block, kPackedFloats / p.K / row_block * row_block));
+  const int64_t buffer_floats = p.b_layout == GemmLayout::kPanels ? 0 : cpu.threads * kBlockFloats;
   float* const scratch = gemm_scratch(most_rows * p.K + buffer_floats);
   for (int64_t m = 0; m < p.M; m += most_rows) {
     multiply_chunk(cpu, {p, kernels, m, std::min(most_rows, p.M - m), scratch + buffer_floats}, scratch);
   }
 }
 
+// The steps [k, k + depth) of the reduction, with what happens to a finished element only at their end.
+GemmProduct part_of(const GemmProduct& whole, int64_t k, int64_t depth) {
+  GemmProduct p = whole;
+  p.a += p.a_layout == GemmLayout::kTransposed ? k * p.a_stride : k;
+  p.b += p.b_layout == GemmLayout::kTransposed ? k : k * p.b_stride;
+  p.K = depth;
+  p.accumulate = whole.accumulate || k > 0;
+  if (k + depth < whole.K) {
+    p.bias = p.residual = nullptr;
+    p.pre = nullptr;
+    p.gelu = false;
+  }
+  return p;
+}
+
+void multiply_by_parts(const Cpu& cpu, const GemmProduct& p, const GemmKernels& kernels) {
+  const int64_t step = kMostDepth / kernels.depth * kernels.depth;
+  for (int64_t k = 0; k < p.K; k += step)
+    multiply_by_columns(cpu, part_of(p, k, std::min(step, p.K - k)), kernels);
+}
+
 void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernels& kernels) {
   GemmProduct p = plain;
   const int64_t panels = ceil_div(p.N, kGemmPanel), panel_floats = p.K * kGemmPanel;
   const int64_t b_floats = p.b_layout == GemmLayout::kPanels ? 0 : panels * panel_floats;
-  const int64_t task_rows = ceil_div(kRowBlock, kernels.max_rows) * kernels.max_rows;
+  const int64_t task_rows = ceil_div(block_rows(kernels), kernels.max_rows) * kernels.max_rows;
   const int64_t tasks = ceil_div(p.M, task_rows), task_floats = ceil_div(task_rows * p.K, kLine) * kLine;
   float* const scratch = gemm_scratch(b_floats + cpu.threads * task_floats);
   if (b_floats > 0) {
@@ -313,7 +344,7 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t panel = 0; panel < panels; ++panel) {
         multiply_panel(chunk, block, 0, tiles, panel,
-                       p.b + panel * panel_floats + block * kGemmDepth * kGemmPanel, ahead, none);
+                       p.b + panel * panel_floats + chunk.k_begin(block) * kGemmPanel, ahead, none);
       }
     }
   });
@@ -321,8 +352,10 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
 
 void gemm_fp32(const Cpu& cpu, const GemmProduct& p) {
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
-  const int64_t many = std::max<int64_t>(kManyRows, 2 * cpu.threads * kRowBlock);
+  const int64_t many = std::max<int64_t>(kManyRows, 2 * cpu.threads * block_rows(kernels));
   if (p.M >= many && p.K * p.N <= kSmallB && p.K <= kSmallDepth) return multiply_by_rows(cpu, p, kernels);
+  if (p.K > kMostDepth && p.b_layout != GemmLayout::kPanels && !p.a_rows)
+    return multiply_by_parts(cpu, p, kernels);
   multiply_by_columns(cpu, p, kernels);
 }
 

@@ -1,7 +1,7 @@
 // The matrix product engine behind matmul.cpp, for the other CPU ops that multiply (head.cpp).
 //
 // One rule fixes every bit: an output element is a function of its row of A and its column of B only. The
-// reduction runs in ascending order in blocks of kGemmDepth; inside a block one chain of fused multiply-adds
+// reduction runs in ascending order in blocks of GemmKernels::depth; inside a block one chain of fused multiply-adds
 // starting from zero, and the sums of the blocks are added in order (to what is in C already when
 // accumulating). Neither the place in the batch, the tiling, the threads nor the storage of the weight (plain
 // or packed) takes part. MatmulPrecision::kBF16 keeps the same independence, with its own blocks; where

@@ -13,6 +13,8 @@ namespace dn::cpu {
 namespace {
 
 constexpr int kMaxRows = 6;
+// A panel block of 32 KB stays in L1.
+constexpr int64_t kDepth = 256;
 
 // The first n of 8 lanes; none when n <= 0, all when n >= 8.
 __m256i lanes(int64_t n) {
@@ -234,7 +236,7 @@ void column_sums(float* sums, const float* src, int64_t src_stride, int64_t rows
 
 }  // namespace
 
-const GemmKernels kGemmAvx2 = {kMaxRows, tile, finish, pack_rows, copy, transpose, column_sums};
+const GemmKernels kGemmAvx2 = {kMaxRows, kDepth, tile, finish, pack_rows, copy, transpose, column_sums};
 
 }  // namespace dn::cpu
 

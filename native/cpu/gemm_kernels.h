@@ -10,8 +10,6 @@ namespace dn::cpu {
 // Columns of a weight panel. A packed weight is ceil(N / kGemmPanel) panels, each (K, kGemmPanel) row-major,
 // columns past N zero: one layout for every instruction set.
 constexpr int64_t kGemmPanel = 32;
-// Length of a block of the reduction. A panel block is then 32 KB.
-constexpr int64_t kGemmDepth = 256;
 
 // Memory that will be wanted in L2: runs of whole cache lines at a constant distance. Tiles take lines from
 // it one by one between their multiply-adds, spread evenly: in bursts they would keep the few buffers that
@@ -32,7 +30,7 @@ struct GemmTile {
   int64_t cols;
   const float* a;          // (depth, rows): the numbers of one step of the reduction lie together
   const float* b;          // (depth, kGemmPanel)
-  int64_t depth;           // 1 .. kGemmDepth
+  int64_t depth;           // 1 .. GemmKernels::depth
   bool accumulate;         // C += instead of C =
   GemmPrefetch* prefetch;  // not null; advanced by prefetch_lines
   int64_t prefetch_lines;  // to ask for during this tile, no more than there are
@@ -54,6 +52,7 @@ struct GemmFinish {
 
 struct GemmKernels {
   int64_t max_rows;  // of a tile
+  int64_t depth;     // of a block of the reduction: 1 .. 3072
   void (*tile)(const GemmTile& tile);
   void (*finish)(const GemmFinish& finish);
   // dst (depth, count) = the transpose of `count` rows of `depth` floats, count <= max_rows: A for a tile.

@@ -10,6 +10,7 @@ namespace dn::cpu {
 namespace {
 
 constexpr int64_t kMaxRows = 4;
+constexpr int64_t kDepth = 256;
 
 float multiply_add(float a, float b, float c) {
 #if defined(FP_FAST_FMAF)
@@ -76,6 +77,6 @@ void column_sums(float* sums, const float* src, int64_t src_stride, int64_t rows
 
 }  // namespace
 
-const GemmKernels kGemmPortable = {kMaxRows, tile, finish, pack_rows, copy, transpose, column_sums};
+const GemmKernels kGemmPortable = {kMaxRows, kDepth, tile, finish, pack_rows, copy, transpose, column_sums};
 
 }  // namespace dn::cpu
