@@ -126,6 +126,7 @@
       "native/test/test_model.cpp",
       "native/test/test_noise.cpp",
       "native/test/test_noise_schedules.cpp",
+      "native/test/test_page_pool.cpp",
       "native/test/test_rng.cpp",
       "native/test/test_rows.cpp",
       "native/test/test_safetensors.cpp",

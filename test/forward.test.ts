@@ -1,4 +1,9 @@
 /** forward, loss and parameters of the public model class. */
+import { createHash } from 'node:crypto';
+import { setTimeout as pause } from 'node:timers/promises';
+import { setFlagsFromString } from 'node:v8';
+import { runInNewContext } from 'node:vm';
+
 import test from 'ava';
 import { DiffuGPT } from 'diffusion-native';
 
@@ -176,4 +181,30 @@ test('after dispose every method fails with ERR_DN_DISPOSED, and dispose may be 
 	await t.throwsAsync(model.predictLength({ tokens: ids }, { max: 4 }), { code: 'ERR_DN_DISPOSED' });
 	t.throws(() => model.parameters(), { code: 'ERR_DN_DISPOSED' });
 	t.throws(() => model.getParameter('wte.weight'), { code: 'ERR_DN_DISPOSED' });
+});
+
+test('a large result is not touched while it is kept, and a later one may lie in the memory of one that is not', async (t) => {
+	// 300 rows of 4096 logits: 4.9 MB, which lie in memory of the library's own.
+	const config = { ...smallConfig, vocab: 4096, context: 300 };
+	await using model = await DiffuGPT.fromConfig(config, { seed: 3 });
+	const tokens = [0, 1, 2].map((s) => Int32Array.from({ length: 300 }, (_, i) => (i * 37 + s * 101) % 4000));
+	const [kept] = await model.forward(tokens[0] as Int32Array);
+	const copy = (kept as Float32Array).slice();
+	const bytesOf = (values: unknown) =>
+		createHash('sha256')
+			.update(values as Float32Array)
+			.digest('hex');
+	setFlagsFromString('--expose-gc');
+	const gc = runInNewContext('gc') as () => void;
+	for (let i = 0; i < 24; i++) {
+		await model.forward(tokens[1 + (i % 2)] as Int32Array);
+		if (i % 2 === 1) {
+			gc();
+			await pause(1);
+		}
+	}
+	t.deepEqual(bytesOf(kept), bytesOf(copy));
+	// A result in memory that an earlier one wrote is the result.
+	const [again] = await model.forward(tokens[0] as Int32Array);
+	t.deepEqual(bytesOf(again), bytesOf(copy));
 });

@@ -102,9 +102,9 @@ Array to_array(Napi::Env env, const std::vector<T>& values) {
   return array;
 }
 
-// A (n) result that a pool thread writes, all of it: nothing is said of its contents before. A large one lies in
-// huge pages, which return to `pool` when JavaScript is done with it. A runtime that forbids memory of ours in
-// its arrays (V8 with a sandbox) gives its own.
+// A (n) result that a pool thread writes, all of it: nothing is said of its contents before. A large one lies
+// in huge pages, which return to `pool` when JavaScript is done with it. A runtime that forbids memory of
+// ours in its arrays (V8 with a sandbox) gives its own.
 inline Napi::Float32Array result_array(Napi::Env env, size_t n, const std::shared_ptr<PagePool>& pool) {
   constexpr size_t kLarge = 4 << 20;  // bytes
   const size_t bytes = n * sizeof(float);

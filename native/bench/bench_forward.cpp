@@ -1,7 +1,7 @@
 // Inference: the forward pass and what may follow it, with the cost of every op.
-// Usage: bench_forward [shape = all] [threads = 1] [repeats = 3]. Shapes: tiny, small, 124m; each at T = 256
-// with all logits, with a denoising step over half the rows, and with four listed rows; 124m also at T =
-// 1024.
+// Usage: bench_forward [shape = all] [threads = 1] [repeats = 3] [dtype = fp32]. Shapes: tiny, small, 124m;
+// each at T = 256 with all logits, with a denoising step over half the rows, and with four listed rows; 124m
+// also at T = 1024. dtype: of the weights, fp32 or int8; shares are of the fp32 peak in both.
 
 #include <cstdio>
 #include <cstdlib>
@@ -74,13 +74,18 @@ void run(Model& model, OpTimer& timer, const char* shape, int64_t T, After after
 int main(int argc, char** argv) {
   const std::string wanted = argc > 1 ? argv[1] : "all";
   const int threads = argc > 2 ? std::atoi(argv[2]) : 1, repeats = argc > 3 ? std::atoi(argv[3]) : 3;
+  const std::string dtype = argc > 4 ? argv[4] : "fp32";
+  if (dtype != "fp32" && dtype != "int8") {
+    std::fprintf(stderr, "no dtype '%s'\n", dtype.c_str());
+    return 1;
+  }
   bool found = false;
   for (const char* const shape : {"tiny", "small", "124m"}) {
     if (wanted != "all" && wanted != shape) continue;
     found = true;
     auto owned = std::make_unique<OpTimer>(make_cpu_backend(threads));
     OpTimer& timer = *owned;
-    Model model(std::move(owned), shape_named(shape));
+    Model model(std::move(owned), shape_named(shape), dtype == "int8" ? Dtype::kI8 : Dtype::kF32);
     model.initialise(1);
     for (const After after : {After::kLogits, After::kDenoise, After::kFewRows}) {
       run(model, timer, shape, 256, after, threads, std::max(1, repeats));

@@ -137,6 +137,13 @@ class OpTimer : public Backend {
   int64_t packed_elements(int64_t K, int64_t N) const override { return inner_->packed_elements(K, N); }
   void pack_weight(void* packed, const Weight& plain) override { inner_->pack_weight(packed, plain); }
   void unpack_weight(void* plain, const Weight& packed) override { inner_->unpack_weight(plain, packed); }
+  size_t int8_bytes(int64_t K, int64_t N) const override { return inner_->int8_bytes(K, N); }
+  void pack_int8(void* packed, const Int8Matrix& plain, int64_t n_begin) override {
+    inner_->pack_int8(packed, plain, n_begin);
+  }
+  void unpack_int8(const Int8Matrix& plain, const void* packed) override {
+    inner_->unpack_int8(plain, packed);
+  }
   void embedding_forward(Tensor out, const int32_t* ids, const int32_t* positions, const Weight& wte,
                          Tensor wpe) override {
     measure("embedding_forward", 0, 3 * size(out),

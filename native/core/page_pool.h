@@ -1,7 +1,7 @@
-// Large results of a model, kept for its next ones. Memory that the process has touched costs nothing to write
-// again; memory fresh from the kernel is cleared page by page first, which for (256, 50257) logits takes a fifth
-// of the time of computing them, and several times that on a virtual machine that gives unused memory back.
-// Any thread may call anything.
+// Large results of a model, kept for its next ones. Memory that the process has touched costs nothing to
+// write again; memory fresh from the kernel is cleared page by page first, which for (256, 50257) logits
+// takes a fifth of the time of computing them, and several times that on a virtual machine that gives unused
+// memory back. Any thread may call anything.
 #pragma once
 
 #include <cstddef>

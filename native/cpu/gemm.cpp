@@ -1,7 +1,7 @@
 // The fp32 matrix product. Rows of A are packed tile by tile, columns of B are panels; a thread keeps a block
-// of the reduction of some panels in L2 and meets it with tiles of A, while lines of what comes next are asked
-// for between the multiply-adds. Two ways to cut a product: by columns, all rows of A packed first, or, with
-// many rows and a small B, by rows, all of B packed first. Neither changes a bit.
+// of the reduction of some panels in L2 and meets it with tiles of A, while lines of what comes next are
+// asked for between the multiply-adds. Two ways to cut a product: by columns, all rows of A packed first, or,
+// with many rows and a small B, by rows, all of B packed first. Neither changes a bit.
 
 #include "cpu/gemm.h"
 
@@ -22,8 +22,8 @@ constexpr int64_t kBlockFloats = int64_t{96} << 10;
 constexpr int64_t kFewRows = 32;
 // Packed A kept at a time when cut by columns: 16 MB, or the rows of a block when they are longer.
 constexpr int64_t kPackedFloats = int64_t{4} << 20;
-// A longer reduction, of head_cross_entropy over the vocabulary, is cut: every task reads all of packed A, which
-// then comes from L3.
+// A longer reduction, of head_cross_entropy over the vocabulary, is cut: every task reads all of packed A,
+// which then comes from L3.
 constexpr int64_t kMostDepth = 6144;
 // Cut by rows: from so many rows on, and for B of at most so many numbers (1 MB, in L2).
 constexpr int64_t kManyRows = 2048;
@@ -62,9 +62,7 @@ struct Chunk {
     return packed_a + k_begin(block) * rows + tile_begin(tile) * depth(block);
   }
   // Tiles handled against one panel before the next: blocks of nearly equal size.
-  int64_t row_blocks() const {
-    return ceil_div(tiles(), ceil_div(block_rows(kernels), kernels.max_rows));
-  }
+  int64_t row_blocks() const { return ceil_div(tiles(), ceil_div(block_rows(kernels), kernels.max_rows)); }
 };
 
 // Memory wanted soon and the tiles that may still ask for it, each for an equal share.
@@ -267,20 +265,15 @@ void multiply_chunk(const Cpu& cpu, const Chunk& chunk, float* buffers) {
     pack_a(chunk, task / strips, begin, std::min(tiles, begin + kPackTiles));
   });
 
-  // Tasks: four a thread or more, of whole panels and nearly equal size, as many for every thread; rows are
-  // divided only when there are too few panels.
-  const int64_t panels = ceil_div(p.N, kGemmPanel), wanted = int64_t{4} * cpu.threads;
-  const int64_t needed = std::max(wanted, ceil_div(panels, block_panels(chunk.kernels)));
-  const int64_t groups = std::min(panels, ceil_div(needed, cpu.threads) * cpu.threads);
-  const auto group_begin = [&](int64_t group) { return panels * std::min(group, groups) / groups; };
+  const PanelGroups cut(p.N, block_panels(chunk.kernels), cpu.threads);
   int64_t row_parts = 1;
-  if (cpu.threads > 1 && groups < wanted)
-    row_parts = std::clamp<int64_t>(wanted / groups, 1, ceil_div(tiles, 4));
-  parallel(cpu.threads, groups * row_parts, [&](int64_t task, int worker) {
+  if (cpu.threads > 1 && cut.groups < cut.wanted)
+    row_parts = std::clamp<int64_t>(cut.wanted / cut.groups, 1, ceil_div(tiles, 4));
+  parallel(cpu.threads, cut.groups * row_parts, [&](int64_t task, int worker) {
     const int64_t part = task % row_parts, group = task / row_parts;
-    const int64_t next = group_begin((task + cpu.threads) / row_parts);  // most likely
-    multiply_group(chunk, tiles * part / row_parts, tiles * (part + 1) / row_parts, group_begin(group),
-                   group_begin(group + 1), next, buffers + worker * kBlockFloats);
+    const int64_t next = cut.begin((task + cpu.threads) / row_parts);  // most likely
+    multiply_group(chunk, tiles * part / row_parts, tiles * (part + 1) / row_parts, cut.begin(group),
+                   cut.begin(group + 1), next, buffers + worker * kBlockFloats);
   });
 }
 

@@ -1,15 +1,16 @@
 // The matrix product engine behind matmul.cpp, for the other CPU ops that multiply (head.cpp).
 //
 // One rule fixes every bit: an output element is a function of its row of A and its column of B only. The
-// reduction runs in ascending order in blocks of GemmKernels::depth; inside a block one chain of fused multiply-adds
-// starting from zero, and the sums of the blocks are added in order (to what is in C already when
-// accumulating). Neither the place in the batch, the tiling, the threads nor the storage of the weight (plain
-// or packed) takes part. MatmulPrecision::kBF16 keeps the same independence, with its own blocks; where
-// bf16_kernels has none it is fp32.
+// reduction runs in ascending order in blocks of GemmKernels::depth; inside a block one chain of fused
+// multiply-adds starting from zero, and the sums of the blocks are added in order (to what is in C already
+// when accumulating). Neither the place in the batch, the tiling, the threads nor the storage of the weight
+// (plain or packed) takes part. MatmulPrecision::kBF16 keeps the same independence, with its own blocks;
+// where bf16_kernels has none it is fp32.
 //
 // Matrices are fp32, row-major, with a row stride in elements. Nothing here checks shapes: callers do.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/gemm_kernels.h"
@@ -73,6 +74,23 @@ void gemm(const Cpu& cpu, const GemmProduct& product, MatmulPrecision precision)
 
 // The kernels of an instruction set.
 const GemmKernels& gemm_kernels(Isa isa);
+
+// The panels of a weight cut into groups for the tasks of `threads` threads: four a thread or more, of nearly
+// equal size, as many for every thread.
+struct PanelGroups {
+  int64_t panels;
+  int64_t wanted;  // tasks: with fewer groups, rows are cut too
+  int64_t groups;
+
+  // N columns, at most `most` panels a group.
+  PanelGroups(int64_t N, int64_t most, int64_t threads)
+      : panels((N + kGemmPanel - 1) / kGemmPanel), wanted(4 * threads) {
+    const int64_t needed = std::max(wanted, (panels + most - 1) / most);
+    groups = std::min(panels, (needed + threads - 1) / threads * threads);
+  }
+  // First panel of a group; from `groups` on, `panels`.
+  int64_t begin(int64_t group) const { return panels * std::min(group, groups) / groups; }
+};
 
 // Scratch memory of the calling thread, 64-byte aligned, valid until its next request; grows and is kept, so
 // that a repeated step allocates nothing. Throws Error(kOutOfMemory).

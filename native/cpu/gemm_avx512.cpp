@@ -154,7 +154,8 @@ void finish_tile(const GemmFinish& f) {
 
 }  // namespace
 
-const GemmKernels kGemmAvx512 = {kMaxRows, kDepth, tile, finish_tile, pack_rows, copy, transpose, column_sums};
+const GemmKernels kGemmAvx512 = {kMaxRows,  kDepth, tile,      finish_tile,
+                                 pack_rows, copy,   transpose, column_sums};
 
 }  // namespace dn::cpu
 

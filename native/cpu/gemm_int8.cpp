@@ -128,28 +128,24 @@ void multiply_panel(const Chunk& chunk, int64_t row_begin, int64_t row_end, int6
 
 void multiply_chunk(const Cpu& cpu, const Chunk& chunk) {
   const GemmProduct& p = chunk.p;
-  parallel(chunk.rows * p.K <= kPackAlone ? 1 : cpu.threads, ceil_div(chunk.rows, kPackRows),
-           [&](int64_t task, int) {
-             const int64_t end = std::min(chunk.rows, (task + 1) * kPackRows);
-             for (int64_t r = task * kPackRows; r < end; ++r) quantise_row(chunk, r);
-           });
+  parallel_near(chunk.rows * p.K <= kPackAlone ? 1 : cpu.threads, ceil_div(chunk.rows, kPackRows),
+                [&](int64_t task, int) {
+                  const int64_t end = std::min(chunk.rows, (task + 1) * kPackRows);
+                  for (int64_t r = task * kPackRows; r < end; ++r) quantise_row(chunk, r);
+                });
 
-  // Tasks: some four a thread, of whole panels; rows are divided only when there are too few panels.
-  const int64_t panels = ceil_div(p.N, kGemmPanel), wanted = int64_t{4} * cpu.threads;
-  const int64_t group = std::clamp<int64_t>(panels / wanted, 1, kGroup);
-  const int64_t groups = ceil_div(panels, group);
-  int64_t row_parts = 1;
-  if (cpu.threads > 1 && groups < wanted) {
-    row_parts = std::clamp<int64_t>(wanted / groups, 1, ceil_div(chunk.rows, 4 * chunk.kernels.max_rows));
-  }
+  // Every thread has rows of its own, where there are enough, and all panels for them: C is then written by
+  // the thread that will read it.
+  const PanelGroups cut(p.N, kGroup, cpu.threads);
   const int64_t tall = chunk.kernels.max_rows, tiles = ceil_div(chunk.rows, tall);
+  const int64_t row_parts = std::clamp<int64_t>(cpu.threads, 1, ceil_div(tiles, 4));
   const int64_t block = std::max<int64_t>(1, kRowBytes / chunk.stride / tall) * tall;
-  parallel(cpu.threads, groups * row_parts, [&](int64_t task, int) {
-    const int64_t part = task % row_parts, first = task / row_parts * group;
+  parallel_near(cpu.threads, row_parts * cut.groups, [&](int64_t task, int) {
+    const int64_t part = task / cut.groups, group = task % cut.groups;
     const int64_t row_end = std::min(chunk.rows, tiles * (part + 1) / row_parts * tall);
     if (chunk.kernels.begin) chunk.kernels.begin();
     for (int64_t r = tiles * part / row_parts * tall; r < row_end; r += block) {
-      for (int64_t panel = first; panel < std::min(panels, first + group); ++panel) {
+      for (int64_t panel = cut.begin(group); panel < cut.begin(group + 1); ++panel) {
         multiply_panel(chunk, r, std::min(row_end, r + block), panel);
       }
     }

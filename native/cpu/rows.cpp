@@ -51,7 +51,7 @@ void parallel_ranges(const Cpu& cpu, int64_t items, int64_t elements_per_item, F
   const int64_t per_item = elements_per_item > 0 ? elements_per_item : 1;
   const int64_t per_task = per_item >= kElementsPerTask ? 1 : kElementsPerTask / per_item;
   const int64_t tasks = (items + per_task - 1) / per_task;
-  parallel(cpu.threads, tasks, [&](int64_t task, int) {
+  parallel_near(cpu.threads, tasks, [&](int64_t task, int) {
     const int64_t first = task * per_task;
     f(first, first + per_task <= items ? per_task : items - first);
   });

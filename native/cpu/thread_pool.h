@@ -3,6 +3,8 @@
 // several models in one process do not oversubscribe the cores.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -37,6 +39,31 @@ void parallel(int threads, int64_t tasks, F&& f) {
       tasks, threads,
       [](void* context, int64_t task, int worker) { (*static_cast<Fn*>(context))(task, worker); },
       const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// The same for tasks whose neighbours work on neighbouring memory: every thread begins with its own share of
+// them, in order, and then helps with what is left of the others'. A thread that meets the same rows in one
+// region after the other finds them in its own caches.
+template <typename F>
+void parallel_near(int threads, int64_t tasks, F&& f) {
+  constexpr int64_t kMostShares = 64;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t shares = std::min<int64_t>({threads, tasks, kMostShares});
+  if (shares <= 1) return parallel(threads, tasks, f);
+  Share share[kMostShares];
+  for (int64_t i = 0; i < shares; ++i) {
+    share[i].next.store(tasks * i / shares, std::memory_order_relaxed);
+    share[i].end = tasks * (i + 1) / shares;
+  }
+  parallel(threads, std::min<int64_t>(threads, tasks), [&](int64_t, int worker) {
+    for (int64_t i = 0; i < shares; ++i) {
+      Share& s = share[(worker + i) % shares];
+      for (int64_t task; (task = s.next.fetch_add(1, std::memory_order_relaxed)) < s.end;) f(task, worker);
+    }
+  });
 }
 
 }  // namespace dn::cpu

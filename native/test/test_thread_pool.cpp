@@ -30,6 +30,32 @@ DN_TEST(thread_pool_runs_every_task_once) {
   }
 }
 
+DN_TEST(thread_pool_near_tasks_run_once_and_begin_with_the_thread_s_own) {
+  for (int threads = 1; threads <= 8; ++threads) {
+    for (const int64_t tasks : {0, 1, 2, 7, 1000}) {
+      std::vector<std::atomic<int>> runs(static_cast<size_t>(tasks));
+      std::atomic<int> bad_worker{0};
+      parallel_near(threads, tasks, [&](int64_t task, int worker) {
+        ++runs[static_cast<size_t>(task)];
+        if (worker < 0 || worker >= threads) ++bad_worker;
+      });
+      for (const auto& count : runs) CHECK(count == 1);
+      CHECK(bad_worker == 0);
+    }
+  }
+  // With one task a thread, held until all have begun, everybody runs its own.
+  std::atomic<int> begun{0};
+  std::vector<std::atomic<int>> owner(4);
+  parallel_near(4, 4, [&](int64_t task, int worker) {
+    owner[static_cast<size_t>(task)] = worker;
+    ++begun;
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+    while (begun < 4 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+  });
+  CHECK(begun == 4);
+  for (int i = 0; i < 4; ++i) CHECK(owner[static_cast<size_t>(i)] == i);
+}
+
 // No two threads may share a worker number: per-worker buffers rely on it. Plain counters, so TSan sees a
 // breach too.
 DN_TEST(thread_pool_worker_numbers_are_exclusive) {
