@@ -9,6 +9,39 @@ export interface Results {
 	comparisons?: ComparisonResult[];
 }
 
+/**
+ * One from several, of the same machine: what a later one measured stands in the place of what an earlier one did.
+ * @throws when they are of different machines
+ */
+export function merge(files: readonly Results[]): Results {
+	const [first, ...later] = files as [Results, ...Results[]];
+	for (const { machine } of later) {
+		for (const key of ['cpu', 'isa', 'platform']) {
+			if (machine[key] !== first.machine[key])
+				throw new Error(
+					`results of different machines: ${key} is ${machine[key]} in one, ${first.machine[key]} in another`,
+				);
+		}
+	}
+	const newest = <T>(lists: readonly (readonly T[] | undefined)[], keyOf: (entry: T) => string): T[] => {
+		const byKey = new Map<string, T>();
+		for (const entry of lists.flatMap((list) => list ?? [])) byKey.set(keyOf(entry), entry);
+		return [...byKey.values()];
+	};
+	const commits = new Set(files.map(({ machine }) => machine['commit'] as string));
+	return {
+		machine: { ...first.machine, commit: [...commits].join(' and ') },
+		results: newest(
+			files.map(({ results }) => results),
+			({ name }) => name,
+		),
+		comparisons: newest(
+			files.map(({ comparisons }) => comparisons),
+			({ name, dtype, peer }) => [name, dtype, peer.engine, peer.dtype].join(' '),
+		),
+	};
+}
+
 const notMeasured = 'Not measured yet.';
 
 function table(head: readonly string[], rows: readonly (readonly string[])[]): string {

@@ -110,8 +110,8 @@ export interface GenerateOptions {
 	/**
 	 * Most denoising steps of one native call. Where the device can take steps by itself (CUDA), a call carries so many and
 	 * the results are those of single steps; a stream's events then come in groups, and aborting takes effect between
-	 * calls. It takes single steps all the same on the CPU, with `cache`, `guidance`, a `length` that the canvas follows, and
-	 * the samplers 'klass', 'revocable', 'first-hitting', 'autoregressive' and one's own. Above 64 means 64.
+	 * calls. It takes single steps all the same on the CPU, with `cache`, `guidance`, a `length` that the canvas follows or
+	 * that is drawn, and the samplers 'klass', 'revocable', 'first-hitting', 'autoregressive' and one's own. Above 64 means 64.
 	 * @default 8 for `generate` and `generateBatch`, 1 for `stream`
 	 */
 	readonly stepsPerCall?: number;

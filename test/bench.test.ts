@@ -1,10 +1,11 @@
 import test from 'ava';
 
 import { parseSteps } from '../bench/cases/operations.js';
+import type { ComparisonResult } from '../bench/peers/compare.js';
 import { difference } from '../bench/peers/compare.js';
 import { toBfloat, toHalf } from '../bench/peers/gguf.js';
 import { byteLength, integer, message, string } from '../bench/peers/protobuf.js';
-import { fill, type Results } from '../bench/tables.js';
+import { fill, merge, type Results } from '../bench/tables.js';
 
 test('half precision rounds to nearest even, subnormals included', (t) => {
 	const cases: [number, number][] = [
@@ -96,4 +97,19 @@ test('the native benchmark is read op by op, and the tables follow from it', (t)
 	t.false(text.includes('old'));
 	t.throws(() => fill('<!-- table: nonsense -->\n<!-- end -->', results));
 	t.true(fill('<!-- table: peers -->\n<!-- end -->', { machine: {}, results: [] }).includes('Not measured yet.'));
+});
+
+test('of several results files the later one counts, row by row, and they must be of one machine', (t) => {
+	const row = (name: string, engine: string, median: number) =>
+		({ name, dtype: 'fp32', peer: { engine, dtype: 'fp32' }, ours: { ms: { median } } }) as unknown as ComparisonResult;
+	const file = (commit: string, comparisons: ComparisonResult[], cpu = 'one'): Results => ({
+		machine: { cpu, commit },
+		results: [],
+		comparisons,
+	});
+	const early = file('a', [row('forward', 'torch', 1), row('forward', 'llama', 2)]);
+	const merged = merge([early, file('b', [row('forward', 'llama', 3), row('decode', 'llama', 4)])]);
+	t.deepEqual(merged.comparisons, [row('forward', 'torch', 1), row('forward', 'llama', 3), row('decode', 'llama', 4)]);
+	t.is(merged.machine['commit'], 'a and b');
+	t.throws(() => merge([early, file('b', [], 'another')]), { message: /different machines/ });
 });

@@ -39,6 +39,8 @@ let work: () => Promise<unknown> = async () => undefined;
 async function nextToken(prompt: number): Promise<number[]> {
 	sequence ??= context.getSequence();
 	await sequence.clearHistory();
+	// What `work` of another job left there, which the sequence does not know of.
+	context._ctx.disposeSequence(0);
 	const tokens = Array.from(tokensOf(vocab, prompt));
 	const last = tokens.pop() as number;
 	const whole = { temperature: 1, topK: 0, topP: 1, minP: 0 };

@@ -47,6 +47,7 @@ interface Flags {
 	topK?: number;
 	topP?: number;
 	guidance?: number;
+	stepsPerCall?: number;
 	seed?: bigint;
 	device?: Device;
 	dtype?: DType;
@@ -105,6 +106,11 @@ export function register(program: Command): void {
 		.option('--top-k <k>', 'draw among the k most probable tokens', number('top-k'))
 		.option('--top-p <p>', 'draw among the most probable tokens up to this mass', number('top-p'))
 		.option('--guidance <w>', 'classifier-free guidance', number('guidance'))
+		.option(
+			'--steps-per-call <n>',
+			'steps the GPU takes by itself, shown in groups (default: 1)',
+			number('steps-per-call'),
+		)
 		.option('--seed <n>', 'default: random', seed)
 		.option('--device <name>', 'auto, cpu, cuda, cuda:N (default: auto)')
 		.option('--dtype <name>', 'auto, fp32, bf16, int8 (default: auto)')
@@ -267,12 +273,12 @@ function toOptions(flags: Flags): GenerateOptions {
 	const variable: LengthOptions | undefined = maxLength === undefined ? undefined : { max: maxLength, ...details };
 	const { blockCausal, cache, measureDrift } = flags;
 	const { sampler, score, plan, steps, block, threshold, factor, entropyBound, divergence, stableSteps } = flags;
-	const { verify, attempts, temperature, topK, topP, guidance, seed: chosen } = flags;
+	const { verify, attempts, temperature, topK, topP, guidance, stepsPerCall, seed: chosen } = flags;
 	return given({
 		length: variable ?? length,
 		...{ sampler, score, plan, steps, block, threshold, factor, entropyBound, divergence, stableSteps },
 		...{ attention: blockCausal === undefined ? undefined : { blockCausal }, cache, measureDrift },
-		...{ verify, attempts, temperature, topK, topP, guidance, seed: chosen },
+		...{ verify, attempts, temperature, topK, topP, guidance, stepsPerCall, seed: chosen },
 	});
 }
 

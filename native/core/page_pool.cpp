@@ -25,17 +25,13 @@ std::unique_ptr<Pages> PagePool::take(size_t bytes) {
 }
 
 void PagePool::give(std::unique_ptr<Pages> pages) {
-  std::unique_ptr<Pages> oldest;  // unmapped without the lock
+  std::vector<std::unique_ptr<Pages>> dropped;  // unmapped without the lock
   std::lock_guard<std::mutex> lock(mutex_);
-  if (closed_) {
-    oldest = std::move(pages);
-    return;
-  }
-  if (kept_.size() == kMostBlocks) {
-    oldest = std::move(kept_.front());
+  kept_.push_back(std::move(pages));
+  while (closed_ ? !kept_.empty() : kept_.size() > kLeastBlocks && kept_bytes() > kMostBytes) {
+    dropped.push_back(std::move(kept_.front()));
     kept_.erase(kept_.begin());
   }
-  kept_.push_back(std::move(pages));
 }
 
 void PagePool::close() {
@@ -47,6 +43,10 @@ void PagePool::close() {
 
 size_t PagePool::bytes() const {
   std::lock_guard<std::mutex> lock(mutex_);
+  return kept_bytes();
+}
+
+size_t PagePool::kept_bytes() const {
   size_t sum = 0;
   for (const auto& pages : kept_) sum += pages->bytes();
   return sum;

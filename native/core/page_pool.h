@@ -15,12 +15,14 @@ namespace dn {
 
 class PagePool {
  public:
-  // Blocks kept at most: JavaScript's garbage collector gives results back a few at a time.
-  static constexpr size_t kMostBlocks = 4;
+  // Kept at most: about what JavaScript's garbage collector lets lie around before it gives results back, a
+  // few at a time; and two blocks in any case, one being written and one being read.
+  static constexpr size_t kMostBytes = size_t{384} << 20;
+  static constexpr size_t kLeastBlocks = 2;
 
   // At least `bytes`, with whatever an earlier result left in them. Throws Error(kOutOfMemory).
   std::unique_ptr<Pages> take(size_t bytes);
-  // Keeps the block for take(), in place of the oldest one where there are kMostBlocks.
+  // Keeps the block for take(), in place of the oldest ones where there are too many.
   void give(std::unique_ptr<Pages> pages);
   // Frees what is kept, and from now on what is given.
   void close();
@@ -28,6 +30,8 @@ class PagePool {
   size_t bytes() const;
 
  private:
+  size_t kept_bytes() const;  // with the mutex held
+
   mutable std::mutex mutex_;
   std::vector<std::unique_ptr<Pages>> kept_;  // oldest first
   bool closed_ = false;
