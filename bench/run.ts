@@ -1,6 +1,6 @@
 /**
  * `npm run bench [-- part of a name] [--json FILE] [--repeats N]`: runs the cases whose name contains one of the arguments,
- * prints a table and, with --json, writes { machine, results }. Cases that take minutes run only when named; --repeats times
+ * prints a table and, with --json, writes { machine, results } after every case. Cases that take minutes run only when named; --repeats times
  * each case so often instead of as often as it says.
  * With --peers it runs the cases of the machine and of memory, and then compares with other engines; bench/peers/README.md.
  */
@@ -56,6 +56,8 @@ if (wanted.length === 0 && !values.peers) {
 const columns = ['tokens/s', 'ms', 'p10', 'p90', 'GFLOP/s', 'RSS MB'];
 const results: BenchResult[] = [];
 const unavailable: { name: string; dtype: string; reason: string }[] = [];
+const comparisons: ComparisonResult[] = [];
+const commit = currentCommit();
 if (wanted.length > 0) {
 	console.log('case'.padEnd(44) + columns.map((column) => column.padStart(11)).join(''));
 }
@@ -71,6 +73,7 @@ for (const bench of wanted) {
 	}
 	if (bench === eventLoopCase) result.extra = { ...timerDelays };
 	results.push(result);
+	save();
 	const cells = [
 		result.tokensPerSecond > 0 ? result.tokensPerSecond.toFixed(1) : '-',
 		result.ms.median.toFixed(1),
@@ -83,31 +86,31 @@ for (const bench of wanted) {
 	if (result.extra) console.log(`  ${JSON.stringify(result.extra)}`);
 }
 
-let comparisons: ComparisonResult[] = [];
 if (values.peers) {
 	for (const engine of ['onnxruntime', 'llama', 'torch'] as const) {
 		const reason = missing(engine);
 		if (reason !== undefined) console.log(reason);
 	}
 	console.log(`\n${header()}`);
-	comparisons = await compare({
+	await compare({
 		names: positionals,
 		quick: values.quick,
 		folder: values.models,
 		rounds: values.rounds === undefined ? undefined : Number(values.rounds),
-		onRow: (row) => console.log(line(row)),
+		onRow: (row) => {
+			console.log(line(row));
+			comparisons.push(row);
+			save();
+		},
 	});
 	console.log(`\n${legend}`);
 }
 
-if (values.json) {
-	let commit = 'unknown';
-	try {
-		commit = execFileSync('git', ['rev-parse', '--short', 'HEAD'], { encoding: 'utf8' }).trim();
-		if (execFileSync('git', ['status', '--porcelain'], { encoding: 'utf8' }).trim() !== '') commit += ', changed';
-	} catch {
-		// Not a git checkout: the results say so.
-	}
+save();
+
+/** Writes what there is so far: a run of hours that is interrupted keeps its results. */
+function save(): void {
+	if (!values.json) return;
 	const report = {
 		machine: { ...machine(), commit },
 		results,
@@ -115,4 +118,14 @@ if (values.json) {
 		...(values.peers ? { comparisons } : {}),
 	};
 	writeFileSync(values.json, `${JSON.stringify(report, null, '\t')}\n`);
+}
+
+function currentCommit(): string {
+	try {
+		const commit = execFileSync('git', ['rev-parse', '--short', 'HEAD'], { encoding: 'utf8' }).trim();
+		const changed = execFileSync('git', ['status', '--porcelain'], { encoding: 'utf8' }).trim() !== '';
+		return changed ? `${commit}, changed` : commit;
+	} catch {
+		return 'unknown'; // not a git checkout
+	}
 }
