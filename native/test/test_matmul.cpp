@@ -543,6 +543,37 @@ DN_TEST(matmul_accumulation) {
   }
 }
 
+// A plain weight is met in parts of a long reduction, a packed one is not: the same bits, and what happens to a
+// finished element happens once, at the end.
+DN_TEST(matmul_long_reductions) {
+  const int64_t M = 17, N = 70, K = 13000;
+  Numbers numbers(12);
+  std::vector<float> inp = numbers.vector(M * K), w = numbers.vector(K * N), bias = numbers.vector(N);
+  std::vector<float> residual = numbers.vector(M * N);
+  const Reference ref = reference(inp, w, M, N, K);
+  for (const Isa isa : isas()) {
+    std::vector<float> panels(static_cast<size_t>(packed_elements(K, N)));
+    pack_weight(Cpu{2, isa}, panels.data(), weight(w, WeightOrder::kInOut, K, N));
+    const auto run = [&](bool packed, int threads, Epilogue epilogue, bool with_bias) {
+      std::vector<float> out(static_cast<size_t>(M * N));
+      matmul_forward(Cpu{threads, isa}, matrix(out, M, N), matrix(inp, M, K),
+                     weight(packed ? panels : w, WeightOrder::kInOut, K, N, packed),
+                     with_bias ? matrix(bias, 1, N) : Tensor(), epilogue,
+                     epilogue == Epilogue::kResidual ? matrix(residual, M, N) : Tensor(),
+                     MatmulPrecision::kFP32);
+      return out;
+    };
+    check_product(ref, run(false, 2, Epilogue::kNone, false), label(isa, M, N, K));
+    for (const Epilogue epilogue : {Epilogue::kNone, Epilogue::kGelu, Epilogue::kResidual}) {
+      const std::vector<float> whole = run(true, 1, epilogue, true);
+      for (const int threads : {1, 3}) {
+        CHECK_MSG(same_bits(whole, run(false, threads, epilogue, true)),
+                  label(isa, M, N, K) + ": the parts of the reduction show");
+      }
+    }
+  }
+}
+
 DN_TEST(matmul_bad_shapes) {
   std::vector<float> v(64);
   const Weight w = weight(v, WeightOrder::kInOut, 4, 8);
