@@ -53,6 +53,7 @@
     ],
     "addon_sources": [
       "native/addon/addon.cpp",
+      "native/addon/model_parameters.cpp",
       "native/addon/model_wrap.cpp",
       "native/addon/requests.cpp"
     ],

@@ -95,6 +95,16 @@ inline bool absent(const Napi::Object& object, const char* field) {
   return value.IsNull() || value.IsUndefined();
 }
 
+inline std::string string_argument(const Napi::CallbackInfo& info, size_t index, const char* what) {
+  if (!info[index].IsString()) throw type_error(info.Env(), what, "a string");
+  return info[index].As<Napi::String>().Utf8Value();
+}
+
+inline Napi::Object object_argument(const Napi::CallbackInfo& info, size_t index, const char* what) {
+  if (!info[index].IsObject()) throw type_error(info.Env(), what, "an object");
+  return info[index].As<Napi::Object>();
+}
+
 template <typename Array, typename T>
 Array to_array(Napi::Env env, const std::vector<T>& values) {
   Array array = Array::New(env, values.size());

@@ -1,35 +1,16 @@
-// NativeModel's methods; see model_wrap.h and lib/binding.ts.
+// NativeModel's methods but those of single parameters; see model_wrap.h and lib/binding.ts.
 
 #include "addon/model_wrap.h"
 
-#include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "addon/cache_wrap.h"
 #include "addon/convert.h"
 #include "addon/requests.h"
-#include "addon/safetensors_wrap.h"
-#include "core/parameter_file.h"
 
 namespace dn::addon {
 
 namespace {
-
-std::string string_argument(const Napi::CallbackInfo& info, size_t index, const char* what) {
-  if (!info[index].IsString()) throw type_error(info.Env(), what, "a string");
-  return info[index].As<Napi::String>().Utf8Value();
-}
-
-Napi::Object object_argument(const Napi::CallbackInfo& info, size_t index, const char* what) {
-  if (!info[index].IsObject()) throw type_error(info.Env(), what, "an object");
-  return info[index].As<Napi::Object>();
-}
-
-Model::Moment to_moment(Napi::Env env, const std::string& which) {
-  expect(env, which == "moment1" || which == "moment2", "a moment is moment1 or moment2");
-  return which == "moment1" ? Model::Moment::kFirst : Model::Moment::kSecond;
-}
 
 // dtype: of activations, or int8: of the weights, with fp32 activations.
 std::unique_ptr<Backend> make_backend(const std::string& device, int threads, const std::string& dtype) {
@@ -146,24 +127,6 @@ Napi::Value ModelWrap::device_loop(const Napi::CallbackInfo& info) {
   return Napi::Boolean::New(info.Env(), model(info.Env()).has_device_loop());
 }
 
-Napi::Value ModelWrap::parameters(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  const std::vector<Parameter>& table = model(env).parameters();
-  Napi::Array list = Napi::Array::New(env, table.size());
-  for (size_t i = 0; i < table.size(); ++i) {
-    Napi::Object item = Napi::Object::New(env);
-    Napi::Array shape = Napi::Array::New(env, table[i].shape.size());
-    for (size_t d = 0; d < table[i].shape.size(); ++d) {
-      shape.Set(static_cast<uint32_t>(d), Napi::Number::New(env, static_cast<double>(table[i].shape[d])));
-    }
-    item.Set("name", table[i].name);
-    item.Set("shape", shape);
-    item.Set("count", Napi::Number::New(env, static_cast<double>(table[i].count)));
-    list.Set(static_cast<uint32_t>(i), item);
-  }
-  return list;
-}
-
 Napi::Value ModelWrap::memory(const Napi::CallbackInfo& info) {
   const Model::Memory memory = model(info.Env()).memory();
   Napi::Object result = Napi::Object::New(info.Env());
@@ -178,81 +141,6 @@ Napi::Value ModelWrap::initialise(const Napi::CallbackInfo& info) {
   const uint64_t seed = bigint_value(info[0], "seed");
   return start(
       info, {}, [&m, seed] { m.initialise(seed); }, [](Napi::Env env) { return env.Undefined(); });
-}
-
-Napi::Value ModelWrap::copy_out(const Napi::CallbackInfo& info,
-                                const std::function<void(Model&, size_t, float*)>& read) {
-  const Napi::Env env = info.Env();
-  Model& m = idle(env);
-  return guarded(env, [&]() -> Napi::Value {
-    const size_t index = m.find_parameter(string_argument(info, 0, "name"));
-    Napi::Float32Array values =
-        Napi::Float32Array::New(env, static_cast<size_t>(m.parameters()[index].count));
-    read(m, index, values.Data());
-    return values;
-  });
-}
-
-Napi::Value ModelWrap::get_parameter(const Napi::CallbackInfo& info) {
-  return copy_out(info, [](Model& m, size_t index, float* out) { m.get_parameter(index, out); });
-}
-
-Napi::Value ModelWrap::get_gradient(const Napi::CallbackInfo& info) {
-  return copy_out(info, [](Model& m, size_t index, float* out) { m.get_gradient(index, out); });
-}
-
-Napi::Value ModelWrap::get_moment(const Napi::CallbackInfo& info) {
-  const Model::Moment which = to_moment(info.Env(), string_argument(info, 1, "moment"));
-  return copy_out(info, [which](Model& m, size_t index, float* out) { m.get_moment(index, which, out); });
-}
-
-void ModelWrap::set_parameter(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  Model& m = idle(env);
-  guarded(env, [&] {
-    const size_t index = m.find_parameter(string_argument(info, 0, "name"));
-    const auto values = typed_array<Napi::Float32Array>(info[1], napi_float32_array, "values");
-    expect(env, static_cast<int64_t>(values.ElementLength()) == m.parameters()[index].count,
-           "setParameter: wrong count");
-    m.set_parameter(index, values.Data());
-  });
-}
-
-Napi::Value ModelWrap::load_parameter(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  Model& m = idle(env);
-  const auto name = string_argument(info, 0, "name"), tensor = string_argument(info, 2, "tensor");
-  const std::string scales = info.Length() > 3 ? string_argument(info, 3, "scales") : "";
-  auto file = unwrap<SafetensorsWrap>(info[1], kFileTag, "file")->file(env);
-  return start(
-      info, {},
-      [&m, name, tensor, scales, file] {
-        dn::load_parameter(m, m.find_parameter(name), *file, SafetensorsWrap::entry(*file, tensor),
-                           scales.empty() ? nullptr : &SafetensorsWrap::entry(*file, scales));
-      },
-      [](Napi::Env e) { return e.Undefined(); });
-}
-
-Napi::Value ModelWrap::load_moment(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  Model& m = idle(env);
-  const auto name = string_argument(info, 0, "name"), tensor = string_argument(info, 3, "tensor");
-  const Model::Moment which = to_moment(env, string_argument(info, 1, "moment"));
-  auto file = unwrap<SafetensorsWrap>(info[2], kFileTag, "file")->file(env);
-  return start(
-      info, {},
-      [&m, name, which, tensor, file] {
-        const size_t index = m.find_parameter(name);
-        const TensorEntry& entry = SafetensorsWrap::entry(*file, tensor);
-        if (entry.count() != m.parameters()[index].count) {
-          throw Error(Code::kCheckpoint,
-                      file->path() + ": tensor \"" + tensor + "\" has the wrong number of values");
-        }
-        std::vector<float> values(static_cast<size_t>(entry.count()));
-        file->read(entry, values.data());
-        m.set_moment(index, which, values.data());
-      },
-      [](Napi::Env e) { return e.Undefined(); });
 }
 
 Napi::Value ModelWrap::prepare_inference(const Napi::CallbackInfo& info) {

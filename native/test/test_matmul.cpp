@@ -543,8 +543,8 @@ DN_TEST(matmul_accumulation) {
   }
 }
 
-// A plain weight is met in parts of a long reduction, a packed one is not: the same bits, and what happens to a
-// finished element happens once, at the end.
+// A plain weight is met in parts of a long reduction, a packed one is not: the same bits, and what happens to
+// a finished element happens once, at the end.
 DN_TEST(matmul_long_reductions) {
   const int64_t M = 17, N = 70, K = 13000;
   Numbers numbers(12);
