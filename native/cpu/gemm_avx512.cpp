@@ -13,8 +13,8 @@ namespace dn::cpu {
 namespace {
 
 constexpr int kMaxRows = 14;
-// A panel block of 32 KB stays in L1.
-constexpr int64_t kDepth = 256;
+// A panel block of 96 KB streams from L2, two lines for 28 multiply-adds: fewer blocks touch C less often.
+constexpr int64_t kDepth = 768;
 
 template <int kRows>
 void tile_rows(const GemmTile& t) {
