@@ -132,6 +132,7 @@
       "native/test/test_rows.cpp",
       "native/test/test_safetensors.cpp",
       "native/test/test_sampling.cpp",
+      "native/test/test_scratch.cpp",
       "native/test/test_thread_pool.cpp",
       "native/test/test_training.cpp"
     ]

@@ -15,6 +15,7 @@
 #include "cpu/attention_kernels.h"
 #include "cpu/attention_visibility.h"
 #include "cpu/ops.h"
+#include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
 
 namespace dn::cpu {
@@ -41,28 +42,6 @@ const AttentionKernels& kernels(const Cpu& cpu) {
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 int64_t round_up(int64_t n, int64_t multiple) { return blocks_of(n, multiple) * multiple; }
 
-// Scratch of one thread, kept between calls: a bump allocator over one aligned block that only grows.
-class Scratch {
- public:
-  // All pointers of the task before become invalid.
-  void reset(int64_t floats) {
-    const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-    if (bytes > memory_.size()) memory_ = std::vector<char>(bytes + 64);
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~static_cast<uintptr_t>(63);
-    next_ = reinterpret_cast<float*>(start);
-  }
-  // n floats on a 64-byte boundary.
-  float* take(int64_t n) {
-    float* p = next_;
-    next_ += round_up(n, 16);
-    return p;
-  }
-
- private:
-  std::vector<char> memory_;
-  float* next_ = nullptr;
-};
-
 // What a thread keeps between tasks.
 struct Workspace {
   Scratch scratch;
@@ -83,6 +62,8 @@ void run_tasks(const Cpu& cpu, const char* op, int64_t tasks, F f) {
     try {
       f(task);
     } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    } catch (const Error&) {  // of a scratch block
       out_of_memory = true;
     }
   });
@@ -171,25 +152,27 @@ void run_forward_task(const AttentionKernels& kernels, const ForwardTask& task,
   Workspace& w = workspace();
   w.visibility.prepare(kernels, sequence.mask, sequence.k_len, positions + task.q_begin, rows);
 
-  const int64_t per_head = 2 * rows * HSp + round_up(rows, 16) + rows * kSumLanes;
-  w.scratch.reset(task.heads * per_head + 2 * HSp * kKeyBlock + kScoreRows * kKeyBlock);
-  float* const keys = w.scratch.take(HSp * kKeyBlock);
-  float* const values = w.scratch.take(HSp * kKeyBlock);
-  float* const scores = w.scratch.take(kScoreRows * kKeyBlock);
   w.tiles.resize(static_cast<size_t>(task.heads));
+  lay_out(w.scratch, [&](Cutter& cut) {
+    float* const keys = cut.take(HSp * kKeyBlock);
+    float* const values = cut.take(HSp * kKeyBlock);
+    float* const scores = cut.take(kScoreRows * kKeyBlock);
+    for (ForwardTile& t : w.tiles) {
+      t.q = cut.take(rows * HSp);
+      t.acc = cut.take(rows * HSp);
+      t.max = cut.take(rows);
+      t.sum = cut.take(rows * kSumLanes);
+      t.keys = keys;
+      t.values = values;
+      t.scores = scores;
+    }
+  });
   for (int64_t h = 0; h < task.heads; ++h) {
     ForwardTile& t = w.tiles[static_cast<size_t>(h)];
     t.rows = rows;
     t.HS = HS;
     t.HSp = HSp;
     t.scale = 1.0f / std::sqrt(static_cast<float>(HS));
-    t.q = w.scratch.take(rows * HSp);
-    t.acc = w.scratch.take(rows * HSp);
-    t.max = w.scratch.take(rows);
-    t.sum = w.scratch.take(rows * kSumLanes);
-    t.keys = keys;
-    t.values = values;
-    t.scores = scores;
     kernels.forward_begin(t, q.f32(task.q_begin) + (task.head + h) * HS, q.stride);
   }
 
@@ -228,24 +211,25 @@ void run_backward_task(const AttentionKernels& kernels, const AttentionSequence&
   Workspace& w = workspace();
   w.visibility.prepare(kernels, sequence.mask, T, positions + sequence.q_begin, T);
 
-  w.scratch.reset(3 * T * HSp + 2 * round_up(T, 16) + 5 * kKeyBlock * HSp + 2 * kKeyBlock * kKeyBlock);
   BackwardTile t;
   t.T = T;
   t.HS = HS;
   t.HSp = HSp;
   t.scale = 1.0f / std::sqrt(static_cast<float>(HS));
-  t.q = w.scratch.take(T * HSp);
-  t.dout = w.scratch.take(T * HSp);
-  t.dq = w.scratch.take(T * HSp);
-  t.lse = w.scratch.take(T);
-  t.delta = w.scratch.take(T);
-  t.keys = w.scratch.take(kKeyBlock * HSp);
-  t.keys_t = w.scratch.take(kKeyBlock * HSp);
-  t.values_t = w.scratch.take(kKeyBlock * HSp);
-  t.dk = w.scratch.take(kKeyBlock * HSp);
-  t.dv = w.scratch.take(kKeyBlock * HSp);
-  t.p = w.scratch.take(kKeyBlock * kKeyBlock);
-  t.ds = w.scratch.take(kKeyBlock * kKeyBlock);
+  lay_out(w.scratch, [&](Cutter& cut) {
+    t.q = cut.take(T * HSp);
+    t.dout = cut.take(T * HSp);
+    t.dq = cut.take(T * HSp);
+    t.lse = cut.take(T);
+    t.delta = cut.take(T);
+    t.keys = cut.take(kKeyBlock * HSp);
+    t.keys_t = cut.take(kKeyBlock * HSp);
+    t.values_t = cut.take(kKeyBlock * HSp);
+    t.dk = cut.take(kKeyBlock * HSp);
+    t.dv = cut.take(kKeyBlock * HSp);
+    t.p = cut.take(kKeyBlock * kKeyBlock);
+    t.ds = cut.take(kKeyBlock * kKeyBlock);
+  });
 
   const int64_t row = sequence.q_begin;
   const float* const q = qkv.f32(row) + head * HS;

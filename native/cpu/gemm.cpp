@@ -7,9 +7,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
-#include "core/pages.h"
+#include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
 
 namespace dn::cpu {
@@ -392,13 +391,8 @@ const GemmKernels& gemm_kernels(Isa isa) {
 }
 
 float* gemm_scratch(int64_t floats) {
-  thread_local std::unique_ptr<Pages> scratch;
-  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-  if (!scratch || bytes > scratch->bytes()) {
-    scratch.reset();  // before the larger one is taken
-    scratch = std::make_unique<Pages>(bytes);
-  }
-  return static_cast<float*>(scratch->data());
+  thread_local Scratch scratch;
+  return scratch.reserve(floats);
 }
 
 void gemm(const Cpu& cpu, const GemmProduct& p, MatmulPrecision precision) {

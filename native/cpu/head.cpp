@@ -7,16 +7,15 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "core/error.h"
-#include "core/pages.h"
 #include "cpu/gemm.h"
 #include "cpu/head_kernels.h"
 #include "cpu/ops.h"
+#include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
 
 namespace dn::cpu {
@@ -40,36 +39,24 @@ int64_t chunk_rows(int64_t V) {
   return std::max(kMinChunkRows, kChunkBytes / (chunk_stride(V) * static_cast<int64_t>(sizeof(float))));
 }
 
-// Grow-only scratch memory, kept between calls because fresh pages cost more than the passes over them. One
-// block per call in flight; blocks are shared by all threads of the process and live as long as it does.
-class Scratch {
+// The scratch of a call in flight. Calls take turns with the blocks, which all threads of the process share
+// and which live as long as it does.
+class CallScratch {
  public:
-  explicit Scratch(int64_t floats) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex());
-      if (!idle().empty()) {
-        block_ = std::move(idle().back());
-        idle().pop_back();
-      }
-    }
-    const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-    if (block_ && block_->bytes() >= bytes) return;
-    block_.reset();  // before the larger one is taken
-    block_ = std::make_unique<Pages>(bytes);
-  }
-  ~Scratch() {
+  CallScratch() {
     const std::lock_guard<std::mutex> lock(mutex());
-    idle().push_back(std::move(block_));
+    if (idle().empty()) return;
+    scratch_ = std::move(idle().back());
+    idle().pop_back();
   }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+  ~CallScratch() {
+    const std::lock_guard<std::mutex> lock(mutex());
+    idle().push_back(std::move(scratch_));
+  }
+  CallScratch(const CallScratch&) = delete;
+  CallScratch& operator=(const CallScratch&) = delete;
 
-  // The next `floats` of the block, 64-byte aligned.
-  float* take(int64_t floats) {
-    float* part = static_cast<float*>(block_->data()) + used_;
-    used_ += round_up(floats, 16);
-    return part;
-  }
+  Scratch& scratch() { return scratch_; }
 
  private:
   // Never destroyed: a call may still run on another thread while the process ends.
@@ -77,14 +64,12 @@ class Scratch {
     static std::mutex* const instance = new std::mutex;
     return *instance;
   }
-  using Blocks = std::vector<std::unique_ptr<Pages>>;
-  static Blocks& idle() {
-    static Blocks* const instance = new Blocks;
+  static std::vector<Scratch>& idle() {
+    static std::vector<Scratch>* const instance = new std::vector<Scratch>;
     return *instance;
   }
 
-  std::unique_ptr<Pages> block_;
-  int64_t used_ = 0;
+  Scratch scratch_;
 };
 
 void check_hidden(const char* op, Tensor hidden, const Weight& wte) {
@@ -158,9 +143,12 @@ void head_denoise(const Cpu& cpu, DenoiseStats* stats, float* watched, Tensor hi
   const int64_t logit_rows = std::min(needed, capacity);
   const int threads = std::max(1, cpu.threads);
   const int64_t workspace_floats = round_up(denoise_workspace_floats(V), 16);
-  Scratch scratch(logit_rows * stride + threads * workspace_floats);
-  float* const logits = scratch.take(logit_rows * stride);
-  float* const workspaces = scratch.take(threads * workspace_floats);
+  CallScratch call;
+  float *logits = nullptr, *workspaces = nullptr;
+  lay_out(call.scratch(), [&](Cutter& cut) {
+    logits = cut.take(logit_rows * stride);
+    workspaces = cut.take(threads * workspace_floats);
+  });
   std::vector<const float*> inputs;
   std::vector<float*> row_logits;  // where each row of the chunk begins; its guide, if any, follows
   std::vector<int64_t> not_finite;
@@ -225,12 +213,16 @@ void head_cross_entropy(const Cpu& cpu, float* losses, Tensor dhidden, Tensor dw
   const int64_t chunk = (R + chunks - 1) / chunks;  // of equal size
   const int64_t tiles = round_up(head_tiles(V), 16);
   const int threads = std::max(1, cpu.threads);
-  Scratch scratch(chunk * stride + threads * 3 * tiles + 2 * chunk * round_up(C, 16) + round_up(chunk, 16));
-  float* const logits = scratch.take(chunk * stride);
-  float* const tile_sums = scratch.take(threads * 3 * tiles);
-  float* const scaled_hidden = scratch.take(chunk * C);
-  float* const drows = scratch.take(chunk * C);
-  float* const factors = scratch.take(chunk);
+  CallScratch call;
+  float *logits = nullptr, *tile_sums = nullptr, *scaled_hidden = nullptr, *drows = nullptr,
+        *factors = nullptr;
+  lay_out(call.scratch(), [&](Cutter& cut) {
+    logits = cut.take(chunk * stride);
+    tile_sums = cut.take(threads * 3 * tiles);
+    scaled_hidden = cut.take(chunk * C);
+    drows = cut.take(chunk * C);
+    factors = cut.take(chunk);
+  });
   std::vector<const float*> inputs(static_cast<size_t>(chunk));
 
   for (int64_t begin = 0; begin < R; begin += chunk) {

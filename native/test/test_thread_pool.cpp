@@ -15,12 +15,14 @@ namespace {
 
 using namespace dn::cpu;
 
-DN_TEST(thread_pool_runs_every_task_once) {
+// run(threads, tasks, f) is a parallel region: every task runs once, on a worker that there is.
+template <typename Run>
+void check_every_task_runs_once(Run run) {
   for (int threads = 1; threads <= 8; ++threads) {
     for (const int64_t tasks : {0, 1, 2, 7, 1000}) {
       std::vector<std::atomic<int>> runs(static_cast<size_t>(tasks));
       std::atomic<int> bad_worker{0};
-      parallel(threads, tasks, [&](int64_t task, int worker) {
+      run(threads, tasks, [&](int64_t task, int worker) {
         ++runs[static_cast<size_t>(task)];
         if (worker < 0 || worker >= threads) ++bad_worker;
       });
@@ -30,19 +32,12 @@ DN_TEST(thread_pool_runs_every_task_once) {
   }
 }
 
+DN_TEST(thread_pool_runs_every_task_once) {
+  check_every_task_runs_once([](int threads, int64_t tasks, auto&& f) { parallel(threads, tasks, f); });
+}
+
 DN_TEST(thread_pool_near_tasks_run_once_and_begin_with_the_thread_s_own) {
-  for (int threads = 1; threads <= 8; ++threads) {
-    for (const int64_t tasks : {0, 1, 2, 7, 1000}) {
-      std::vector<std::atomic<int>> runs(static_cast<size_t>(tasks));
-      std::atomic<int> bad_worker{0};
-      parallel_near(threads, tasks, [&](int64_t task, int worker) {
-        ++runs[static_cast<size_t>(task)];
-        if (worker < 0 || worker >= threads) ++bad_worker;
-      });
-      for (const auto& count : runs) CHECK(count == 1);
-      CHECK(bad_worker == 0);
-    }
-  }
+  check_every_task_runs_once([](int threads, int64_t tasks, auto&& f) { parallel_near(threads, tasks, f); });
   // With one task a thread, held until all have begun, everybody runs its own.
   std::atomic<int> begun{0};
   std::vector<std::atomic<int>> owner(4);
