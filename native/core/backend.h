@@ -99,8 +99,9 @@ struct AdamWStep {
   int64_t step = 1;          // 1-based, for bias correction
 };
 
-// A packed int8 weight may be written in pieces of a multiple of this many columns.
-constexpr int64_t kInt8Columns = 32;
+// A packed weight may be written in pieces of a multiple of this many rows, an int8 one of as many columns.
+constexpr int64_t kPackRows = 32;
+constexpr int64_t kInt8Columns = kPackRows;
 
 // What a step needs memory for. R: rows of the head; logit_rows: those of them, when sampling, whose logits
 // must be held (DenoiseRow::needs_logits), guides included.
@@ -148,6 +149,13 @@ class Backend {
   // (K, N): bytes of a packed weight with its scales, a multiple of 64.
   virtual size_t int8_bytes(int64_t, int64_t) const { throw no_int8(); }
   // (packed, plain, n_begin): columns [n_begin, n_begin + plain.N) of `packed` = plain; n_begin is a multiple
+  // A piece of it, on backends whose memory is the host's: rows [begin, begin + count) of the plain matrix as
+  // it is stored (K or, with kOutIn, N of them), in `rows`. `whole` has no data. begin is a multiple of
+  // kPackRows, and count too unless the rows are the last ones.
+  virtual void pack_rows(void* /*packed*/, const Weight& /*whole*/, const float* /*rows*/, int64_t /*begin*/,
+                         int64_t /*count*/) {
+    throw Error(Code::kInternal, "the backend " + name() + " packs whole weights only");
+  }
   // of kInt8Columns.
   virtual void pack_int8(void*, const Int8Matrix&, int64_t) { throw no_int8(); }
   // (plain, packed): plain = all of `packed`, whose K, N and order are plain's.

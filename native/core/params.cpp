@@ -282,25 +282,30 @@ void Model::set_parameter(size_t index, const float* values) {
   }
 }
 
-// Rows of wte are columns of the head's weight, so it can be quantised some rows at a time; a matrix in the
-// other order needs all of itself. Plain fp32 goes to its place in pieces, too.
+// In pieces that stay in a cache and need little memory of their own, wherever the stored form allows: a
+// matrix is packed by rows, and quantised by those of wte, which are columns of the head's weight. Other
+// matrices that are quantised, or packed on a device, need all of themselves.
 void Model::set_parameter(size_t index, const ReadValues& read) {
   const Parameter& p = parameter_at(parameters_, index);
   constexpr int64_t kChunk = int64_t{1} << 18;  // elements at a time
-  const bool by_rows = is_int8(index) && index == kWte;
-  const bool plain = !is_int8(index) && (!packed_ || !is_packable(index, p));
-  const int64_t row = by_rows ? weight_k(index, p) : 1;
-  const int64_t step = !by_rows && !plain ? p.count
-                       : by_rows ? std::max(kInt8Columns, kChunk / row / kInt8Columns * kInt8Columns) * row
-                                 : kChunk;
+  const bool quantised = is_int8(index) && index == kWte;
+  const bool packed = packed_ && is_packable(index, p) && !is_int8(index);
+  const bool plain = !is_int8(index) && !packed;
+  const bool by_rows = quantised || (packed && backend_->host_memory());
+  const int64_t row = by_rows ? p.shape.back() : 1;
+  const int64_t step = by_rows ? std::max(kPackRows, kChunk / row / kPackRows * kPackRows) * row
+                       : plain ? kChunk
+                               : p.count;
   HostTemporary memory(*backend_, static_cast<size_t>(std::min(step, p.count)) * sizeof(float),
                        "reading " + p.name);
   float* const values = memory.as<float>();
   for (int64_t begin = 0; begin < p.count; begin += step) {
     const int64_t count = std::min(step, p.count - begin);
     read(begin, count, values);
-    if (by_rows) {
+    if (quantised) {
       set_int8_columns(index, begin / row, count / row, values);
+    } else if (by_rows) {
+      backend_->pack_rows(tensor(index).data, plain_weight(index, nullptr), values, begin / row, count / row);
     } else if (plain) {
       backend_->upload(static_cast<float*>(tensor(index).data) + begin, values,
                        static_cast<size_t>(count) * sizeof(float));

@@ -49,6 +49,10 @@ class CpuBackend : public Backend {
   void pack_weight(void* packed, const Weight& plain) override {
     cpu::pack_weight(cpu_, static_cast<float*>(packed), plain);
   }
+  void pack_rows(void* packed, const Weight& whole, const float* rows, int64_t begin,
+                 int64_t count) override {
+    cpu::pack_rows(cpu_, static_cast<float*>(packed), whole, rows, begin, count);
+  }
   void unpack_weight(void* plain, const Weight& packed) override {
     cpu::unpack_weight(cpu_, static_cast<float*>(plain), packed);
   }

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t kSumRows = 64;  // rows whose columns a task of dbias sums
 
+static_assert(kPackRows % kGemmPanel == 0, "a piece of a packed weight is whole panels");
+
 [[noreturn]] void refuse(const char* op, const std::string& what) {
   throw Error(Code::kArgument, std::string(op) + ": " + what);
 }
@@ -88,6 +90,28 @@ void pack_weight(const Cpu& cpu, float* packed, const Weight& plain) {
     } else {
       kernels.transpose(dst, kGemmPanel, src + n * plain.K, plain.K, cols, plain.K);
     }
+  });
+}
+
+void pack_rows(const Cpu& cpu, float* packed, const Weight& whole, const float* rows, int64_t begin,
+               int64_t count) {
+  const bool by_columns = whole.order == WeightOrder::kOutIn;
+  const int64_t all = by_columns ? whole.N : whole.K;
+  if (begin < 0 || begin % kPackRows != 0 || begin + count > all ||
+      (count % kPackRows != 0 && begin + count < all))
+    refuse("pack_rows", "rows [" + std::to_string(begin) + ", " + std::to_string(begin + count) + ") of " +
+                            whole.shape() + ", expected multiples of " + std::to_string(kPackRows));
+  Weight part = whole;
+  part.data = rows;
+  if (by_columns) {
+    part.N = count;
+    return pack_weight(cpu, packed + begin * whole.K, part);
+  }
+  const GemmKernels& kernels = gemm_kernels(cpu.isa);
+  each_panel(cpu, whole, [&](int64_t offset, int64_t n, int64_t cols) {
+    float* const dst = packed + offset + begin * kGemmPanel;
+    if (cols < kGemmPanel) std::memset(dst, 0, static_cast<size_t>(count * kGemmPanel) * sizeof(float));
+    kernels.copy(dst, kGemmPanel, rows + n, whole.N, count, cols);
   });
 }
 

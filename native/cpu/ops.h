@@ -19,6 +19,8 @@ struct Cpu {
 // matmul.cpp
 int64_t packed_elements(int64_t K, int64_t N);
 void pack_weight(const Cpu& cpu, float* packed, const Weight& plain);
+void pack_rows(const Cpu& cpu, float* packed, const Weight& whole, const float* rows, int64_t begin,
+               int64_t count);
 void unpack_weight(const Cpu& cpu, float* plain, const Weight& packed);
 // Copies row n of an (N, K) = kOutIn weight (an embedding), plain or packed, to out (K) as fp32.
 void weight_row(const Weight& w, int64_t n, float* out);

@@ -459,7 +459,7 @@ DN_TEST(matmul_bf16) {
   }
 }
 
-// Packing and its inverse, and single rows of an embedding.
+// Packing, also in pieces, its inverse, and single rows of an embedding.
 DN_TEST(matmul_pack_roundtrip) {
   Numbers numbers(9);
   for (const Isa isa : isas()) {
@@ -474,6 +474,18 @@ DN_TEST(matmul_pack_roundtrip) {
         unpack_weight({2, isa}, back.data(), packed);
         CHECK(same_bits(plain, back));
         for (const float x : panels) CHECK(!std::isnan(x));
+        // In pieces: the same panels.
+        std::vector<float> pieces(panels.size(), NAN);
+        const int64_t rows = order == WeightOrder::kInOut ? K : N,
+                      width = order == WeightOrder::kInOut ? N : K;
+        const int64_t step = kPackRows * numbers.between(1, 2);
+        Weight whole = weight(plain, order, K, N);
+        whole.data = nullptr;
+        for (int64_t begin = 0; begin < rows; begin += step) {
+          pack_rows({2, isa}, pieces.data(), whole, plain.data() + begin * width, begin,
+                    std::min(step, rows - begin));
+        }
+        CHECK(same_bits(pieces, panels));
         if (order != WeightOrder::kOutIn) continue;
         for (int64_t n = 0; n < N; n += 7) {
           std::vector<float> row(static_cast<size_t>(K)), packed_row(row);
