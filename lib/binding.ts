@@ -340,6 +340,8 @@ let loaded: { binding: Binding; path: string } | undefined;
 export function packageRoot(): string {
 	let directory = dirname(fileURLToPath(import.meta.url));
 	while (!existsSync(join(directory, 'package.json'))) {
+	/** Empties a buffer now, whose memory would else be freed with the garbage. */
+	detach(buffer: ArrayBuffer): void;
 		const parent = dirname(directory);
 		if (parent === directory) {
 			throw new DiffusionNativeError('ERR_DN_NO_BINARY', 'the folder of diffusion-native has no package.json');

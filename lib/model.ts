@@ -9,7 +9,7 @@ import {
 	toNativeTrainBatch,
 	toSeed,
 } from './batch.js';
-import type { NativeBatch, NativeParameter } from './binding.js';
+import { binding, type NativeBatch, type NativeParameter } from './binding.js';
 import { saveCheckpoint } from './checkpoint-save.js';
 import { type ModelConfig, type ModelConfigInput, resolveConfig } from './config.js';
 import type { DenoiseStep } from './denoise-loop.js';
@@ -71,6 +71,12 @@ export interface ForwardOptions {
 	readonly output?: 'logits' | 'aligned-logits' | 'hidden';
 	/** Only these rows of each sequence, in this order. @default all */
 	readonly rows?: readonly Int32Array[];
+	/**
+	 * Results of earlier calls that are no longer needed. They are emptied (length 0, with every view of the same buffer), and
+	 * their memory serves the next results: a loop over large ones, logits for instance, does not wait for the garbage
+	 * collector. @default none
+	 */
+	readonly reuse?: readonly Float32Array[];
 	readonly signal?: AbortSignal;
 }
 
@@ -151,9 +157,9 @@ export class DiffuGPT {
 	 */
 	async forward(sequences: Int32Array | readonly Int32Array[], options: ForwardOptions = {}): Promise<Float32Array[]> {
 		this.engine.check();
-		checkOptions('forward', options, ['attention', 'output', 'rows', 'signal']);
+		checkOptions('forward', options, ['attention', 'output', 'rows', 'reuse', 'signal']);
 		const { config } = this;
-		const { output = 'logits', signal } = options;
+		const { output = 'logits', reuse = [], signal } = options;
 		const list = sequences instanceof Int32Array ? [sequences] : sequences;
 		check(Array.isArray(list) && list.length > 0, 'forward needs an Int32Array or a list of at least one');
 		check(
@@ -167,6 +173,7 @@ export class DiffuGPT {
 			Array.from(list_, (row) => (batch.offsets[s] as number) + Math.max(0, row - shift)),
 		);
 		const width = output === 'hidden' ? config.channels : config.vocab;
+		emptyResults(reuse, signal);
 		const all =
 			wanted.length === 0
 				? new Float32Array(0)
@@ -175,6 +182,7 @@ export class DiffuGPT {
 							native.forward({ ...batch, rows: Int32Array.from(wanted) }, output === 'hidden' ? 'hidden' : 'logits'),
 						signal,
 					);
+		resultBuffers.add(all.buffer);
 		let next = 0;
 		return rows.map((list_) => {
 			const begin = next * width;
@@ -366,6 +374,23 @@ export class DiffuGPT {
 		check(found, `the model has no parameter ${JSON.stringify(name)}; parameters() lists them`);
 		return found;
 	}
+}
+
+/** Buffers of what `forward` returned: nobody else's may be emptied. */
+const resultBuffers = new WeakSet<ArrayBufferLike>();
+
+/** Gives the memory of results back before the garbage collector would, unless the call is aborted already. */
+function emptyResults(results: readonly Float32Array[], signal: AbortSignal | undefined): void {
+	check(
+		Array.isArray(results) && results.every((values) => values instanceof Float32Array),
+		'option reuse is not a list of Float32Array, such as forward returns',
+	);
+	check(
+		results.every(({ buffer }) => resultBuffers.has(buffer)),
+		'option reuse has an array that forward did not return',
+	);
+	signal?.throwIfAborted();
+	for (const { buffer } of results) binding().detach(buffer as ArrayBuffer);
 }
 
 /** Packs the sequences of a forward and checks ids, lengths and rows. */

@@ -158,6 +158,9 @@ test('bad arguments are named', async (t) => {
 	await bad(ids, { attention: { matrix: new Uint8Array(4) } }, /2 x 2/);
 	await bad(ids, { rows: [Int32Array.of(6)] }, /row 6/);
 	await bad(ids, { rows: [] }, /rows/);
+	await bad(ids, { reuse: new Float32Array(4) }, /reuse is not a list/);
+	await bad(ids, { reuse: [new Float64Array(4)] }, /reuse is not a list/);
+	await bad(ids, { reuse: [new Float32Array(4)] }, /reuse has an array that forward did not return/);
 	await t.throwsAsync(DiffuGPT.fromConfig({ ...smallConfig, heads: 3 }), { code: 'ERR_DN_ARGUMENT' });
 	await t.throwsAsync(DiffuGPT.fromConfig(smallConfig, { device: 'tpu' as 'cpu' }), {
 		code: 'ERR_DN_ARGUMENT',
@@ -207,4 +210,35 @@ test('a large result is not touched while it is kept, and a later one may lie in
 	// A result in memory that an earlier one wrote is the result.
 	const [again] = await model.forward(tokens[0] as Int32Array);
 	t.deepEqual(bytesOf(again), bytesOf(copy));
+});
+
+test('results that are given back become empty, and the next ones need no memory of their own', async (t) => {
+	// 600 rows of 4096 logits: 9.8 MB.
+	const config = { ...smallConfig, vocab: 4096, context: 600 };
+	await using model = await DiffuGPT.fromConfig(config, { seed: 3 });
+	const tokens = Int32Array.from({ length: 600 }, (_, i) => (i * 37) % 4000);
+	const [expected] = await model.forward(tokens);
+	const values = (expected as Float32Array).slice();
+	const before = process.memoryUsage().arrayBuffers;
+	let last: Float32Array[] = [];
+	let most = 0;
+	for (let i = 0; i < 12; i++) {
+		const reuse = last;
+		last = await model.forward(tokens, { reuse });
+		if (reuse[0]) t.is(reuse[0].length, 0);
+		most = Math.max(most, process.memoryUsage().arrayBuffers - before);
+	}
+	t.true(Buffer.from(values.buffer).equals(Buffer.from(last[0]?.buffer as ArrayBuffer)), 'the same logits');
+	t.true(most < 3 * values.byteLength, `at most two results at a time, found ${most} bytes`);
+	// A call that is refused or aborted empties nothing.
+	await t.throwsAsync(model.forward(tokens, { reuse: last, output: 'x' as never }), { code: 'ERR_DN_ARGUMENT' });
+	await t.throwsAsync(model.forward(tokens, { reuse: last, signal: AbortSignal.abort() }), { any: true });
+	t.is(last[0]?.length, values.length);
+	// Several sequences are views of one buffer: one of them empties all.
+	const pair = await model.forward([tokens.subarray(0, 3), tokens.subarray(0, 5)]);
+	await model.forward(tokens.subarray(0, 2), { reuse: pair.slice(0, 1) });
+	t.deepEqual(
+		pair.map(({ length }) => length),
+		[0, 0],
+	);
 });

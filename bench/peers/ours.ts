@@ -18,7 +18,10 @@ async function prepare(job: Job): Promise<number[]> {
 	switch (job.kind) {
 		case 'forward': {
 			const tokens = tokensOf(vocab, job.T);
-			work = () => model.forward(tokens, { output: job.output });
+			let last: Float32Array[] = [];
+			work = async () => {
+				last = await model.forward(tokens, { output: job.output, reuse: last });
+			};
 			return forward(job.T, job.output);
 		}
 		case 'denoise': {

@@ -217,6 +217,12 @@ Napi::Value external_memory(const Napi::CallbackInfo& info) {
   return Napi::Number::New(info.Env(), static_cast<double>(state_of(info.Env())->external_memory));
 }
 
+void detach(const Napi::CallbackInfo& info) {
+  expect(info.Env(), info.Length() == 1 && info[0].IsArrayBuffer(), "detach takes an ArrayBuffer");
+  Napi::ArrayBuffer buffer = info[0].As<Napi::ArrayBuffer>();
+  if (!buffer.IsDetached()) buffer.Detach();
+}
+
 Napi::Object init(Napi::Env env, Napi::Object exports) {
   auto* state = new SharedState(std::make_shared<State>());
   (*state)->model_class = Napi::Persistent(ModelWrap::define(env));
@@ -234,6 +240,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("philox", Napi::Function::New<philox_words>(env));
   exports.Set("cpuInfo", Napi::Function::New<cpu_info>(env));
   exports.Set("cudaInfo", Napi::Function::New<cuda_info>(env));
+  exports.Set("detach", Napi::Function::New<detach>(env));
   exports.Set("externalMemory", Napi::Function::New<external_memory>(env));
   return exports;
 }
