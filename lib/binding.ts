@@ -69,6 +69,13 @@ export interface NativeDenoise {
 	watch: Int32Array;
 	/** (K) indices into the listed rows whose raw logits are returned too; null: none. K * V floats are held. */
 	logitRows: Int32Array | null;
+	/**
+	 * (D) where each row's (V) log probabilities are left for the next step, or null; null as a whole: none are kept. No two
+	 * rows share an array, and nobody else touches one while the call runs. A call that fails may have written them.
+	 */
+	keep: (Float32Array | null)[] | null;
+	/** (D) those of the step before, or null; read with `keep` only. */
+	before: (Float32Array | null)[];
 }
 
 export interface NativeStats {
@@ -84,6 +91,8 @@ export interface NativeStats {
 	entropy: Float32Array;
 	/** (D) log probability of `drawn` at temperature 1. */
 	drawnLogProb: Float32Array;
+	/** (D) KL(now || before), nats; Infinity where there is none, 0 without `keep`. */
+	divergence: Float32Array;
 	/** (D, watch.length) */
 	watched: Float32Array;
 	/** (K, V) raw logits of `logitRows`; empty when none were asked for. */
@@ -331,6 +340,8 @@ export interface Binding {
 	cudaInfo(): NativeCudaInfo;
 	/** Bytes reported to V8 with AdjustExternalMemory by live objects. */
 	externalMemory(): number;
+	/** Empties a buffer now, whose memory would else be freed with the garbage. */
+	detach(buffer: ArrayBuffer): void;
 }
 
 const require = createRequire(import.meta.url);
@@ -340,8 +351,6 @@ let loaded: { binding: Binding; path: string } | undefined;
 export function packageRoot(): string {
 	let directory = dirname(fileURLToPath(import.meta.url));
 	while (!existsSync(join(directory, 'package.json'))) {
-	/** Empties a buffer now, whose memory would else be freed with the garbage. */
-	detach(buffer: ArrayBuffer): void;
 		const parent = dirname(directory);
 		if (parent === directory) {
 			throw new DiffusionNativeError('ERR_DN_NO_BINARY', 'the folder of diffusion-native has no package.json');

@@ -135,6 +135,7 @@ export function blockEvaluator(
 			step,
 			watch: ends,
 			logits,
+			history: request.history,
 		};
 	};
 
@@ -152,7 +153,7 @@ export function blockEvaluator(
 			// Both wait for the same native call. Neither may be left in flight when the other fails.
 			const [cached, whole] = await Promise.allSettled([
 				denoised,
-				exact.look({ ...request, groups: [], logits: true }),
+				exact.look({ ...request, groups: [], logits: true, history: undefined }),
 			]);
 			if (cached.status === 'rejected') throw cached.reason;
 			if (whole.status === 'rejected') throw whole.reason;

@@ -9,6 +9,7 @@ import type { LengthRule } from './length/method.js';
 import type { ResolvedOptions } from './options.js';
 import { checkedDecision, chosenPositions, stepView, verifiedGroups } from './policy-gate.js';
 import { decodeCommitted, type TextCodec } from './prompt.js';
+import { RowHistory } from './row-history.js';
 import { type CanvasView, type Decision, evenPlan } from './samplers/policy.js';
 
 /**
@@ -79,6 +80,8 @@ const idleLimit = 256;
 export class Loop {
 	/** Positions of the largest canvas so far. */
 	largest: number;
+	/** Of policies that compare a forward with the one before. */
+	readonly history = new RowHistory();
 
 	readonly #canvas: Canvas;
 	readonly #options: ResolvedOptions;
@@ -350,6 +353,7 @@ export class Loop {
 		this.#fewestOpen = Number.POSITIVE_INFINITY;
 		// What a policy remembers is by position, and positions have moved.
 		for (const key of Object.keys(this.#memory)) delete this.#memory[key];
+		this.history.clear();
 		const window = this.#windows[0] as Window;
 		const rate = window.steps / Math.max(1, this.#initialOpen);
 		const delta = change.inserted - change.removed;

@@ -9,6 +9,7 @@ import type { ModelConfig } from './config.js';
 import { DiffusionNativeError, fromNative } from './errors.js';
 import { logitRowsOf, merge, pickColumns } from './merge.js';
 import { mergeSteps, stepsOf } from './merge-steps.js';
+import type { KeptRows } from './row-history.js';
 
 /** One denoising step of one caller: one canvas, or several variants of it (an unconditional twin, verification copies). */
 export interface DenoiseRequest {
@@ -42,6 +43,8 @@ export interface DenoiseRequest {
 	watch: Int32Array;
 	/** Also return the raw network logits of the rows (and of their twins): R * V floats. */
 	logits?: boolean;
+	/** (R) also compare the rows' distributions with those of the step before. */
+	history?: KeptRows | undefined;
 }
 
 /** What the head says of each wanted row; see NativeStats. R = row.length of the request. */
@@ -54,6 +57,8 @@ export interface RowStatistics {
 	drawnLogProb: Float32Array;
 	/** (R, watch.length) */
 	watched: Float32Array;
+	/** (R) nats, with a history; Infinity where it holds nothing. */
+	divergence?: Float32Array;
 	/** (R, V) raw logits, when asked for. */
 	logits?: Float32Array;
 	/** (R, V) those of the twins, when asked for and there are twins. */
@@ -370,7 +375,7 @@ export class Engine {
 		this.counters.requests += requests.length;
 		const W = denoise.watch.length;
 		const V = this.config.vocab;
-		return parts.map(({ begin, end, columns, logitsBegin, guided }): RowStatistics => {
+		return parts.map(({ begin, end, columns, logitsBegin, guided, compared }): RowStatistics => {
 			const R = end - begin;
 			// Views of the batch's arrays, which live for a step: cheaper than thousands of small copies.
 			const result: RowStatistics = {
@@ -382,6 +387,7 @@ export class Engine {
 				drawnLogProb: stats.drawnLogProb.subarray(begin, end),
 				watched: pickColumns(stats.watched, W, begin, end, columns),
 			};
+			if (compared) result.divergence = stats.divergence.subarray(begin, end);
 			if (logitsBegin >= 0) {
 				result.logits = stats.logits.subarray(logitsBegin * V, (logitsBegin + R) * V);
 				if (guided) result.guideLogits = stats.logits.subarray((logitsBegin + R) * V, (logitsBegin + 2 * R) * V);

@@ -9,6 +9,7 @@ import type { ModelConfig } from './config.js';
 import type { Engine, RowStatistics } from './engine.js';
 import { check } from './errors.js';
 import type { ResolvedOptions } from './options.js';
+import type { KeptRows } from './row-history.js';
 
 /** Statistics of the positions looked at; entry k speaks of `positions[k]`. */
 export interface Look extends RowStatistics {
@@ -17,6 +18,8 @@ export interface Look extends RowStatistics {
 	vocab: number;
 	/** (R) aligned probability of an end token. */
 	end: Float32Array;
+	/** (R) KL(now || the forward before), nats; empty unless the request has a history. */
+	divergence: Float32Array;
 	/** Probability of the tentative token at each verified position. */
 	verified: Map<number, number>;
 	/** Log probabilities (V) of row k, guided, without the mask id; needs logits. */
@@ -46,6 +49,8 @@ export interface LookRequest {
 	step: number;
 	/** `logProbs` will be called. */
 	logits: boolean;
+	/** Of the rows of `positions`: `divergence` is wanted. */
+	history?: KeptRows | undefined;
 }
 
 export interface Evaluator {
@@ -82,7 +87,7 @@ export function fullEvaluator(
 	const { seed, guidance, temperature, topK, topP, signal } = sampling;
 	let indices = new Int32Array(0);
 	return {
-		async look({ positions, groups, step, logits }) {
+		async look({ positions, groups, step, logits, history }) {
 			const guided = guidance !== 0;
 			const T = canvas.length;
 			if (indices.length !== T) indices = Int32Array.from({ length: T }, (_, i) => i);
@@ -134,6 +139,7 @@ export function fullEvaluator(
 					step,
 					watch,
 					logits,
+					history,
 				},
 				signal,
 			);
@@ -167,7 +173,7 @@ export function cachedEvaluator(
 	const caches: NativeCache[] = [];
 	let cached = 0;
 	return {
-		async look({ positions, step, logits }) {
+		async look({ positions, step, logits, history }) {
 			while (caches.length < (guided ? 2 : 1)) caches.push(await engine.createCache(capacity, signal));
 			const position = positions[0] as number;
 			const tokens = canvas.tokens.slice(cached, position);
@@ -193,6 +199,7 @@ export function cachedEvaluator(
 					step,
 					watch: ends,
 					logits,
+					history,
 				},
 				signal,
 			);
@@ -231,6 +238,7 @@ export function makeLook(
 		entropy: firstOf(stats.entropy, R),
 		drawnLogProb: firstOf(stats.drawnLogProb, R),
 		watched: stats.watched,
+		divergence: stats.divergence ? firstOf(stats.divergence, R) : new Float32Array(0),
 		end,
 		verified,
 		logProbs(k) {
@@ -271,6 +279,7 @@ export function restrict(look: Look, positions: Int32Array): Look {
 		margin: floats(look.margin),
 		entropy: floats(look.entropy),
 		drawnLogProb: floats(look.drawnLogProb),
+		divergence: look.divergence.length > 0 ? floats(look.divergence) : look.divergence,
 		end: floats(look.end),
 		logProbs: (k) => look.logProbs(rows[k] as number),
 	};

@@ -190,8 +190,9 @@ export async function* denoise(
 			if (!plan) break;
 			const { looked: positions, groups, begin, end, view } = plan;
 			const { step } = view;
-			const logits = options.policy.needsLogits ?? false;
-			const look = await evaluator.look({ positions, groups, begin, end, step, logits });
+			const { needsLogits: logits = false, needsDivergence = false } = options.policy;
+			const history = needsDivergence ? loop.history.next(positions, engine.config.vocab) : undefined;
+			const look = await evaluator.look({ positions, groups, begin, end, step, logits, history });
 			forwards++;
 			if (look.drift) drift.add(look.drift);
 			const event = loop.apply(plan, look);

@@ -13,6 +13,8 @@ export interface Part {
 	logitsBegin: number;
 	/** Whether the rows have twins. */
 	guided: boolean;
+	/** Whether the rows are compared with those of the step before. */
+	compared: boolean;
 }
 
 /** Rows of raw logits that a request asks for. */
@@ -65,7 +67,13 @@ export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise
 		counters: new Uint32Array(D * 2),
 		watch: new Int32Array(0),
 		logitRows: null,
+		keep: null,
+		before: [],
 	};
+	if (requests.some(({ history }) => history)) {
+		denoise.keep = new Array<null>(D).fill(null);
+		denoise.before = new Array<null>(D).fill(null);
+	}
 	// Packed row to its index among the listed ones, -1: not listed yet. Rows that several statistics share are listed once.
 	const indexOf = new Int32Array(N).fill(-1);
 	const rows = new Int32Array(2 * D);
@@ -112,6 +120,11 @@ export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise
 			denoise.counters[2 * d] = request.step;
 			denoise.counters[2 * d + 1] = request.rowPosition[r] as number;
 		}
+		const { history } = request;
+		for (const [r, row] of (history?.keep ?? []).entries()) {
+			(denoise.keep as Float32Array[])[begin + r] = row;
+			denoise.before[begin + r] = history?.before[r] ?? null;
+		}
 		const guided = request.rowGuide !== null;
 		const logitsBegin = request.logits ? logitRows.length : -1;
 		if (request.logits) {
@@ -122,7 +135,7 @@ export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise
 			const known = watch.indexOf(id);
 			return known >= 0 ? known : watch.push(id) - 1;
 		});
-		parts.push({ begin, end: d, columns, logitsBegin, guided });
+		parts.push({ begin, end: d, columns, logitsBegin, guided, compared: request.history !== undefined });
 	}
 	batch.rows = rows.slice(0, listed);
 	denoise.watch = Int32Array.from(watch);

@@ -8,7 +8,9 @@ import type { CanvasView, Decision, SamplerPolicy, StepView } from './samplers/p
 
 /** Checks the shape of a user's policy before anything runs. @throws `ERR_DN_ARGUMENT` */
 export function checkPolicy(policy: SamplerPolicy): void {
-	const { name, decide, choose, verify, needsLogits } = policy as { [K in keyof SamplerPolicy]: unknown };
+	const { name, decide, choose, verify, needsLogits, needsDivergence } = policy as {
+		[K in keyof SamplerPolicy]: unknown;
+	};
 	check(typeof decide === 'function', 'sampler is an object without a method decide(view)');
 	check(name === undefined || typeof name === 'string', `sampler.name is ${String(name)}, expected a string`);
 	for (const [key, method] of Object.entries({ choose, verify })) {
@@ -17,10 +19,9 @@ export function checkPolicy(policy: SamplerPolicy): void {
 			`sampler.${key} is ${typeof method}, expected a method`,
 		);
 	}
-	check(
-		needsLogits === undefined || typeof needsLogits === 'boolean',
-		`sampler.needsLogits is ${String(needsLogits)}, expected true or false`,
-	);
+	for (const [key, flag] of Object.entries({ needsLogits, needsDivergence })) {
+		check(flag === undefined || typeof flag === 'boolean', `sampler.${key} is ${String(flag)}, expected true or false`);
+	}
 }
 
 /** The positions that a policy wants to look at, without repetitions. @throws `ERR_DN_ARGUMENT` unless all are open */
@@ -120,6 +121,7 @@ export function stepView(view: CanvasView, look: Look): StepView {
 		margin: look.margin,
 		entropy: look.entropy,
 		drawnLogProb: look.drawnLogProb,
+		divergence: look.divergence,
 		verified: look.verified,
 		logProbs: look.logProbs,
 	};

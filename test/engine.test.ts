@@ -51,6 +51,7 @@ class FakeNative {
 			margin: floats,
 			entropy: floats,
 			drawnLogProb: floats,
+			divergence: floats,
 			watched,
 			logits: Float32Array.from({ length: (denoise.logitRows?.length ?? 0) * config.vocab }, (_, i) => {
 				const row = denoise.logitRows?.[Math.floor(i / config.vocab)] as number;

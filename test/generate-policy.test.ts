@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import test from 'ava';
 import type { SamplerPolicy } from 'diffusion-native';
 
+import { RowHistory } from '../lib/row-history.js';
 import { root } from './helpers/fixtures.js';
 import { collect, maskId, prompt } from './helpers/generate.js';
 import { sharpModel } from './helpers/models.js';
@@ -102,6 +103,7 @@ test('a policy that breaks the rules is an error, never a hang', async (t) => {
 	);
 	await fails({ choose: [4] as never, decide: () => ({ commit: [] }) }, /sampler.choose is object, expected a method/);
 	await fails({ needsLogits: 1 as never, decide: () => ({ commit: [] }) }, /needsLogits is 1/);
+	await fails({ needsDivergence: null as never, decide: () => ({ commit: [] }) }, /needsDivergence is null/);
 	await fails({ name: 7 as never, decide: () => ({ commit: [] }) }, /sampler.name is 7/);
 	await fails({ decide: (view) => ({ commit: [view.logProbs(0).length] }) }, /needsLogits: true/);
 	await fails({ needsLogits: true, decide: (view) => ({ commit: [view.logProbs(4).length] }) }, /logProbs\(4\)/);
@@ -119,6 +121,86 @@ test('a policy that breaks the rules is an error, never a hang', async (t) => {
 	);
 	t.is((await model.generate(prompt, { length: 3 })).tokens.length, 3);
 	await model.dispose();
+});
+
+test('view.divergence compares with the forward before, by position', async (t) => {
+	const model = await sharpModel();
+	const steps: { divergence: Map<number, number>; logProbs: Map<number, Float64Array> }[] = [];
+	// Position 5 is left out of the second forward.
+	const sampler: SamplerPolicy = {
+		needsLogits: true,
+		needsDivergence: true,
+		choose: ({ open, step }) => open.filter((position) => step !== 1 || position !== 5),
+		decide(view) {
+			const { positions, divergence, logProbs } = view;
+			t.is(divergence.length, positions.length);
+			steps.push({
+				divergence: new Map(Array.from(positions, (position, k) => [position, divergence[k] as number])),
+				logProbs: new Map(Array.from(positions, (position, k) => [position, logProbs(k)])),
+			});
+			return { commit: [positions[positions.length - 1] as number] };
+		},
+	};
+	const options = { sampler, length: 5, seed: 3, guidance: 0.7 } as const;
+	// Merged with requests that keep none, and others that do.
+	await Promise.all([
+		model.generate(prompt, options),
+		model.generate(prompt, { length: 6, seed: 1 }),
+		model.generate(prompt, { length: 6, seed: 2, sampler: 'klass' }),
+	]);
+	t.is(steps.length, 5);
+	let compared = 0;
+	for (const [step, { divergence, logProbs }] of steps.entries()) {
+		for (const [position, value] of divergence) {
+			const before = steps[step - 1]?.logProbs.get(position);
+			if (!before) {
+				t.is(value, Number.POSITIVE_INFINITY, `step ${step}, position ${position}`);
+				continue;
+			}
+			const now = logProbs.get(position) as Float64Array;
+			const expected = now.reduce(
+				(sum, l, v) => (l > -1e300 ? sum + Math.exp(l) * (l - (before[v] as number)) : sum),
+				0,
+			);
+			t.true(expected > 1e-4, 'distributions differ');
+			t.true(
+				Math.abs(value - expected) < 1e-5 * (1 + expected),
+				`step ${step}, position ${position}: ${value}, ${expected}`,
+			);
+			compared++;
+		}
+	}
+	t.is(compared, 3 + 2 + 2 + 1);
+	let seen = -1;
+	await model.generate(prompt, {
+		length: 2,
+		sampler: {
+			decide({ divergence, positions }) {
+				seen = divergence.length;
+				return { commit: [...positions] };
+			},
+		},
+	});
+	t.is(seen, 0, 'nobody asked for it');
+	await model.dispose();
+});
+
+test('what a forward is compared with is not what it writes', (t) => {
+	const history = new RowHistory();
+	const first = history.next(Int32Array.of(4, 7), 3);
+	t.deepEqual(first.before, [null, null]);
+	const second = history.next(Int32Array.of(7, 9), 3);
+	t.deepEqual(
+		second.before.map((row) => row && first.keep.indexOf(row)),
+		[1, null],
+	);
+	t.false(first.keep.includes(second.keep[0] as Float32Array));
+	const third = history.next(Int32Array.of(7, 4), 3);
+	t.is(third.before[0], second.keep[0]);
+	t.is(third.keep[0], first.keep[1], 'the two take turns');
+	t.is(third.before[1], null, 'position 4 was not looked at in between');
+	history.clear();
+	t.deepEqual(history.next(Int32Array.of(7), 3).before, [null]);
 });
 
 test('the predicted length follows the formulas', async (t) => {

@@ -43,6 +43,11 @@ export interface StepView extends CanvasView {
 	readonly entropy: Float32Array;
 	/** (R) log probability of `drawn` at temperature 1. */
 	readonly drawnLogProb: Float32Array;
+	/**
+	 * (R) KL(now || then) of the distributions at temperature 1 in this forward and the request's last one, nats; Infinity
+	 * where that one did not look at the position. Empty without `needsDivergence`.
+	 */
+	readonly divergence: Float32Array;
 	/** Log probabilities (V) of the k-th row, guided, without the mask id. Needs `needsLogits`. */
 	logProbs(k: number): Float64Array;
 	/** Position to probability of its tentative token given the rest, for the positions `verify` asked for. */
@@ -92,6 +97,8 @@ export interface SamplerPolicy {
 	verify?(view: CanvasView): readonly (readonly number[])[];
 	/** `view.logProbs` will be called. Costs R * V floats a step. @default false */
 	needsLogits?: boolean;
+	/** `view.divergence` is wanted. Keeps 2 * V floats for every position looked at. @default false */
+	needsDivergence?: boolean;
 }
 
 /** Indices 0 .. scores.length - 1 by falling score; equal scores in ascending order. */

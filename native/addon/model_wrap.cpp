@@ -189,7 +189,8 @@ Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Model& m = idle(env);
   auto batch = to_batch(object_argument(info, 0, "batch"), m);
-  auto request = to_denoise(object_argument(info, 1, "denoise"), batch->row_count());
+  const Napi::Object input = object_argument(info, 1, "denoise");
+  auto request = to_denoise(input, batch->row_count(), m.config().vocab);
   auto stats = std::make_shared<std::vector<DenoiseStats>>(request->rows.size());
   auto watched = std::make_shared<std::vector<float>>(request->rows.size() * request->watch.size());
   // Written in place by the pool thread, like the result of forward.
@@ -198,8 +199,13 @@ Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
       result_array(env, static_cast<size_t>(K) * static_cast<size_t>(m.config().vocab), results_);
   float* logits = values.Data();
   auto kept = std::make_shared<Napi::ObjectReference>(Napi::Persistent(values.As<Napi::Object>()));
+  std::vector<Napi::ObjectReference> keep;  // what the rows point to on the pool thread
+  if (!absent(input, "keep")) {
+    keep.push_back(keep_alive(input.Get("keep")));
+    keep.push_back(keep_alive(input.Get("before")));
+  }
   return start(
-      info, {},
+      info, std::move(keep),
       [&m, batch, request, stats, watched, logits, K] {
         m.forward(batch->batch, batch->rows);
         m.denoise(stats->data(), watched->data(), request->rows.data(),
@@ -210,6 +216,9 @@ Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
       [stats, watched, kept](Napi::Env e) -> Napi::Value {
         Napi::Object result = Napi::Object::New(e);
         set_stats(result, stats->size(), [&](size_t i) -> const DenoiseStats& { return (*stats)[i]; });
+        auto divergence = Napi::Float32Array::New(e, stats->size());
+        for (size_t i = 0; i < stats->size(); ++i) divergence[i] = (*stats)[i].divergence;
+        result.Set("divergence", divergence);
         result.Set("watched", to_array<Napi::Float32Array>(e, *watched));
         result.Set("logits", kept->Value());
         return result;

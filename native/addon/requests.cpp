@@ -80,7 +80,23 @@ std::shared_ptr<BatchRequest> to_batch(const Napi::Object& object, const Model& 
   return request;
 }
 
-std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t row_count) {
+namespace {
+
+// The typed array (V) at index i of a list with an entry for every row, or null.
+float* listed_row(const Napi::Object& object, const char* field, size_t i, size_t rows, int64_t V) {
+  const Napi::Env env = object.Env();
+  const Napi::Value list = object.Get(field);
+  expect(env, list.IsArray() && list.As<Napi::Array>().Length() == rows, "a list has no entry for every row");
+  const Napi::Value values = list.As<Napi::Array>().Get(static_cast<uint32_t>(i));
+  if (values.IsNull()) return nullptr;
+  auto array = typed_array<Napi::Float32Array>(values, napi_float32_array, field);
+  expect(env, static_cast<int64_t>(array.ElementLength()) == V, "a row to keep has not V numbers");
+  return array.Data();
+}
+
+}  // namespace
+
+std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t row_count, int64_t V) {
   const Napi::Env env = object.Env();
   auto request = std::make_shared<DenoiseRequest>();
   const std::vector<int32_t> row = int32_field(object, "row");
@@ -110,6 +126,12 @@ std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t r
     r.seed = seeds[i];
     r.step = counters[2 * i];
     r.position = counters[2 * i + 1];
+  }
+  for (size_t i = 0; i < D && !absent(object, "keep"); ++i) {
+    request->rows[i].keep = listed_row(object, "keep", i, D, V);
+    request->rows[i].before = listed_row(object, "before", i, D, V);
+    expect(env, request->rows[i].keep != nullptr || request->rows[i].before == nullptr,
+           "before without keep");
   }
   if (!absent(object, "logitRows")) {
     for (const int32_t listed : int32_field(object, "logitRows")) {

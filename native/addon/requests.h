@@ -24,7 +24,7 @@ struct BatchRequest {
 };
 
 struct DenoiseRequest {
-  std::vector<DenoiseRow> rows;
+  std::vector<DenoiseRow> rows;  // keep and before are typed arrays that the caller keeps alive
   std::vector<int32_t> watch;
   std::vector<int64_t> logit_rows;  // rows kept by the forward whose raw logits are returned too
 };
@@ -43,7 +43,7 @@ struct TrainRequest {
 
 AttentionMask to_mask(const Napi::Object& object, std::vector<uint8_t>* matrix);
 std::shared_ptr<BatchRequest> to_batch(const Napi::Object& object, const Model& model);
-std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t row_count);
+std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t row_count, int64_t V);
 std::shared_ptr<LoopRequest> to_loop(const Napi::Object& object);
 std::shared_ptr<TrainRequest> to_train(const Napi::Object& batch, const Napi::Object& noise,
                                        const Napi::Object& options);

@@ -69,6 +69,10 @@ struct DenoiseRow {
   uint64_t seed = 0;    // the draw is a function of (seed, step, position) and the distribution alone
   uint32_t step = 0;
   uint32_t position = 0;
+  // (V) in host memory: where the row's log probabilities are left for the next step, and where those of the
+  // step before were; null: nowhere, and there are none. A call that fails may have written `keep`.
+  float* keep = nullptr;
+  const float* before = nullptr;  // only with `keep`
 
   // Whether the row's V logits must be held: they are mixed with a guide's, or a filter drops some of them.
   // Otherwise statistics and draw follow from sums over them.
@@ -86,6 +90,9 @@ struct DenoiseStats {
   float margin = 0;          // probability of `best` minus that of the runner-up
   float entropy = 0;         // nats
   float drawn_log_prob = 0;  // log probability of `drawn` at temperature 1 without filters
+  // KL(this distribution || the one in DenoiseRow::before), nats; infinity without one, 0 without `keep`.
+  // Backends whose memory is not the host's leave it to Model::denoise.
+  float divergence = 0;
 };
 
 // AdamW over one span of parameters that share a decay. Decoupled decay: p -= lr * decay * p.
@@ -142,13 +149,6 @@ class Backend {
   virtual int64_t packed_elements(int64_t K, int64_t N) const = 0;
   // Writes `plain` in the backend's packed layout to `packed` (packed_elements floats), and back.
   virtual void pack_weight(void* packed, const Weight& plain) = 0;
-  virtual void unpack_weight(void* plain, const Weight& packed) = 0;
-
-  // int8 weights, for inference: the ops below that take a packed weight also take one whose dtype is kI8.
-  // Plain int8 matrices lie in host memory. A backend without int8 products throws Error(kArgument).
-  // (K, N): bytes of a packed weight with its scales, a multiple of 64.
-  virtual size_t int8_bytes(int64_t, int64_t) const { throw no_int8(); }
-  // (packed, plain, n_begin): columns [n_begin, n_begin + plain.N) of `packed` = plain; n_begin is a multiple
   // A piece of it, on backends whose memory is the host's: rows [begin, begin + count) of the plain matrix as
   // it is stored (K or, with kOutIn, N of them), in `rows`. `whole` has no data. begin is a multiple of
   // kPackRows, and count too unless the rows are the last ones.
@@ -156,6 +156,13 @@ class Backend {
                          int64_t /*count*/) {
     throw Error(Code::kInternal, "the backend " + name() + " packs whole weights only");
   }
+  virtual void unpack_weight(void* plain, const Weight& packed) = 0;
+
+  // int8 weights, for inference: the ops below that take a packed weight also take one whose dtype is kI8.
+  // Plain int8 matrices lie in host memory. A backend without int8 products throws Error(kArgument).
+  // (K, N): bytes of a packed weight with its scales, a multiple of 64.
+  virtual size_t int8_bytes(int64_t, int64_t) const { throw no_int8(); }
+  // (packed, plain, n_begin): columns [n_begin, n_begin + plain.N) of `packed` = plain; n_begin is a multiple
   // of kInt8Columns.
   virtual void pack_int8(void*, const Int8Matrix&, int64_t) { throw no_int8(); }
   // (plain, packed): plain = all of `packed`, whose K, N and order are plain's.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/divergence.h"
 #include "core/error.h"
 #include "core/workspace.h"
 
@@ -409,6 +410,7 @@ void Model::denoise(DenoiseStats* stats, float* watched, const DenoiseRow* rows,
   require_memory(*backend_, backend_->step_bytes(shape), "sampling " + str(R) + " rows",
                  "lower the batch size, or sample fewer rows at a time");
   backend_->head_denoise(stats, watched, hidden_, rows, R, watch, watch_count, weight(kWte));
+  if (!backend_->host_memory()) set_divergences(*this, stats, rows, R);
 }
 
 }  // namespace dn

@@ -186,5 +186,25 @@ void mass_above(double* sums, const float* cuts, const float* x, const float* ma
   }
 }
 
+double diverge(float* keep, const float* before, const float* x, const float* mass, float max,
+               float log_total, int64_t n) {
+  const Vec top = simd::set1(max), shift = simd::set1(log_total);
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kTileIds) {
+    Sum sum;
+    for_vectors(begin, n, [&](int64_t i, int lanes) {
+      const Vec l = simd::sub(simd::sub(load_lanes(x + i, lanes), top), shift);
+      store_lanes(keep + i, l, lanes);
+      if (before != nullptr) {
+        const Vec m = load_lanes(mass + i, lanes);
+        const Vec part = simd::mul(m, simd::sub(l, load_lanes(before + i, lanes)));
+        sum.add(simd::select(simd::less(simd::zero(), m), part, simd::zero()));  // -inf - -inf is NaN
+      }
+    });
+    total += sum.total();
+  }
+  return total;
+}
+
 }  // namespace
 }  // namespace dn::cpu

@@ -7,10 +7,10 @@
 #include "cpu/head.inl"
 
 namespace dn::cpu {
-const HeadKernels kHeadAvx512 = {scan, exponentiate, keep_above, collect, bounds, mass_above};
+const HeadKernels kHeadAvx512 = {scan, exponentiate, keep_above, collect, bounds, mass_above, diverge};
 }  // namespace dn::cpu
 #else
 namespace dn::cpu {
-const HeadKernels kHeadAvx512 = {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+const HeadKernels kHeadAvx512 = {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 }  // namespace dn::cpu
 #endif

@@ -54,6 +54,11 @@ struct HeadKernels {
 
   // sums[c] = mass of every x[i] >= cuts[c], to about 1e-6 of it (exact for masses 1).
   void (*mass_above)(double* sums, const float* cuts, const float* x, const float* mass, int64_t n);
+
+  // keep = (x - max) - log_total, log probabilities; returns the sum of mass * (keep - before) where mass >
+  // 0, or 0 when before is null. x may hold -inf where mass is 0.
+  double (*diverge)(float* keep, const float* before, const float* x, const float* mass, float max,
+                    float log_total, int64_t n);
 };
 
 extern const HeadKernels kHeadPortable;

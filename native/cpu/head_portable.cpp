@@ -83,8 +83,18 @@ void mass_above(double* sums, const float* cuts, const float* x, const float* ma
   }
 }
 
+double diverge(float* keep, const float* before, const float* x, const float* mass, float max,
+               float log_total, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    keep[i] = (x[i] - max) - log_total;
+    if (before != nullptr && mass[i] > 0) sum += static_cast<double>(mass[i] * (keep[i] - before[i]));
+  }
+  return sum;
+}
+
 }  // namespace
 
-const HeadKernels kHeadPortable = {scan, exponentiate, keep_above, collect, bounds, mass_above};
+const HeadKernels kHeadPortable = {scan, exponentiate, keep_above, collect, bounds, mass_above, diverge};
 
 }  // namespace dn::cpu

@@ -250,6 +250,14 @@ int64_t denoise_row(DenoiseStats* stats, float* watched, float* logits, const fl
   stats->probability = static_cast<float>(1 / total);
   stats->margin = static_cast<float>(-std::expm1(exponent(runner_up)) / total);
   stats->entropy = static_cast<float>(std::max(0.0, log_total - sum_of(tile_moment, tiles) / total));
+  stats->divergence = 0;
+  if (row.keep != nullptr) {
+    const double sum =
+        kernels.diverge(row.keep, row.before, logits, mass, max, static_cast<float>(log_total), V);
+    // Rounding may leave a tiny negative sum.
+    stats->divergence =
+        row.before != nullptr ? static_cast<float>(std::max(0.0, sum / total)) : -minus_infinity;
+  }
   for (int64_t w = 0; w < watch_count; ++w) {
     watched[w] = static_cast<float>(std::exp(exponent(logits[watch[w]])) / total);
   }
