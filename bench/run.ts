@@ -1,5 +1,5 @@
 /**
- * `npm run bench [-- part of a name] [--json FILE] [--repeats N]`: runs the cases whose name contains one of the arguments,
+ * `npm run bench [-- part of a name] [--json FILE] [--repeats N]`: runs the cases whose name is or contains one of the arguments,
  * prints a table and, with --json, writes { machine, results } after every case. Cases that take minutes run only when named; --repeats times
  * each case so often instead of as often as it says.
  * With --peers it runs the cases of the machine and of memory, and then compares with other engines; bench/peers/README.md.
@@ -41,8 +41,11 @@ if (repeats !== undefined && !(Number.isInteger(repeats) && repeats >= 1)) {
 const ofMachine = [...machineCases, ...scalingCases, ...memoryCases, ...operationCases];
 const all = [...ofMachine, ...forwardCases, ...trainStepCases, ...generateCases, eventLoopCase];
 const offered = values.peers ? ofMachine : all;
+// A whole name means that case alone: '.../B1' is also the beginning of '.../B16'.
+const matches = (name: string, part: string): boolean =>
+	offered.some((one) => one.name === part) ? name === part : name.includes(part);
 const wanted = offered.filter(({ name, onlyIfNamed }) =>
-	positionals.length === 0 ? values.list || !onlyIfNamed : positionals.some((part) => name.includes(part)),
+	positionals.length === 0 ? values.list || !onlyIfNamed : positionals.some((part) => matches(name, part)),
 );
 if (values.list) {
 	for (const { name } of wanted) console.log(name);
