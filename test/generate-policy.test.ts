@@ -5,7 +5,6 @@ import { join } from 'node:path';
 import test from 'ava';
 import type { SamplerPolicy } from 'diffusion-native';
 
-import { RowHistory } from '../lib/row-history.js';
 import { root } from './helpers/fixtures.js';
 import { collect, maskId, prompt } from './helpers/generate.js';
 import { sharpModel } from './helpers/models.js';
@@ -183,24 +182,6 @@ test('view.divergence compares with the forward before, by position', async (t) 
 	});
 	t.is(seen, 0, 'nobody asked for it');
 	await model.dispose();
-});
-
-test('what a forward is compared with is not what it writes', (t) => {
-	const history = new RowHistory();
-	const first = history.next(Int32Array.of(4, 7), 3);
-	t.deepEqual(first.before, [null, null]);
-	const second = history.next(Int32Array.of(7, 9), 3);
-	t.deepEqual(
-		second.before.map((row) => row && first.keep.indexOf(row)),
-		[1, null],
-	);
-	t.false(first.keep.includes(second.keep[0] as Float32Array));
-	const third = history.next(Int32Array.of(7, 4), 3);
-	t.is(third.before[0], second.keep[0]);
-	t.is(third.keep[0], first.keep[1], 'the two take turns');
-	t.is(third.before[1], null, 'position 4 was not looked at in between');
-	history.clear();
-	t.deepEqual(history.next(Int32Array.of(7), 3).before, [null]);
 });
 
 test('the predicted length follows the formulas', async (t) => {
