@@ -123,7 +123,8 @@ DN_DEVICE int64_t find_item(const Mass& mass, int64_t first, int64_t count, doub
   return shuffle(item, owner);
 }
 
-// The statistics of a row, all but the draw, from sums over exponents relative to the best logit.
+// The statistics of a row, all but the draw and the divergence, which is the host's, from sums over exponents
+// relative to the best logit.
 DN_DEVICE void set_statistics(DenoiseStats* stats, const Best& best, double total, double moment) {
   const double entropy = log(total) - moment / total;
   stats->best = best.id;
@@ -131,6 +132,7 @@ DN_DEVICE void set_statistics(DenoiseStats* stats, const Best& best, double tota
   stats->margin =
       static_cast<float>(-expm1(static_cast<double>(best.second) - static_cast<double>(best.value)) / total);
   stats->entropy = static_cast<float>(entropy > 0 ? entropy : 0.0);
+  stats->divergence = 0;
 }
 DN_DEVICE void set_draw(DenoiseStats* stats, int64_t drawn, float logit, const Best& best, double total) {
   stats->drawn = static_cast<int32_t>(drawn);
