@@ -44,6 +44,13 @@ export interface BenchResult {
 	extra?: Record<string, number>;
 }
 
+/** The cases that one of the parts names: a whole name means that case alone, for '.../B1' also begins '.../B16'. */
+export function named<C extends { name: string }>(cases: readonly C[], parts: readonly string[]): C[] {
+	const matches = (name: string, part: string): boolean =>
+		cases.some((one) => one.name === part) ? name === part : name.includes(part);
+	return cases.filter(({ name }) => parts.some((part) => matches(name, part)));
+}
+
 /** The q-quantile of sorted values, linearly interpolated. */
 export function quantile(sorted: readonly number[], q: number): number {
 	const position = (sorted.length - 1) * q;

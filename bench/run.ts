@@ -16,7 +16,7 @@ import { memoryCases } from './cases/memory.js';
 import { operationCases } from './cases/operations.js';
 import { scalingCases } from './cases/scaling.js';
 import { trainStepCases } from './cases/train-step.js';
-import { type BenchResult, machine, measure } from './harness.js';
+import { type BenchResult, machine, measure, named } from './harness.js';
 import { type ComparisonResult, compare } from './peers/compare.js';
 import { missing } from './peers/installed.js';
 import { header, legend, line } from './peers/table.js';
@@ -41,12 +41,10 @@ if (repeats !== undefined && !(Number.isInteger(repeats) && repeats >= 1)) {
 const ofMachine = [...machineCases, ...scalingCases, ...memoryCases, ...operationCases];
 const all = [...ofMachine, ...forwardCases, ...trainStepCases, ...generateCases, eventLoopCase];
 const offered = values.peers ? ofMachine : all;
-// A whole name means that case alone: '.../B1' is also the beginning of '.../B16'.
-const matches = (name: string, part: string): boolean =>
-	offered.some((one) => one.name === part) ? name === part : name.includes(part);
-const wanted = offered.filter(({ name, onlyIfNamed }) =>
-	positionals.length === 0 ? values.list || !onlyIfNamed : positionals.some((part) => matches(name, part)),
-);
+const wanted =
+	positionals.length === 0
+		? offered.filter(({ onlyIfNamed }) => values.list || !onlyIfNamed)
+		: named(offered, positionals);
 if (values.list) {
 	for (const { name } of wanted) console.log(name);
 	process.exit(0);

@@ -120,6 +120,7 @@
       "native/test/fuzz_safetensors.cpp",
       "native/test/main.cpp",
       "native/test/test_attention.cpp",
+      "native/test/test_divergence.cpp",
       "native/test/test_half.cpp",
       "native/test/test_head.cpp",
       "native/test/test_int8.cpp",

@@ -1,11 +1,21 @@
 import test from 'ava';
 
 import { parseSteps } from '../bench/cases/operations.js';
+import { named } from '../bench/harness.js';
 import type { ComparisonResult } from '../bench/peers/compare.js';
 import { difference } from '../bench/peers/compare.js';
 import { toBfloat, toHalf } from '../bench/peers/gguf.js';
 import { byteLength, integer, message, string } from '../bench/peers/protobuf.js';
 import { fill, merge, type Results } from '../bench/tables.js';
+
+test('a part of a name chooses all that have it, a whole name that one alone', (t) => {
+	const cases = ['forward/B1', 'forward/B16', 'load'].map((name) => ({ name }));
+	const names = (...parts: string[]): string[] => named(cases, parts).map(({ name }) => name);
+	t.deepEqual(names('forward/B1'), ['forward/B1']);
+	t.deepEqual(names('forward/B'), ['forward/B1', 'forward/B16']);
+	t.deepEqual(names('load', 'B16'), ['forward/B16', 'load']);
+	t.deepEqual(names('nothing'), []);
+});
 
 test('half precision rounds to nearest even, subnormals included', (t) => {
 	const cases: [number, number][] = [

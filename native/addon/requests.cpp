@@ -127,7 +127,8 @@ std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t r
     r.step = counters[2 * i];
     r.position = counters[2 * i + 1];
   }
-  for (size_t i = 0; i < D && !absent(object, "keep"); ++i) {
+  const bool keeps = !absent(object, "keep");
+  for (size_t i = 0; i < D && keeps; ++i) {
     request->rows[i].keep = listed_row(object, "keep", i, D, V);
     request->rows[i].before = listed_row(object, "before", i, D, V);
     expect(env, request->rows[i].keep != nullptr || request->rows[i].before == nullptr,
