@@ -34,7 +34,9 @@ constexpr int64_t kNearFloats = int64_t{256} << 10;
 constexpr int64_t kPackAlone = 32768;
 constexpr int64_t kLine = 16;      // floats in a cache line
 constexpr int64_t kPackRows = 32;  // rows of a panel that are packed at a time
-constexpr int64_t kPackTiles = 4;  // tiles of A that are packed at a time
+constexpr int64_t kTasksPerThread = 4;
+// Rows a thread needs to have all of a packed B pass by for them alone: it comes from memory at 7 GB/s then.
+constexpr int64_t kOwnRows = 64;
 constexpr int64_t kMostTileRows = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -51,11 +53,12 @@ struct Chunk {
   int64_t m_begin;
   int64_t rows;
   float* packed_a;
+  int64_t parts = 1;  // row parts with equally many tiles each
 
   int64_t k_begin(int64_t block) const { return block * kernels.depth; }
   int64_t blocks() const { return ceil_div(p.K, kernels.depth); }
   int64_t depth(int64_t block) const { return std::min(kernels.depth, p.K - k_begin(block)); }
-  int64_t tiles() const { return ceil_div(rows, kernels.max_rows); }
+  int64_t tiles() const { return ceil_div(rows, kernels.max_rows * parts) * parts; }
   int64_t tile_begin(int64_t tile) const { return rows * tile / tiles(); }
   float* tile_a(int64_t block, int64_t tile) const {
     return packed_a + k_begin(block) * rows + tile_begin(tile) * depth(block);
@@ -255,24 +258,36 @@ void multiply_group(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, in
   }
 }
 
-void multiply_chunk(const Cpu& cpu, const Chunk& chunk, float* buffers) {
-  const GemmProduct& p = chunk.p;
-  const int64_t tiles = chunk.tiles(), strips = ceil_div(tiles, kPackTiles);
-  const int pack_threads = chunk.rows * p.K <= kPackAlone ? 1 : cpu.threads;
-  parallel(pack_threads, chunk.blocks() * strips, [&](int64_t task, int) {
-    const int64_t begin = task % strips * kPackTiles;
-    pack_a(chunk, task / strips, begin, std::min(tiles, begin + kPackTiles));
-  });
+// How a chunk is cut into tasks: parts of its rows, a task for every group of panels in each.
+struct Cut {
+  int64_t parts;
+  PanelGroups groups;
+};
 
-  const PanelGroups cut(p.N, block_panels(chunk.kernels), cpu.threads);
-  int64_t row_parts = 1;
-  if (cpu.threads > 1 && cut.groups < cut.wanted)
-    row_parts = std::clamp<int64_t>(cut.wanted / cut.groups, 1, ceil_div(tiles, 4));
-  parallel(cpu.threads, cut.groups * row_parts, [&](int64_t task, int worker) {
-    const int64_t part = task % row_parts, group = task / row_parts;
-    const int64_t next = cut.begin((task + cpu.threads) / row_parts);  // most likely
-    multiply_group(chunk, tiles * part / row_parts, tiles * (part + 1) / row_parts, cut.begin(group),
-                   cut.begin(group + 1), next, buffers + worker * kBlockFloats);
+// With enough rows every thread has some of its own, packs them and meets them with all panels: what it packs
+// and writes stays in its own caches. Else columns are cut, and rows only where those give too few tasks. A
+// plain B is packed once for every part.
+Cut cut_chunk(const Cpu& cpu, const GemmProduct& p, const GemmKernels& kernels, int64_t rows) {
+  const int64_t most = block_panels(kernels), wanted = kTasksPerThread * cpu.threads;
+  const int64_t owners =
+      p.b_layout == GemmLayout::kPanels ? std::min<int64_t>(cpu.threads, rows / kOwnRows) : 1;
+  if (owners > 1) return {owners, PanelGroups(p.N, most, cpu.threads, ceil_div(wanted, owners))};
+  const PanelGroups groups(p.N, most, cpu.threads, wanted);
+  const int64_t spare = cpu.threads > 1 && groups.count < wanted ? wanted / groups.count : 1;
+  return {std::clamp<int64_t>(spare, 1, ceil_div(ceil_div(rows, kernels.max_rows), 4)), groups};
+}
+
+void multiply_chunk(const Cpu& cpu, const Chunk& chunk, const PanelGroups& groups, float* buffers) {
+  const GemmProduct& p = chunk.p;
+  const int64_t tiles = chunk.tiles(), blocks = chunk.blocks();
+  parallel_near(chunk.rows * p.K <= kPackAlone ? 1 : cpu.threads, tiles, [&](int64_t tile, int) {
+    for (int64_t block = 0; block < blocks; ++block) pack_a(chunk, block, tile, tile + 1);
+  });
+  parallel_near(cpu.threads, chunk.parts * groups.count, [&](int64_t task, int worker) {
+    const int64_t part = task / groups.count, group = task % groups.count;
+    multiply_group(chunk, tiles * part / chunk.parts, tiles * (part + 1) / chunk.parts, groups.begin(group),
+                   groups.begin(group + 1), groups.begin((group + 1) % groups.count),
+                   buffers + worker * kBlockFloats);
   });
 }
 
@@ -282,7 +297,9 @@ void multiply_by_columns(const Cpu& cpu, const GemmProduct& p, const GemmKernels
   const int64_t buffer_floats = p.b_layout == GemmLayout::kPanels ? 0 : cpu.threads * kBlockFloats;
   float* const scratch = gemm_scratch(most_rows * p.K + buffer_floats);
   for (int64_t m = 0; m < p.M; m += most_rows) {
-    multiply_chunk(cpu, {p, kernels, m, std::min(most_rows, p.M - m), scratch + buffer_floats}, scratch);
+    const int64_t rows = std::min(most_rows, p.M - m);
+    const Cut cut = cut_chunk(cpu, p, kernels, rows);
+    multiply_chunk(cpu, {p, kernels, m, rows, scratch + buffer_floats, cut.parts}, cut.groups, scratch);
   }
 }
 

@@ -75,21 +75,19 @@ void gemm(const Cpu& cpu, const GemmProduct& product, MatmulPrecision precision)
 // The kernels of an instruction set.
 const GemmKernels& gemm_kernels(Isa isa);
 
-// The panels of a weight cut into groups for the tasks of `threads` threads: four a thread or more, of nearly
-// equal size, as many for every thread.
+// The panels of a weight cut into `count` groups of nearly equal size, as many for every thread.
 struct PanelGroups {
   int64_t panels;
-  int64_t wanted;  // tasks: with fewer groups, rows are cut too
-  int64_t groups;
+  int64_t count;
 
-  // N columns, at most `most` panels a group.
-  PanelGroups(int64_t N, int64_t most, int64_t threads)
-      : panels((N + kGemmPanel - 1) / kGemmPanel), wanted(4 * threads) {
+  // N columns, at most `most` panels a group, at least `wanted` groups where there are as many panels.
+  PanelGroups(int64_t N, int64_t most, int64_t threads, int64_t wanted)
+      : panels((N + kGemmPanel - 1) / kGemmPanel) {
     const int64_t needed = std::max(wanted, (panels + most - 1) / most);
-    groups = std::min(panels, (needed + threads - 1) / threads * threads);
+    count = std::min(panels, (needed + threads - 1) / threads * threads);
   }
-  // First panel of a group; from `groups` on, `panels`.
-  int64_t begin(int64_t group) const { return panels * std::min(group, groups) / groups; }
+  // First panel of a group; from `count` on, `panels`.
+  int64_t begin(int64_t group) const { return panels * std::min(group, count) / count; }
 };
 
 // Scratch memory of the calling thread, 64-byte aligned, valid until its next request; grows and is kept, so

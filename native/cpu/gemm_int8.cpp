@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kRowBytes = int64_t{512} << 10;  // quantised rows handled against a group: a share of L2
 constexpr int64_t kMostBytes = int64_t{8} << 20;   // quantised rows kept at a time
-constexpr int64_t kGroup = 8;                      // panels of a task, at most
+constexpr int64_t kGroup = 4;                      // panels of a task, at most
 constexpr int64_t kPackAlone = 16384;              // fewer numbers are quantised by the caller alone
 constexpr int64_t kPackRows = 8;                   // rows that a task quantises
 constexpr int64_t kFewRows = 4;                    // of A: AMX tiles would be mostly empty
@@ -136,16 +136,16 @@ void multiply_chunk(const Cpu& cpu, const Chunk& chunk) {
 
   // Every thread has rows of its own, where there are enough, and all panels for them: C is then written by
   // the thread that will read it.
-  const PanelGroups cut(p.N, kGroup, cpu.threads);
+  const PanelGroups groups(p.N, kGroup, cpu.threads, 4 * cpu.threads);
   const int64_t tall = chunk.kernels.max_rows, tiles = ceil_div(chunk.rows, tall);
   const int64_t row_parts = std::clamp<int64_t>(cpu.threads, 1, ceil_div(tiles, 4));
   const int64_t block = std::max<int64_t>(1, kRowBytes / chunk.stride / tall) * tall;
-  parallel_near(cpu.threads, row_parts * cut.groups, [&](int64_t task, int) {
-    const int64_t part = task / cut.groups, group = task % cut.groups;
+  parallel_near(cpu.threads, row_parts * groups.count, [&](int64_t task, int) {
+    const int64_t part = task / groups.count, group = task % groups.count;
     const int64_t row_end = std::min(chunk.rows, tiles * (part + 1) / row_parts * tall);
     if (chunk.kernels.begin) chunk.kernels.begin();
     for (int64_t r = tiles * part / row_parts * tall; r < row_end; r += block) {
-      for (int64_t panel = cut.begin(group); panel < cut.begin(group + 1); ++panel) {
+      for (int64_t panel = groups.begin(group); panel < groups.begin(group + 1); ++panel) {
         multiply_panel(chunk, r, std::min(row_end, r + block), panel);
       }
     }

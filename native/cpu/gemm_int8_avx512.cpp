@@ -10,6 +10,8 @@ namespace dn::cpu {
 namespace {
 
 constexpr int kMaxRows = 14;
+constexpr int kPause = 4;  // steps of the reduction between prefetches; divides those of kInt8Step
+static_assert(kInt8Step % (kPause * kInt8Group) == 0, "a slot is whole steps");
 
 // sum += four products of a byte of a and a signed byte of w. By hand: the flags of this file stop short of
 // VNNI, which other sources with them must not use, and GCC 12 copies every sum around its own intrinsic.
@@ -26,8 +28,6 @@ void tile_rows(const Int8Tile& t) {
   for (int r = 0; r < kRows; ++r) {
     sum[r][0] = start0;
     sum[r][1] = start1;
-    _mm_prefetch(reinterpret_cast<const char*>(t.c + r * t.c_stride), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(t.c + r * t.c_stride + 16), _MM_HINT_T0);
   }
   // Every third row has a pointer: the two after it are within reach of one index register.
   const int64_t stride = t.a_stride;
@@ -35,15 +35,8 @@ void tile_rows(const Int8Tile& t) {
 #pragma GCC unroll 5
   for (int i = 0; i < (kRows + 2) / 3; ++i) a[i] = t.a + 3 * i * stride;
   const char* w = reinterpret_cast<const char*>(t.panel + 1);
-  const char* wanted = t.prefetch;
-  int64_t lines = t.prefetch_lines;
-  for (int64_t k = 0; k < t.depth; k += kInt8Group, w += kGemmPanel * kInt8Group) {
-    if (lines > 0) {
-      _mm_prefetch(wanted, _MM_HINT_T1);
-      _mm_prefetch(wanted + 64, _MM_HINT_T1);
-      wanted += 128;
-      lines -= 2;
-    }
+  int64_t k = 0;
+  const auto step = [&]() __attribute__((always_inline)) {
     const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
 #pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r) {
@@ -53,6 +46,25 @@ void tile_rows(const Int8Tile& t) {
       multiply_add(sum[r][0], value, w0);
       multiply_add(sum[r][1], value, w1);
     }
+    k += kInt8Group;
+    w += kGemmPanel * kInt8Group;
+  };
+  // A row of C and some lines of what comes next in every slot: in bursts they would keep the
+  // few buffers that the tile's own loads need.
+  const float* c_row = t.c;
+  int64_t c_rows = kRows, lines = t.prefetch_lines;
+  const char* wanted = t.prefetch;
+  const int64_t slots = t.depth / (kPause * kInt8Group), burst = (lines + slots - 1) / slots;
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    if (c_rows-- > 0) {
+      _mm_prefetch(reinterpret_cast<const char*>(c_row), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(c_row + 16), _MM_HINT_T0);
+      c_row += t.c_stride;
+    }
+    for (int64_t i = lines < burst ? lines : burst; i > 0; --i, wanted += 64)
+      _mm_prefetch(wanted, _MM_HINT_T1);
+    lines -= burst;
+    for (int i = 0; i < kPause; ++i) step();
   }
   const __mmask16 m0 = first_lanes(t.cols), m1 = first_lanes(t.cols - 16);
   const __m512 scale0 = _mm512_loadu_ps(t.panel->scales), scale1 = _mm512_loadu_ps(t.panel->scales + 16);
