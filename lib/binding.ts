@@ -298,7 +298,8 @@ export interface NativeModel {
 	/** Several steps, decided on the device. */
 	denoiseSteps(batch: NativeLoop): Promise<NativeLoopLog>;
 	/** Forward, then raw logits (R, V) or hidden states (R, C). */
-	forward(batch: NativeBatch, output: 'logits' | 'hidden'): Promise<Float32Array>;
+	/** `into`: the buffer of an earlier result of the same model to write to, if it has the room. */
+	forward(batch: NativeBatch, output: 'logits' | 'hidden', into?: ArrayBuffer): Promise<Float32Array>;
 
 	/** Unpacks the weights in place and allocates gradients and moments. */
 	beginTraining(): Promise<void>;

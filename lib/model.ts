@@ -72,9 +72,10 @@ export interface ForwardOptions {
 	/** Only these rows of each sequence, in this order. @default all */
 	readonly rows?: readonly Int32Array[];
 	/**
-	 * Results of earlier calls that are no longer needed. They are emptied (length 0, with every view of the same buffer), and
-	 * their memory serves the next results: a loop over large ones, logits for instance, does not wait for the garbage
-	 * collector. @default none
+	 * Results of earlier calls that are no longer needed, so that a loop over large ones, logits for instance, neither waits
+	 * for fresh memory nor keeps the garbage collector busy. The first of a fitting size (up to a quarter larger) takes the new
+	 * results in its memory: every array on its buffer then shows those, or remains of both after an error. The others are
+	 * emptied (length 0). @default none
 	 */
 	readonly reuse?: readonly Float32Array[];
 	readonly signal?: AbortSignal;
@@ -173,16 +174,20 @@ export class DiffuGPT {
 			Array.from(list_, (row) => (batch.offsets[s] as number) + Math.max(0, row - shift)),
 		);
 		const width = output === 'hidden' ? config.channels : config.vocab;
-		emptyResults(reuse, signal);
-		const all =
-			wanted.length === 0
-				? new Float32Array(0)
-				: await this.engine.run(
-						(native) =>
-							native.forward({ ...batch, rows: Int32Array.from(wanted) }, output === 'hidden' ? 'hidden' : 'logits'),
-						signal,
-					);
+		const into = takeResults(reuse, wanted.length * width * Float32Array.BYTES_PER_ELEMENT, signal);
+		let all: Float32Array = new Float32Array(0);
+		try {
+			const request = { ...batch, rows: Int32Array.from(wanted) };
+			if (wanted.length > 0)
+				all = await this.engine.run(
+					(native) => native.forward(request, output === 'hidden' ? 'hidden' : 'logits', into),
+					signal,
+				);
+		} finally {
+			if (into) resultBuffers.add(into);
+		}
 		resultBuffers.add(all.buffer);
+		if (into && all.buffer !== into) binding().detach(into);
 		let next = 0;
 		return rows.map((list_) => {
 			const begin = next * width;
@@ -379,18 +384,29 @@ export class DiffuGPT {
 /** Buffers of what `forward` returned: nobody else's may be emptied. */
 const resultBuffers = new WeakSet<ArrayBufferLike>();
 
-/** Gives the memory of results back before the garbage collector would, unless the call is aborted already. */
-function emptyResults(results: readonly Float32Array[], signal: AbortSignal | undefined): void {
+/**
+ * Empties results, unless the call is aborted already, but for one of `bytes` or little more: the caller has that for
+ * itself until it adds it to `resultBuffers` again.
+ */
+function takeResults(
+	results: readonly Float32Array[],
+	bytes: number,
+	signal: AbortSignal | undefined,
+): ArrayBuffer | undefined {
 	check(
 		Array.isArray(results) && results.every((values) => values instanceof Float32Array),
 		'option reuse is not a list of Float32Array, such as forward returns',
 	);
+	const buffers = results.map(({ buffer }) => buffer as ArrayBuffer);
 	check(
-		results.every(({ buffer }) => resultBuffers.has(buffer)),
-		'option reuse has an array that forward did not return',
+		buffers.every((buffer) => resultBuffers.has(buffer)),
+		'option reuse has an array that forward did not return, or that another call is using again',
 	);
 	signal?.throwIfAborted();
-	for (const { buffer } of results) binding().detach(buffer as ArrayBuffer);
+	const taken = buffers.find(({ byteLength }) => byteLength >= bytes && byteLength <= 1.25 * bytes);
+	if (taken) resultBuffers.delete(taken);
+	for (const buffer of buffers) if (buffer !== taken) binding().detach(buffer);
+	return taken;
 }
 
 /** Packs the sequences of a forward and checks ids, lengths and rows. */

@@ -120,7 +120,7 @@ inline Napi::Float32Array result_array(Napi::Env env, size_t n, const std::share
   const size_t bytes = n * sizeof(float);
   if (bytes < kLarge) return Napi::Float32Array::New(env, n);
   struct Lent {
-    std::unique_ptr<Pages> pages;
+    std::shared_ptr<Pages> pages;
     std::shared_ptr<PagePool> pool;
   };
   auto lent = std::make_unique<Lent>();

@@ -262,13 +262,22 @@ Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
   const int64_t R = batch->row_count();
   const int64_t width = hidden ? m.config().channels : m.config().vocab;
   // The result is written in place by the pool thread: one copy of (R, V) logits, not two. Nobody else holds
-  // it yet.
-  Napi::Float32Array values = result_array(env, static_cast<size_t>(R * width), results_);
+  // it yet, unless it lies in the buffer of an earlier one, whose pages then live until the call has ended.
+  const size_t n = static_cast<size_t>(R * width);
+  Napi::Float32Array values;
+  std::shared_ptr<Pages> pages;
+  if (!info[2].IsUndefined()) {
+    expect(env, info[2].IsArrayBuffer(), "forward takes an ArrayBuffer to write to");
+    Napi::ArrayBuffer into = info[2].As<Napi::ArrayBuffer>();
+    pages = results_->lent(into.Data());
+    if (pages && into.ByteLength() >= n * sizeof(float)) values = Napi::Float32Array::New(env, n, into, 0);
+  }
+  if (values.IsEmpty()) values = result_array(env, n, results_);
   float* out = values.Data();
   auto kept = std::make_shared<Napi::ObjectReference>(Napi::Persistent(values.As<Napi::Object>()));
   return start(
       info, {},
-      [&m, batch, hidden, out, R] {
+      [&m, batch, hidden, out, pages, R] {
         m.forward(batch->batch, batch->rows);
         if (hidden) {
           const Tensor h = m.hidden();

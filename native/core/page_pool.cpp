@@ -7,26 +7,44 @@
 
 namespace dn {
 
-std::unique_ptr<Pages> PagePool::take(size_t bytes) {
+std::shared_ptr<Pages> PagePool::take(size_t bytes) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     // One that is not much larger: a small result must not hold the memory of a large one.
-    const auto fits = [&](const std::unique_ptr<Pages>& pages) {
+    const auto fits = [&](const std::shared_ptr<Pages>& pages) {
       return pages->bytes() >= bytes && pages->bytes() - bytes <= bytes / 4;
     };
     const auto found = std::find_if(kept_.rbegin(), kept_.rend(), fits);
     if (found != kept_.rend()) {
-      std::unique_ptr<Pages> pages = std::move(*found);
+      std::shared_ptr<Pages> pages = std::move(*found);
       kept_.erase(std::next(found).base());
-      return pages;
+      return lend(std::move(pages));
     }
   }
-  return std::make_unique<Pages>(bytes);
+  auto fresh = std::make_shared<Pages>(bytes);
+  std::lock_guard<std::mutex> lock(mutex_);
+  return lend(std::move(fresh));
 }
 
-void PagePool::give(std::unique_ptr<Pages> pages) {
-  std::vector<std::unique_ptr<Pages>> dropped;  // unmapped without the lock
+std::shared_ptr<Pages> PagePool::lent(const void* data) const {
   std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& block : lent_) {
+    std::shared_ptr<Pages> pages = block.lock();
+    if (pages && pages->data() == data) return pages;
+  }
+  return nullptr;
+}
+
+void PagePool::give(std::shared_ptr<Pages> pages) {
+  std::vector<std::shared_ptr<Pages>> dropped;  // unmapped without the lock
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto is_over = [&](const std::weak_ptr<Pages>& block) {
+    const std::shared_ptr<Pages> other = block.lock();
+    return !other || other == pages;
+  };
+  lent_.erase(std::remove_if(lent_.begin(), lent_.end(), is_over), lent_.end());
+  // With the mutex held and nothing lent, nobody else can begin to hold it.
+  if (pages.use_count() > 1) return;
   kept_.push_back(std::move(pages));
   while (closed_ ? !kept_.empty() : kept_.size() > kLeastBlocks && kept_bytes() > kMostBytes) {
     dropped.push_back(std::move(kept_.front()));
@@ -35,7 +53,7 @@ void PagePool::give(std::unique_ptr<Pages> pages) {
 }
 
 void PagePool::close() {
-  std::vector<std::unique_ptr<Pages>> kept;
+  std::vector<std::shared_ptr<Pages>> kept;
   std::lock_guard<std::mutex> lock(mutex_);
   closed_ = true;
   kept.swap(kept_);
@@ -50,6 +68,11 @@ size_t PagePool::kept_bytes() const {
   size_t sum = 0;
   for (const auto& pages : kept_) sum += pages->bytes();
   return sum;
+}
+
+std::shared_ptr<Pages> PagePool::lend(std::shared_ptr<Pages> pages) {
+  lent_.push_back(pages);
+  return pages;
 }
 
 }  // namespace dn

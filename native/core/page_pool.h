@@ -21,19 +21,26 @@ class PagePool {
   static constexpr size_t kLeastBlocks = 2;
 
   // At least `bytes`, with whatever an earlier result left in them. Throws Error(kOutOfMemory).
-  std::unique_ptr<Pages> take(size_t bytes);
-  // Keeps the block for take(), in place of the oldest ones where there are too many.
-  void give(std::unique_ptr<Pages> pages);
+  std::shared_ptr<Pages> take(size_t bytes);
+  // The block at `data` while somebody has it from take(), else null. Who writes to it without being its
+  // owner holds it so.
+  std::shared_ptr<Pages> lent(const void* data) const;
+  // Keeps the block for take(), in place of the oldest ones where there are too many. One that another still
+  // holds is not kept, and freed by the last of them.
+  void give(std::shared_ptr<Pages> pages);
   // Frees what is kept, and from now on what is given.
   void close();
   // Kept now.
   size_t bytes() const;
 
  private:
-  size_t kept_bytes() const;  // with the mutex held
+  // With the mutex held:
+  size_t kept_bytes() const;
+  std::shared_ptr<Pages> lend(std::shared_ptr<Pages> pages);
 
   mutable std::mutex mutex_;
-  std::vector<std::unique_ptr<Pages>> kept_;  // oldest first
+  std::vector<std::shared_ptr<Pages>> kept_;  // oldest first
+  std::vector<std::weak_ptr<Pages>> lent_;
   bool closed_ = false;
 };
 

@@ -43,7 +43,7 @@ DN_TEST(page_pool_does_not_lend_what_does_not_fit) {
 
 DN_TEST(page_pool_keeps_no_more_than_it_says) {
   PagePool pool;
-  std::vector<std::unique_ptr<Pages>> blocks;
+  std::vector<std::shared_ptr<Pages>> blocks;
   for (size_t i = 0; i < PagePool::kMostBytes / kBytes + 3; ++i) blocks.push_back(pool.take(kBytes));
   void* const oldest = blocks.front()->data();
   void* const newest = blocks.back()->data();
@@ -57,7 +57,7 @@ DN_TEST(page_pool_keeps_no_more_than_it_says) {
 DN_TEST(page_pool_keeps_two_blocks_of_any_size) {
   PagePool pool;
   const size_t large = PagePool::kMostBytes / 2 + kBytes;  // never touched: costs no memory
-  std::vector<std::unique_ptr<Pages>> blocks;
+  std::vector<std::shared_ptr<Pages>> blocks;
   for (int i = 0; i < 3; ++i) blocks.push_back(pool.take(large));
   for (auto& block : blocks) pool.give(std::move(block));
   CHECK(pool.bytes() == 2 * large);
@@ -71,6 +71,26 @@ DN_TEST(page_pool_keeps_nothing_after_close) {
   CHECK(pool.bytes() == 0);
   pool.give(std::move(lent));  // a result that outlives its model
   CHECK(pool.bytes() == 0);
+}
+
+DN_TEST(page_pool_knows_what_is_out) {
+  PagePool pool;
+  auto block = pool.take(kBytes);
+  void* const data = block->data();
+  int other = 0;
+  CHECK(pool.lent(data) == block);
+  CHECK(pool.lent(&other) == nullptr);
+  auto writer = pool.lent(data);
+  pool.give(std::move(block));  // while somebody writes to it
+  CHECK(pool.bytes() == 0);
+  CHECK(pool.lent(data) == nullptr);
+  std::memset(writer->data(), 1, kBytes);
+  writer.reset();
+  auto alone = pool.take(kBytes);
+  void* const again = alone->data();
+  pool.give(std::move(alone));
+  CHECK(pool.bytes() == kBytes);
+  CHECK(pool.lent(again) == nullptr);  // kept, not lent
 }
 
 DN_TEST(page_pool_lends_a_block_to_one_thread_at_a_time) {
