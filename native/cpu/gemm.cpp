@@ -1,7 +1,8 @@
 // The fp32 matrix product. Rows of A are packed tile by tile, columns of B are panels; a thread keeps a block
 // of the reduction of some panels in L2 and meets it with tiles of A, while lines of what comes next are
-// asked for between the multiply-adds. Two ways to cut a product: by columns, all rows of A packed first, or,
-// with many rows and a small B, by rows, all of B packed first. Neither changes a bit.
+// asked for between the multiply-adds. A product is cut into parts of its rows and groups of its panels, all
+// rows packed first, or, with many rows and a small B, by rows alone, all of B packed first. Neither changes
+// a bit.
 
 #include "cpu/gemm.h"
 
@@ -63,8 +64,11 @@ struct Chunk {
   float* tile_a(int64_t block, int64_t tile) const {
     return packed_a + k_begin(block) * rows + tile_begin(tile) * depth(block);
   }
-  // Tiles handled against one panel before the next: blocks of nearly equal size.
-  int64_t row_blocks() const { return ceil_div(tiles(), ceil_div(block_rows(kernels), kernels.max_rows)); }
+  // Row blocks of nearly equal size that so many tiles make: what is handled against one panel before the
+  // next.
+  int64_t row_blocks(int64_t of_tiles) const {
+    return ceil_div(of_tiles, ceil_div(block_rows(kernels), kernels.max_rows));
+  }
 };
 
 // Memory wanted soon and the tiles that may still ask for it, each for an equal share.
@@ -208,7 +212,7 @@ void multiply_plain(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, in
                     int64_t panel_end, int64_t next_panel, float* buffer) {
   const GemmProduct& p = chunk.p;
   const int64_t panel_floats = chunk.kernels.depth * kGemmPanel, blocks = chunk.blocks();
-  const int64_t tiles = tile_end - tile_begin, parts = std::min(tiles, chunk.row_blocks());
+  const int64_t tiles = tile_end - tile_begin, parts = chunk.row_blocks(tiles);
   const int64_t next_end = std::min(ceil_div(p.N, kGemmPanel), next_panel + panel_end - panel_begin);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t k = chunk.k_begin(block), depth = chunk.depth(block);
@@ -250,7 +254,7 @@ void multiply_group(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, in
     }
     return;
   }
-  const int64_t parts = std::min(tiles, chunk.row_blocks());
+  const int64_t parts = chunk.row_blocks(tiles);
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = tile_begin + tiles * part / parts, end = tile_begin + tiles * (part + 1) / parts;
     multiply_packed(chunk, begin, end, part + 1 < parts ? end : tile_begin, panel_begin, panel_end,

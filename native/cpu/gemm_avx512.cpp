@@ -22,8 +22,7 @@ void tile_rows(const GemmTile& t) {
 #pragma GCC unroll 14
   for (int r = 0; r < kRows; ++r) {
     sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    _mm_prefetch(reinterpret_cast<const char*>(t.c + r * t.c_stride), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(t.c + r * t.c_stride + 16), _MM_HINT_T0);
+    prefetch_row(t.c + r * t.c_stride);
   }
   const float* a = t.a;
   const float* b = t.b;

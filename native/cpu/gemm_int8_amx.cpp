@@ -6,6 +6,7 @@
 
 #if defined(__x86_64__) && defined(__AMX_TILE__) && defined(__AMX_INT8__)
 #include "cpu/gemm_int8_avx512.inl"
+#include "cpu/gemm_prefetch.inl"
 
 namespace dn::cpu {
 namespace {
@@ -64,8 +65,7 @@ void multiply(const Int8Tile& t, int32_t* sums) {
 void tile(const Int8Tile& t) {
   alignas(64) int32_t sums[kMaxRows * kGemmPanel];
   for (int64_t r = 0; r < t.rows; ++r) {
-    _mm_prefetch(reinterpret_cast<const char*>(t.c + r * t.c_stride), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(t.c + r * t.c_stride + 16), _MM_HINT_T0);
+    prefetch_row(t.c + r * t.c_stride);
   }
   t.rows > kTileRows ? multiply<true>(t, sums) : multiply<false>(t, sums);
   const __mmask16 m0 = first_lanes(t.cols), m1 = first_lanes(t.cols - 16);

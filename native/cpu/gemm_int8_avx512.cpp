@@ -5,6 +5,7 @@
 
 #if defined(__x86_64__) && !defined(_MSC_VER)
 #include "cpu/gemm_int8_avx512.inl"
+#include "cpu/gemm_prefetch.inl"
 
 namespace dn::cpu {
 namespace {
@@ -57,8 +58,7 @@ void tile_rows(const Int8Tile& t) {
   const int64_t slots = t.depth / (kPause * kInt8Group), burst = (lines + slots - 1) / slots;
   for (int64_t slot = 0; slot < slots; ++slot) {
     if (c_rows-- > 0) {
-      _mm_prefetch(reinterpret_cast<const char*>(c_row), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(c_row + 16), _MM_HINT_T0);
+      prefetch_row(c_row);
       c_row += t.c_stride;
     }
     for (int64_t i = lines < burst ? lines : burst; i > 0; --i, wanted += 64)

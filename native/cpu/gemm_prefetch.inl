@@ -1,5 +1,6 @@
-// How a tile of the fp32 matrix product spreads its prefetches over its multiply-adds. Included after
-// immintrin.h by the sources of instruction sets; everything has internal linkage.
+// What a tile of a matrix product asks for ahead of time, and how the fp32 product spreads it over its
+// multiply-adds. Included after immintrin.h by the sources of instruction sets; everything has internal
+// linkage.
 
 #include "cpu/gemm_kernels.h"
 
@@ -14,13 +15,21 @@ struct PrefetchPlan {
   int64_t gap;
 };
 
-PrefetchPlan plan_prefetch(int64_t depth, int64_t lines) {
+inline PrefetchPlan plan_prefetch(int64_t depth, int64_t lines) {
   PrefetchPlan plan = {0, 1, 1};
   if (lines <= 0) return plan;
   plan.burst = (lines + depth - 1) / depth;
   plan.slots = (lines + plan.burst - 1) / plan.burst;
   plan.gap = depth / plan.slots;
   return plan;
+}
+
+// One row of a tile of C, which will be written. It has three lines where rows do not begin at one, as those
+// of (R, 50257) logits.
+__attribute__((always_inline)) inline void prefetch_row(const float* c) {
+  _mm_prefetch(reinterpret_cast<const char*>(c), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(c + 16), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(c + kGemmPanel - 1), _MM_HINT_T0);
 }
 
 __attribute__((always_inline)) inline void take_lines(GemmPrefetch* p, int64_t count) {
