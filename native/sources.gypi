@@ -126,6 +126,7 @@
       "native/test/test_int8.cpp",
       "native/test/test_json.cpp",
       "native/test/test_matmul.cpp",
+      "native/test/test_matmul_uses.cpp",
       "native/test/test_model.cpp",
       "native/test/test_noise.cpp",
       "native/test/test_noise_schedules.cpp",

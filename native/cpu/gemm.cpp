@@ -35,7 +35,6 @@ constexpr int64_t kNearFloats = int64_t{256} << 10;
 constexpr int64_t kPackAlone = 32768;
 constexpr int64_t kLine = 16;      // floats in a cache line
 constexpr int64_t kPackRows = 32;  // rows of a panel that are packed at a time
-constexpr int64_t kTasksPerThread = 4;
 // Rows a thread needs to have all of a packed B pass by for them alone: it comes from memory at 7 GB/s then.
 constexpr int64_t kOwnRows = 64;
 constexpr int64_t kMostTileRows = 16;

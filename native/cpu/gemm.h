@@ -75,6 +75,9 @@ void gemm(const Cpu& cpu, const GemmProduct& product, MatmulPrecision precision)
 // The kernels of an instruction set.
 const GemmKernels& gemm_kernels(Isa isa);
 
+// Tasks that a product is cut into, at least, so that threads end together.
+constexpr int64_t kTasksPerThread = 4;
+
 // The panels of a weight cut into `count` groups of nearly equal size, as many for every thread.
 struct PanelGroups {
   int64_t panels;

@@ -136,7 +136,7 @@ void multiply_chunk(const Cpu& cpu, const Chunk& chunk) {
 
   // Every thread has rows of its own, where there are enough, and all panels for them: C is then written by
   // the thread that will read it.
-  const PanelGroups groups(p.N, kGroup, cpu.threads, 4 * cpu.threads);
+  const PanelGroups groups(p.N, kGroup, cpu.threads, kTasksPerThread * cpu.threads);
   const int64_t tall = chunk.kernels.max_rows, tiles = ceil_div(chunk.rows, tall);
   const int64_t row_parts = std::clamp<int64_t>(cpu.threads, 1, ceil_div(tiles, 4));
   const int64_t block = std::max<int64_t>(1, kRowBytes / chunk.stride / tall) * tall;
