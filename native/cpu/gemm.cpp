@@ -157,25 +157,19 @@ void multiply_panel(const Chunk& chunk, int64_t block, int64_t tile_begin, int64
                     const float* b, Ahead& ahead_a, Ahead& ahead_b) {
   const GemmProduct& p = chunk.p;
   const int64_t depth = chunk.depth(block);
-  const bool finish = block + 1 == chunk.blocks() && (p.bias || p.gelu || p.residual);
+  const bool finish = block + 1 == chunk.blocks() && has_finish(p);
   const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const int64_t m = chunk.m_begin + chunk.tile_begin(tile);
     const int64_t rows = chunk.tile_begin(tile + 1) - chunk.tile_begin(tile);
-    float* const c = p.c + m * p.c_stride + n;
+    const GemmFinish then = finish_of(p, m, n, rows, cols);
     const bool both = ahead_a.memory.lines > 0 && ahead_b.memory.lines > 0;
     Ahead& ahead = both ? (tile % 2 == 0 ? ahead_a : ahead_b) : ahead_a.memory.lines > 0 ? ahead_a : ahead_b;
     const int64_t share = std::min(ahead.memory.lines, (both ? 2 : 1) * ahead.share());
-    chunk.kernels.tile({c, p.c_stride, rows, cols, chunk.tile_a(block, tile), b, depth,
-                        p.accumulate || block > 0, &ahead.memory, share});
+    chunk.kernels.tile({then.c, p.c_stride, rows, cols, chunk.tile_a(block, tile), b, depth,
+                        p.accumulate || block > 0, &ahead.memory, share, finish ? &then : nullptr});
     --ahead_a.tiles;
     --ahead_b.tiles;
-    if (finish) {
-      const int64_t extra = m * p.extra_stride + n;
-      chunk.kernels.finish({c, p.c_stride, rows, cols, p.bias ? p.bias + n : nullptr, p.gelu,
-                            p.pre ? p.pre + extra : nullptr, p.residual ? p.residual + extra : nullptr,
-                            p.extra_stride});
-    }
   }
 }
 
@@ -376,9 +370,7 @@ void gemm_empty(const GemmProduct& p, const GemmKernels& kernels) {
   for (int64_t m = 0; m < p.M; ++m) {
     float* const c = p.c + m * p.c_stride;
     if (!p.accumulate) std::fill(c, c + p.N, 0.0f);
-    const int64_t extra = m * p.extra_stride;
-    kernels.finish({c, p.c_stride, 1, p.N, p.bias, p.gelu, p.pre ? p.pre + extra : nullptr,
-                    p.residual ? p.residual + extra : nullptr, p.extra_stride});
+    kernels.finish(finish_of(p, m, 0, 1, p.N));
   }
 }
 

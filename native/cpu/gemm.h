@@ -72,6 +72,23 @@ struct GemmProduct {
 
 void gemm(const Cpu& cpu, const GemmProduct& product, MatmulPrecision precision);
 
+// Whether anything happens to the elements of p after the sums.
+inline bool has_finish(const GemmProduct& p) { return p.bias || p.gelu || p.residual; }
+
+// That of the cells [m, m + rows) x [n, n + cols).
+inline GemmFinish finish_of(const GemmProduct& p, int64_t m, int64_t n, int64_t rows, int64_t cols) {
+  const int64_t extra = m * p.extra_stride + n;
+  return {p.c + m * p.c_stride + n,
+          p.c_stride,
+          rows,
+          cols,
+          p.bias ? p.bias + n : nullptr,
+          p.gelu,
+          p.pre ? p.pre + extra : nullptr,
+          p.residual ? p.residual + extra : nullptr,
+          p.extra_stride};
+}
+
 // The kernels of an instruction set.
 const GemmKernels& gemm_kernels(Isa isa);
 

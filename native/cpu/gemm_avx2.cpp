@@ -89,17 +89,6 @@ void tile_rows(const GemmTile& t) {
   if (both) half_rows<kRows>(t, t.c + 16, t.b + 16, t.cols - 16, t.prefetch_lines - first);
 }
 
-void tile(const GemmTile& t) {
-  switch (t.rows) {
-    case 1: return tile_rows<1>(t);
-    case 2: return tile_rows<2>(t);
-    case 3: return tile_rows<3>(t);
-    case 4: return tile_rows<4>(t);
-    case 5: return tile_rows<5>(t);
-    default: return tile_rows<6>(t);
-  }
-}
-
 // exp(x) within 2 ulp for x in [-87, 88], infinity above 89, no less than exp(-87); NaN stays.
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, exp(r) by its Taylor polynomial of degree 7.
 __m256 exp_lanes(__m256 x) {
@@ -144,6 +133,18 @@ void finish(const GemmFinish& f) {
       _mm256_maskstore_ps(c, m, value);
     }
   }
+}
+
+void tile(const GemmTile& t) {
+  switch (t.rows) {
+    case 1: tile_rows<1>(t); break;
+    case 2: tile_rows<2>(t); break;
+    case 3: tile_rows<3>(t); break;
+    case 4: tile_rows<4>(t); break;
+    case 5: tile_rows<5>(t); break;
+    default: tile_rows<6>(t);
+  }
+  if (t.finish) finish(*t.finish);
 }
 
 void copy(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows, int64_t cols) {

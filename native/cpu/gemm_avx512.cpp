@@ -24,6 +24,7 @@ void tile_rows(const GemmTile& t) {
     sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     prefetch_row(t.c + r * t.c_stride);
   }
+  prefetch_finish(t.finish);
   const float* a = t.a;
   const float* b = t.b;
   const auto step = [&] {
@@ -50,17 +51,17 @@ void tile_rows(const GemmTile& t) {
   }
   *t.prefetch = ahead;
   while (b != end) step();
-  const __mmask16 m0 = lanes(t.cols), m1 = lanes(t.cols - 16);
+  const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
 #pragma GCC unroll 14
   for (int r = 0; r < kRows; ++r) {
-    float* const c = t.c + r * t.c_stride;
+    const float* const c = t.c + r * t.c_stride;
     if (t.accumulate) {
-      sum[r][0] = _mm512_add_ps(_mm512_maskz_loadu_ps(m0, c), sum[r][0]);
-      sum[r][1] = _mm512_add_ps(_mm512_maskz_loadu_ps(m1, c + 16), sum[r][1]);
+      sum[r][0] = _mm512_add_ps(_mm512_maskz_loadu_ps(writer.m0, c), sum[r][0]);
+      sum[r][1] = _mm512_add_ps(_mm512_maskz_loadu_ps(writer.m1, c + 16), sum[r][1]);
     }
-    _mm512_mask_storeu_ps(c, m0, sum[r][0]);
-    _mm512_mask_storeu_ps(c + 16, m1, sum[r][1]);
+    writer.write(r, sum[r][0], sum[r][1]);
   }
+  writer.end();
 }
 
 void tile(const GemmTile& t) {

@@ -1,5 +1,6 @@
-// What the AVX-512 and AMX sources of the matrix product share: masks, a 16 x 16 transpose, and the finish of
-// a tile (bias, GELU, residual). Included after immintrin.h; everything has internal linkage.
+// What the AVX-512 and AMX sources of matrix products share: masks, a 16 x 16 transpose, and the finish of a
+// tile (bias, GELU, residual), from registers and from memory. Included after immintrin.h; everything has
+// internal linkage.
 
 #include "cpu/gemm_kernels.h"
 
@@ -50,35 +51,27 @@ __attribute__((always_inline)) inline void transpose_16x16(__m512i* x) {
   for (int i = 0; i < 16; ++i) x[i] = t[i];
 }
 
-// exp(x) within 2 ulp for x in [-87, 88], infinity above 89, no less than exp(-87); NaN stays.
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, exp(r) by its Taylor polynomial of degree 7.
-__m512 exp_lanes(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-87.0f),
-                    _mm512_min_ps(_mm512_set1_ps(100.0f), x));  // NaN: the second operand
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln 2 in two parts
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.0f / 5040);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
-}
-
-// tanh form: 0.5 u (1 + tanh z) = u / (1 + exp(-2z)), z = sqrt(2/pi) (u + 0.044715 u^3).
+// tanh form: 0.5 u (1 + tanh z) = u / (1 + exp(-2z)), z = sqrt(2/pi) (u + 0.044715 u^3). The exponential is
+// taken in base 2, 2^x = 2^n 2^r with n = round(x), |r| <= 1/2, by a minimax polynomial of degree 5 (within
+// 1.5 ulp). NaN stays.
 __m512 gelu_lanes(__m512 u) {
-  const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(u, u), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
-  const __m512 x = _mm512_mul_ps(_mm512_mul_ps(u, cubic), _mm512_set1_ps(-1.5957691216f));
-  const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exp_lanes(x));
+  const __m512 round = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const __m512 slope =
+      _mm512_fmadd_ps(_mm512_mul_ps(u, u), _mm512_set1_ps(-0.102943240f), _mm512_set1_ps(-2.30220819f));
+  const __m512 x = _mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_mul_ps(u, slope));  // NaN: the second
+  const __m512 n = _mm512_sub_ps(_mm512_add_ps(x, round), round), r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.32647273e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.67151279e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55073374e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40222421e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93146978e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p, n));
   // A reciprocal from 14 bits and a Newton step, half the time of a division; it wants a normal result, and
-  // beyond 87 the quotient is nothing. NaN stays.
+  // beyond 126 the quotient is nothing.
   const __m512 rough = _mm512_rcp14_ps(below);
   const __m512 inverse = _mm512_fmadd_ps(rough, _mm512_fnmadd_ps(below, rough, _mm512_set1_ps(1.0f)), rough);
-  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(87.0f), _CMP_NGT_UQ), u, inverse);
+  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(126.0f), _CMP_NGT_UQ), u, inverse);
 }
 
 // The tile that `src` holds, finished and written to f.c.
@@ -100,6 +93,54 @@ __attribute__((always_inline)) inline void finish_from(const float* src, int64_t
       _mm512_mask_storeu_ps(f.c + r * f.c_stride + v * 16, m, value);
     }
   }
+}
+
+// What a tile does with its sums while they are in registers: everything but GELU, which needs the registers
+// for itself and takes the cells from memory.
+struct RowWriter {
+  float* c;
+  int64_t c_stride;
+  __mmask16 m0, m1;
+  __m512 bias0, bias1;
+  bool has_bias;
+  const float* residual;  // or null
+  int64_t residual_stride;
+  const GemmFinish* from_memory;  // or null
+
+  __attribute__((always_inline)) void write(int64_t r, __m512 v0, __m512 v1) const {
+    if (has_bias) {
+      v0 = _mm512_add_ps(v0, bias0);
+      v1 = _mm512_add_ps(v1, bias1);
+    }
+    if (residual) {
+      v0 = _mm512_add_ps(v0, _mm512_maskz_loadu_ps(m0, residual + r * residual_stride));
+      v1 = _mm512_add_ps(v1, _mm512_maskz_loadu_ps(m1, residual + r * residual_stride + 16));
+    }
+    _mm512_mask_storeu_ps(c + r * c_stride, m0, v0);
+    _mm512_mask_storeu_ps(c + r * c_stride + 16, m1, v1);
+  }
+  // After the last row.
+  __attribute__((always_inline)) void end() const {
+    if (from_memory) finish_from(c, c_stride, *from_memory);
+  }
+};
+
+__attribute__((always_inline)) inline RowWriter row_writer(float* c, int64_t c_stride, int64_t cols,
+                                                           const GemmFinish* f) {
+  RowWriter w = {c,     c_stride, lanes(cols), lanes(cols - 16), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                 false, nullptr,  0,           nullptr};
+  if (f && f->gelu) {
+    w.from_memory = f;
+  } else if (f) {
+    w.has_bias = f->bias != nullptr;
+    if (f->bias) {
+      w.bias0 = _mm512_maskz_loadu_ps(w.m0, f->bias);
+      w.bias1 = _mm512_maskz_loadu_ps(w.m1, f->bias + 16);
+    }
+    w.residual = f->residual;
+    w.residual_stride = f->extra_stride;
+  }
+  return w;
 }
 
 }  // namespace

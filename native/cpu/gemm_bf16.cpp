@@ -100,26 +100,16 @@ void pack_b(const Block& x, int64_t task) {
 void multiply(const Block& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
               int64_t panel_end) {
   const GemmProduct& p = x.p;
-  const bool finish = x.k + x.depth == p.K && (p.bias || p.gelu || p.residual);
+  const bool finish = x.k + x.depth == p.K && has_finish(p);
   for (int64_t s = strip_begin; s < strip_end; s += 2) {
     const bool two = s + 1 < strip_end;
     const int64_t m = x.m + s * kBf16Rows;
     const int64_t rows = std::min(two ? 2 * kBf16Rows : kBf16Rows, x.m + x.rows - m);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t n = x.n + panel * kGemmPanel, cols = std::min(kGemmPanel, x.n + x.cols - n);
-      float* const c = p.c + m * p.c_stride + n;
-      const int64_t extra = m * p.extra_stride + n;
-      const GemmFinish then = {c,
-                               p.c_stride,
-                               rows,
-                               cols,
-                               p.bias ? p.bias + n : nullptr,
-                               p.gelu,
-                               p.pre ? p.pre + extra : nullptr,
-                               p.residual ? p.residual + extra : nullptr,
-                               p.extra_stride};
-      x.kernels.tile({c, p.c_stride, rows, cols, x.strip(s), two ? x.strip(s + 1) : nullptr, x.panel(panel),
-                      x.steps(), p.accumulate || x.k > 0, finish ? &then : nullptr});
+      const GemmFinish then = finish_of(p, m, n, rows, cols);
+      x.kernels.tile({then.c, p.c_stride, rows, cols, x.strip(s), two ? x.strip(s + 1) : nullptr,
+                      x.panel(panel), x.steps(), p.accumulate || x.k > 0, finish ? &then : nullptr});
     }
   }
 }

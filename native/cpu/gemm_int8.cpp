@@ -80,7 +80,6 @@ struct Chunk {
   const GemmProduct& p;
   const void* packed;
   const Int8Kernels& kernels;
-  const GemmKernels& epilogue;
   int64_t m_begin;
   int64_t rows;
   int64_t stride;
@@ -101,7 +100,7 @@ void multiply_panel(const Chunk& chunk, int64_t row_begin, int64_t row_end, int6
   const GemmProduct& p = chunk.p;
   const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
   const int64_t count = row_end - row_begin, tiles = ceil_div(count, chunk.kernels.max_rows);
-  const bool finish = p.bias || p.gelu || p.residual;
+  const bool finish = has_finish(p);
   // Weights come from memory: every tile asks for a share of the panel after this one.
   const int64_t depth = int8_depth(p.K);
   const bool is_last = n + kGemmPanel >= p.N;
@@ -112,16 +111,10 @@ void multiply_panel(const Chunk& chunk, int64_t row_begin, int64_t row_end, int6
     // Whole tiles first where they are made of rows (AMX), else equal ones.
     const int64_t rows = chunk.kernels.begin ? std::min(chunk.kernels.max_rows, row_end - r)
                                              : count / tiles + (i < count % tiles);
-    const int64_t m = chunk.m_begin + r;
-    float* const c = p.c + m * p.c_stride + n;
-    chunk.kernels.tile({c, p.c_stride, rows, cols, chunk.a + r * chunk.stride, chunk.stride, chunk.scales + r,
-                        panel_at(chunk.packed, p.K, panel), depth, next + i * lines * kLine, lines});
-    if (finish) {
-      const int64_t extra = m * p.extra_stride + n;
-      chunk.epilogue.finish({c, p.c_stride, rows, cols, p.bias ? p.bias + n : nullptr, p.gelu,
-                             p.pre ? p.pre + extra : nullptr, p.residual ? p.residual + extra : nullptr,
-                             p.extra_stride});
-    }
+    const GemmFinish then = finish_of(p, chunk.m_begin + r, n, rows, cols);
+    chunk.kernels.tile({then.c, p.c_stride, rows, cols, chunk.a + r * chunk.stride, chunk.stride,
+                        chunk.scales + r, panel_at(chunk.packed, p.K, panel), depth, next + i * lines * kLine,
+                        lines, finish ? &then : nullptr});
     r += rows;
   }
 }
@@ -209,8 +202,7 @@ void gemm_int8(const Cpu& cpu, const GemmProduct& p, const void* packed, const I
   float* const scratch = gemm_scratch(scale_floats + bytes / static_cast<int64_t>(sizeof(float)));
   uint8_t* const a = reinterpret_cast<uint8_t*>(scratch + scale_floats);
   for (int64_t m = 0; m < p.M; m += most_rows) {
-    multiply_chunk(cpu, {p, packed, kernels, gemm_kernels(cpu.isa), m, std::min(most_rows, p.M - m), stride,
-                         a, scratch});
+    multiply_chunk(cpu, {p, packed, kernels, m, std::min(most_rows, p.M - m), stride, a, scratch});
   }
 }
 

@@ -67,17 +67,18 @@ void tile(const Int8Tile& t) {
   for (int64_t r = 0; r < t.rows; ++r) {
     prefetch_row(t.c + r * t.c_stride);
   }
+  prefetch_finish(t.finish);
   t.rows > kTileRows ? multiply<true>(t, sums) : multiply<false>(t, sums);
-  const __mmask16 m0 = first_lanes(t.cols), m1 = first_lanes(t.cols - 16);
   const __m512 scale0 = _mm512_loadu_ps(t.panel->scales), scale1 = _mm512_loadu_ps(t.panel->scales + 16);
+  const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
   for (int64_t r = 0; r < t.rows; ++r) {
     const __m512 scale = _mm512_set1_ps(t.a_scales[r]);
     const __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * kGemmPanel));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * kGemmPanel + 16));
-    float* const c = t.c + r * t.c_stride;
-    _mm512_mask_storeu_ps(c, m0, _mm512_mul_ps(_mm512_mul_ps(low, scale), scale0));
-    _mm512_mask_storeu_ps(c + 16, m1, _mm512_mul_ps(_mm512_mul_ps(high, scale), scale1));
+    writer.write(r, _mm512_mul_ps(_mm512_mul_ps(low, scale), scale0),
+                 _mm512_mul_ps(_mm512_mul_ps(high, scale), scale1));
   }
+  writer.end();
 }
 
 }  // namespace

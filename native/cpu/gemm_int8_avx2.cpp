@@ -82,10 +82,11 @@ void tile_rows(const Int8Tile& t) {
 
 void tile(const Int8Tile& t) {
   switch (t.rows) {
-    case 1: return tile_rows<1>(t);
-    case 2: return tile_rows<2>(t);
-    default: return tile_rows<3>(t);
+    case 1: tile_rows<1>(t); break;
+    case 2: tile_rows<2>(t); break;
+    default: tile_rows<3>(t);
   }
+  if (t.finish) kGemmAvx2.finish(*t.finish);
 }
 
 #if defined(__clang__) || __GNUC__ >= 11
@@ -135,13 +136,14 @@ void vnni_rows(const Int8Tile& t) {
 
 void vnni_tile(const Int8Tile& t) {
   switch (t.rows) {
-    case 1: return vnni_rows<1>(t);
-    case 2: return vnni_rows<2>(t);
-    case 3: return vnni_rows<3>(t);
-    case 4: return vnni_rows<4>(t);
-    case 5: return vnni_rows<5>(t);
-    default: return vnni_rows<6>(t);
+    case 1: vnni_rows<1>(t); break;
+    case 2: vnni_rows<2>(t); break;
+    case 3: vnni_rows<3>(t); break;
+    case 4: vnni_rows<4>(t); break;
+    case 5: vnni_rows<5>(t); break;
+    default: vnni_rows<6>(t);
   }
+  if (t.finish) kGemmAvx2.finish(*t.finish);
 }
 
 #endif

@@ -66,16 +66,15 @@ void tile_rows(const Int8Tile& t) {
     lines -= burst;
     for (int i = 0; i < kPause; ++i) step();
   }
-  const __mmask16 m0 = first_lanes(t.cols), m1 = first_lanes(t.cols - 16);
+  const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
   const __m512 scale0 = _mm512_loadu_ps(t.panel->scales), scale1 = _mm512_loadu_ps(t.panel->scales + 16);
 #pragma GCC unroll 14
   for (int r = 0; r < kRows; ++r) {
-    float* const c = t.c + r * t.c_stride;
     const __m512 scale = _mm512_set1_ps(t.a_scales[r]);
-    _mm512_mask_storeu_ps(c, m0, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][0]), scale), scale0));
-    _mm512_mask_storeu_ps(c + 16, m1,
-                          _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][1]), scale), scale1));
+    writer.write(r, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][0]), scale), scale0),
+                 _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][1]), scale), scale1));
   }
+  writer.end();
 }
 
 void tile(const Int8Tile& t) {

@@ -16,15 +16,11 @@
 #include <string.h>
 
 #include "core/int8.h"
+#include "cpu/gemm_avx512.inl"
 #include "cpu/gemm_int8_kernels.h"
 
 namespace dn::cpu {
 namespace {
-
-// The first n of 16 lanes; none when n <= 0, all when n >= 16.
-__mmask16 first_lanes(int64_t n) {
-  return static_cast<__mmask16>(n >= 16 ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1u);
-}
 
 float quantise_row(uint8_t* q, const float* x, int64_t K) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -39,8 +35,8 @@ float quantise_row(uint8_t* q, const float* x, int64_t K) {
     }
   }
   for (; k < K; k += 16) {
-    most[0] = _mm512_max_epi32(
-        most[0], _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(first_lanes(K - k), x + k)));
+    most[0] =
+        _mm512_max_epi32(most[0], _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(lanes(K - k), x + k)));
   }
   const int bits = _mm512_reduce_max_epi32(
       _mm512_max_epi32(_mm512_max_epi32(most[0], most[1]), _mm512_max_epi32(most[2], most[3])));
@@ -52,7 +48,7 @@ float quantise_row(uint8_t* q, const float* x, int64_t K) {
   const __m512 inverse = _mm512_set1_ps(kInt8Most / largest);
   const __m512i offset = _mm512_set1_epi32(static_cast<int>(kInt8Offset));
   for (k = 0; k < K; k += 16) {
-    const __mmask16 m = first_lanes(K - k);
+    const __mmask16 m = lanes(K - k);
     const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(m, x + k), inverse));
     _mm512_mask_cvtepi32_storeu_epi8(q + k, m, _mm512_add_epi32(whole, offset));
   }

@@ -33,7 +33,8 @@ static constexpr int64_t int8_panel_bytes(int64_t K) {
   return static_cast<int64_t>(sizeof(Int8Panel)) + int8_depth(K) * kGemmPanel;
 }
 
-// One tile of C: rows x cols, cols <= kGemmPanel, over the whole reduction.
+// One tile of C: rows x cols, cols <= kGemmPanel, over the whole reduction; then what `finish` says of the
+// same cells.
 struct Int8Tile {
   float* c;
   int64_t c_stride;
@@ -46,6 +47,7 @@ struct Int8Tile {
   int64_t depth;         // padded K
   const char* prefetch;  // wanted in L2 soon: this many cache lines from here on, at most depth / 2
   int64_t prefetch_lines;
+  const GemmFinish* finish;  // or null
 };
 
 struct Int8Kernels {

@@ -28,6 +28,7 @@ void tile(const Int8Tile& t) {
       c[n] = static_cast<float>(sum[n]) * t.a_scales[r] * t.panel->scales[n];
     }
   }
+  if (t.finish) kGemmPortable.finish(*t.finish);
 }
 
 float quantise_row(uint8_t* q, const float* x, int64_t K) {

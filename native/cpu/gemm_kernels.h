@@ -22,21 +22,7 @@ struct GemmPrefetch {
   int64_t lines = 0;  // of all runs still to come
 };
 
-// One tile of C: rows x cols, cols <= kGemmPanel.
-struct GemmTile {
-  float* c;
-  int64_t c_stride;
-  int64_t rows;  // 1 .. GemmKernels::max_rows
-  int64_t cols;
-  const float* a;          // (depth, rows): the numbers of one step of the reduction lie together
-  const float* b;          // (depth, kGemmPanel)
-  int64_t depth;           // 1 .. GemmKernels::depth
-  bool accumulate;         // C += instead of C =
-  GemmPrefetch* prefetch;  // not null; advanced by prefetch_lines
-  int64_t prefetch_lines;  // to ask for during this tile, no more than there are
-};
-
-// What happens to a finished tile: c += bias; then, when gelu, pre = c (if given) and c = gelu(c); c +=
+// What happens to finished cells: c += bias; then, when gelu, pre = c (if given) and c = gelu(c); c +=
 // residual.
 struct GemmFinish {
   float* c;
@@ -50,11 +36,26 @@ struct GemmFinish {
   int64_t extra_stride;
 };
 
+// One tile of C: rows x cols, cols <= kGemmPanel; then what `finish` says of the same cells.
+struct GemmTile {
+  float* c;
+  int64_t c_stride;
+  int64_t rows;  // 1 .. GemmKernels::max_rows
+  int64_t cols;
+  const float* a;            // (depth, rows): the numbers of one step of the reduction lie together
+  const float* b;            // (depth, kGemmPanel)
+  int64_t depth;             // 1 .. GemmKernels::depth
+  bool accumulate;           // C += instead of C =
+  GemmPrefetch* prefetch;    // not null; advanced by prefetch_lines
+  int64_t prefetch_lines;    // to ask for during this tile, no more than there are
+  const GemmFinish* finish;  // or null
+};
+
 struct GemmKernels {
   int64_t max_rows;  // of a tile
   int64_t depth;     // of a block of the reduction: 1 .. 3072
   void (*tile)(const GemmTile& tile);
-  void (*finish)(const GemmFinish& finish);
+  void (*finish)(const GemmFinish& finish);  // of cells in memory, any number of columns
   // dst (depth, count) = the transpose of `count` rows of `depth` floats, count <= max_rows: A for a tile.
   void (*pack_rows)(float* dst, const float* const* rows, int64_t count, int64_t depth);
   // dst (rows, cols) = src (rows, cols)

@@ -20,25 +20,6 @@ float multiply_add(float a, float b, float c) {
 #endif
 }
 
-void tile(const GemmTile& t) {
-  for (int64_t r = 0; r < t.rows; ++r) {
-    float sum[kGemmPanel] = {};
-    const float* a = t.a + r;
-    for (int64_t k = 0; k < t.depth; ++k) {
-      const float* b = t.b + k * kGemmPanel;
-      for (int64_t n = 0; n < kGemmPanel; ++n) sum[n] = multiply_add(a[k * t.rows], b[n], sum[n]);
-    }
-    float* c = t.c + r * t.c_stride;
-    for (int64_t n = 0; n < t.cols; ++n) c[n] = t.accumulate ? c[n] + sum[n] : sum[n];
-  }
-}
-
-void pack_rows(float* dst, const float* const* rows, int64_t count, int64_t depth) {
-  for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t r = 0; r < count; ++r) dst[k * count + r] = rows[r][k];
-  }
-}
-
 // tanh form: 0.5 u (1 + tanh z) = u / (1 + exp(-2z)), z = sqrt(2/pi) (u + 0.044715 u^3).
 float gelu(float u) { return u / (1.0f + expf(-1.5957691216f * (u + 0.044715f * u * u * u))); }
 
@@ -53,6 +34,26 @@ void finish(const GemmFinish& f) {
       if (f.residual) value += f.residual[r * f.extra_stride + n];
       c[n] = value;
     }
+  }
+}
+
+void tile(const GemmTile& t) {
+  for (int64_t r = 0; r < t.rows; ++r) {
+    float sum[kGemmPanel] = {};
+    const float* a = t.a + r;
+    for (int64_t k = 0; k < t.depth; ++k) {
+      const float* b = t.b + k * kGemmPanel;
+      for (int64_t n = 0; n < kGemmPanel; ++n) sum[n] = multiply_add(a[k * t.rows], b[n], sum[n]);
+    }
+    float* c = t.c + r * t.c_stride;
+    for (int64_t n = 0; n < t.cols; ++n) c[n] = t.accumulate ? c[n] + sum[n] : sum[n];
+  }
+  if (t.finish) finish(*t.finish);
+}
+
+void pack_rows(float* dst, const float* const* rows, int64_t count, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t r = 0; r < count; ++r) dst[k * count + r] = rows[r][k];
   }
 }
 

@@ -24,12 +24,19 @@ inline PrefetchPlan plan_prefetch(int64_t depth, int64_t lines) {
   return plan;
 }
 
-// One row of a tile of C, which will be written. It has three lines where rows do not begin at one, as those
-// of (R, 50257) logits.
+// One row of a tile of C, or of what is laid out as C. It has three lines where rows do not begin at one, as
+// those of (R, 50257) logits.
 __attribute__((always_inline)) inline void prefetch_row(const float* c) {
   _mm_prefetch(reinterpret_cast<const char*>(c), _MM_HINT_T0);
   _mm_prefetch(reinterpret_cast<const char*>(c + 16), _MM_HINT_T0);
   _mm_prefetch(reinterpret_cast<const char*>(c + kGemmPanel - 1), _MM_HINT_T0);
+}
+
+// What the finish of a tile reads and writes besides C.
+__attribute__((always_inline)) inline void prefetch_finish(const GemmFinish* f) {
+  if (!f) return;
+  for (int64_t r = 0; f->residual && r < f->rows; ++r) prefetch_row(f->residual + r * f->extra_stride);
+  for (int64_t r = 0; f->pre && r < f->rows; ++r) prefetch_row(f->pre + r * f->extra_stride);
 }
 
 __attribute__((always_inline)) inline void take_lines(GemmPrefetch* p, int64_t count) {
