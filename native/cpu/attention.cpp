@@ -167,15 +167,6 @@ void run_forward_task(const AttentionKernels& kernels, const ForwardTask& task,
       t.scores = scores;
     }
   });
-  for (int64_t h = 0; h < task.heads; ++h) {
-    ForwardTile& t = w.tiles[static_cast<size_t>(h)];
-    t.rows = rows;
-    t.HS = HS;
-    t.HSp = HSp;
-    t.scale = 1.0f / std::sqrt(static_cast<float>(HS));
-    kernels.forward_begin(t, q.f32(task.q_begin) + (task.head + h) * HS, q.stride);
-  }
-
   const float* k = static_cast<const float*>(sequence.k);
   const float* v = static_cast<const float*>(sequence.v);
   int64_t kv_stride = C;
@@ -184,20 +175,46 @@ void run_forward_task(const AttentionKernels& kernels, const ForwardTask& task,
     v = k + C;
     kv_stride = kv.stride;
   }
+  const int64_t key_end = w.visibility.key_end();
+  const auto keys_of = [&](int64_t h, int64_t k0) {
+    const int64_t offset = k0 * kv_stride + (task.head + h) * HS;
+    return KeyRows{k + offset, v + offset, kv_stride, std::clamp<int64_t>(sequence.k_len - k0, 0, kKeyBlock)};
+  };
+  const auto out_of = [&](int64_t h) { return out.f32(task.q_begin) + (task.head + h) * HS; };
+
+  for (int64_t h = 0; h < task.heads; ++h) {
+    ForwardTile& t = w.tiles[static_cast<size_t>(h)];
+    t.rows = rows;
+    t.HS = HS;
+    t.HSp = HSp;
+    t.scale = 1.0f / std::sqrt(static_cast<float>(HS));
+    ForwardAhead ahead;
+    if (h == 0 && key_end > 0) ahead.next = keys_of(0, 0);
+    kernels.forward_begin(t, q.f32(task.q_begin) + (task.head + h) * HS, q.stride, ahead);
+  }
+
   uint64_t words[kMaxQueryBlock];
-  for (int64_t k0 = 0; k0 < w.visibility.key_end(); k0 += kKeyBlock) {
-    const int64_t count = std::min(kKeyBlock, sequence.k_len - k0);
+  for (int64_t k0 = 0; k0 < key_end; k0 += kKeyBlock) {
+    const int64_t count = keys_of(0, k0).count;
     const Seen seen = w.visibility.words(0, rows, k0, count, words);
     if (seen == Seen::kNone) continue;
+    const bool is_last = k0 + kKeyBlock >= key_end;
     for (int64_t h = 0; h < task.heads; ++h) {
-      const int64_t offset = k0 * kv_stride + (task.head + h) * HS;
-      kernels.forward_block(w.tiles[static_cast<size_t>(h)], k + offset, kv_stride, v + offset, kv_stride,
-                            count, seen == Seen::kAll ? nullptr : words);
+      ForwardAhead ahead;
+      if (h + 1 < task.heads) {
+        ahead.next = keys_of(h + 1, k0);
+      } else if (!is_last) {
+        ahead.next = keys_of(0, k0 + kKeyBlock);
+      }
+      if (is_last) ahead.out = out_of(h);
+      ahead.out_stride = out.stride;
+      kernels.forward_block(w.tiles[static_cast<size_t>(h)], keys_of(h, k0),
+                            seen == Seen::kAll ? nullptr : words, ahead);
     }
   }
   for (int64_t h = 0; h < task.heads; ++h) {
-    kernels.forward_end(w.tiles[static_cast<size_t>(h)], out.f32(task.q_begin) + (task.head + h) * HS,
-                        out.stride, lse ? lse.f32(task.q_begin) + task.head + h : nullptr, lse.stride);
+    kernels.forward_end(w.tiles[static_cast<size_t>(h)], out_of(h), out.stride,
+                        lse ? lse.f32(task.q_begin) + task.head + h : nullptr, lse.stride);
   }
 }
 

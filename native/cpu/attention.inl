@@ -26,6 +26,10 @@ using simd::Vec;
 // Rows of a register tile two vectors wide: 24 of 32 registers are sums with AVX-512, 12 of 16 with AVX2.
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 
+constexpr int64_t kLineFloats = 16;  // of a cache line
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+
 // Lanes of the vector at c that lie inside [0, n).
 inline Mask tail(int64_t c, int64_t n) {
   return simd::first_lanes(n - c < kLanes ? static_cast<int>(n - c) : kLanes);
@@ -255,15 +259,41 @@ static void copy_transposed(float* dst, const float* src, int64_t stride, int64_
 
 inline int64_t round_up_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-static void forward_begin(const ForwardTile& t, const float* q, int64_t q_stride) {
-  copy_rows(t.q, q, q_stride, t.rows, t.rows, t.HS, t.HSp, t.scale);
+// The share of the prefetches that falls to queries [first, first + rows) of the tile.
+__attribute__((always_inline)) inline void ask_ahead(const ForwardTile& t, const ForwardAhead& ahead,
+                                                     int64_t first, int64_t rows) {
+  const KeyRows& next = ahead.next;
+  const int64_t end = next.count * (first + rows) / t.rows;
+  for (int64_t j = next.count * first / t.rows; j < end; ++j) {
+    const float* const k = next.k + j * next.stride;
+    const float* const v = next.v + j * next.stride;
+    for (int64_t d = 0; d < t.HS; d += kLineFloats) {
+      simd::prefetch(k + d);
+      simd::prefetch(v + d);
+    }
+    simd::prefetch(k + t.HS - 1);  // rows need not begin at a line
+    simd::prefetch(v + t.HS - 1);
+  }
+  if (ahead.out == nullptr) return;
+  for (int64_t r = first; r < first + rows; ++r) {
+    const float* const row = ahead.out + r * ahead.out_stride;
+    for (int64_t d = 0; d < t.HS; d += kLineFloats) simd::prefetch_to_write(row + d);
+    simd::prefetch_to_write(row + t.HS - 1);
+  }
+}
+
+static void forward_begin(const ForwardTile& t, const float* q, int64_t q_stride, const ForwardAhead& ahead) {
+  ask_ahead(t, ahead, 0, t.rows);
+  // Scores are taken in base 2: e^x = 2^(x log2 e).
+  copy_rows(t.q, q, q_stride, t.rows, t.rows, t.HS, t.HSp, t.scale * kLog2E);
   for (int64_t i = 0; i < t.rows * t.HSp; ++i) t.acc[i] = 0;
   for (int64_t i = 0; i < t.rows * kSumLanes; ++i) t.sum[i] = 0;
   for (int64_t r = 0; r < t.rows; ++r) t.max[r] = -simd::kInfinity;
 }
 
 // Scores of kTileRows queries become probabilities relative to the new maximum; factors (kScoreRows) are what
-// earlier sums must be multiplied with. `columns`: kKeyBlock or less, a multiple of kLanes.
+// earlier sums must be multiplied with. Scores and maxima are in base 2. `columns`: kKeyBlock or less, a
+// multiple of kLanes.
 static void softmax_rows(const ForwardTile& t, int64_t first, int64_t rows, int64_t columns,
                          const uint64_t* words, float* factors) {
   const Vec minus_infinity = simd::set1(-simd::kInfinity);
@@ -289,14 +319,14 @@ static void softmax_rows(const ForwardTile& t, int64_t first, int64_t rows, int6
   }
   for (int64_t r = rows; r < kScoreRows; ++r) old_max[r] = new_max[r] = 0;
   for (int64_t r = 0; r < kScoreRows; r += kLanes) {
-    simd::store(factors + r, simd::softmax_exp(simd::sub(simd::load(old_max + r), simd::load(new_max + r))));
+    simd::store(factors + r, simd::softmax_exp2(simd::sub(simd::load(old_max + r), simd::load(new_max + r))));
   }
   for (int64_t r = 0; r < rows; ++r) {
     float* const s = t.scores + r * kKeyBlock;
     const Vec m = simd::set1(new_max[r]);
     Vec sum = simd::mul(simd::load(t.sum + (first + r) * kSumLanes), simd::set1(factors[r]));
     for (int64_t c = 0; c < columns; c += kLanes) {
-      const Vec p = simd::softmax_exp(simd::sub(simd::load(s + c), m));
+      const Vec p = simd::softmax_exp2(simd::sub(simd::load(s + c), m));
       simd::store(s + c, p);
       sum = simd::add(sum, p);
     }
@@ -304,21 +334,22 @@ static void softmax_rows(const ForwardTile& t, int64_t first, int64_t rows, int6
   }
 }
 
-static void forward_block(const ForwardTile& t, const float* k, int64_t k_stride, const float* v,
-                          int64_t v_stride, int64_t count, const uint64_t* words) {
-  const int64_t columns = round_up_lanes(count);
+static void forward_block(const ForwardTile& t, const KeyRows& keys, const uint64_t* words,
+                          const ForwardAhead& ahead) {
+  const int64_t count = keys.count, columns = round_up_lanes(count);
   const uint64_t all = count == kKeyBlock ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-  copy_transposed(t.keys, k, k_stride, count, t.HS);
+  copy_transposed(t.keys, keys.k, keys.stride, count, t.HS);
   // Few queries read the values once and where they are; otherwise a compact copy avoids conflicts in the
   // cache.
   const bool in_place = t.rows <= kTileRows && t.HS == t.HSp;
-  const float* const values = in_place ? v : t.values;
-  const int64_t values_stride = in_place ? v_stride : t.HSp;
-  if (!in_place) copy_rows(t.values, v, v_stride, count, count, t.HS, t.HSp, 1.0f);
+  const float* const values = in_place ? keys.v : t.values;
+  const int64_t values_stride = in_place ? keys.stride : t.HSp;
+  if (!in_place) copy_rows(t.values, keys.v, keys.stride, count, count, t.HS, t.HSp, 1.0f);
   for (int64_t first = 0; first < t.rows; first += kTileRows) {
     const int64_t rows = t.rows - first < kTileRows ? t.rows - first : kTileRows;
     uint64_t row_words[kTileRows];
     uint64_t any = 0;
+    ask_ahead(t, ahead, first, rows);
     for (int64_t r = 0; r < rows; ++r) any |= row_words[r] = words ? words[first + r] : all;
     if (any == 0) continue;
     product<Start::kZero>(
@@ -343,7 +374,7 @@ static void forward_end(const ForwardTile& t, float* out, int64_t out_stride, fl
                   tail(d, t.HS));
     }
     if (lse) {
-      const Vec logarithm = simd::add(simd::set1(t.max[r]), simd::log(simd::set1(sum)));
+      const Vec logarithm = simd::fma(simd::set1(t.max[r]), simd::set1(kLn2), simd::log(simd::set1(sum)));
       simd::store_n(lse + r * lse_stride, visible ? logarithm : simd::zero(), 1);
     }
   }

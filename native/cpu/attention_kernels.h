@@ -18,6 +18,22 @@ constexpr int64_t kHeadPad = 16;  // head rows in scratch are padded with zeros 
 constexpr int64_t kSumLanes = 16;
 constexpr int64_t kScoreRows = 16;  // queries whose scores are held at once in the forward pass
 
+// A block of keys and values of one head: `count` rows of HS floats each, `stride` floats apart.
+struct KeyRows {
+  const float* k = nullptr;
+  const float* v = nullptr;
+  int64_t stride = 0;
+  int64_t count = 0;
+};
+
+// What a kernel asks the caches for while it computes, spread over its work. Rows of a head lie whole pages
+// apart, which no hardware prefetcher follows.
+struct ForwardAhead {
+  KeyRows next;                // the block that follows; count 0: none
+  const float* out = nullptr;  // rows of the tile that forward_end will write soon, or null
+  int64_t out_stride = 0;
+};
+
 // One head of a block of queries, with scratch of the calling thread (64-byte aligned).
 struct ForwardTile {
   int64_t rows = 0;  // queries
@@ -57,10 +73,10 @@ struct BackwardTile {
 
 struct AttentionKernels {
   // Loads the queries and resets the running sums.
-  void (*forward_begin)(const ForwardTile& t, const float* q, int64_t q_stride);
-  // One block of `count` keys. words (rows), or null.
-  void (*forward_block)(const ForwardTile& t, const float* k, int64_t k_stride, const float* v,
-                        int64_t v_stride, int64_t count, const uint64_t* words);
+  void (*forward_begin)(const ForwardTile& t, const float* q, int64_t q_stride, const ForwardAhead& ahead);
+  // One block of at most kKeyBlock keys. words (rows), or null.
+  void (*forward_block)(const ForwardTile& t, const KeyRows& keys, const uint64_t* words,
+                        const ForwardAhead& ahead);
   // Writes out and, unless null, lse.
   void (*forward_end)(const ForwardTile& t, float* out, int64_t out_stride, float* lse, int64_t lse_stride);
 

@@ -22,7 +22,7 @@ float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-void forward_begin(const ForwardTile& t, const float* q, int64_t q_stride) {
+void forward_begin(const ForwardTile& t, const float* q, int64_t q_stride, const ForwardAhead&) {
   for (int64_t r = 0; r < t.rows; ++r) {
     for (int64_t d = 0; d < t.HS; ++d) {
       t.q[r * t.HSp + d] = q[r * q_stride + d] * t.scale;
@@ -33,15 +33,14 @@ void forward_begin(const ForwardTile& t, const float* q, int64_t q_stride) {
   }
 }
 
-void forward_block(const ForwardTile& t, const float* k, int64_t k_stride, const float* v, int64_t v_stride,
-                   int64_t count, const uint64_t* words) {
+void forward_block(const ForwardTile& t, const KeyRows& keys, const uint64_t* words, const ForwardAhead&) {
   for (int64_t r = 0; r < t.rows; ++r) {
     float* acc = t.acc + r * t.HSp;
     float* scores = t.scores;
     float max = t.max[r];
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t j = 0; j < keys.count; ++j) {
       if (!sees(words, r, j)) continue;
-      scores[j] = dot(t.q + r * t.HSp, k + j * k_stride, t.HS);
+      scores[j] = dot(t.q + r * t.HSp, keys.k + j * keys.stride, t.HS);
       max = scores[j] > max ? scores[j] : max;
     }
     if (max == kMinusInfinity) continue;  // nothing visible so far
@@ -49,11 +48,11 @@ void forward_block(const ForwardTile& t, const float* k, int64_t k_stride, const
     const float factor = std::exp(t.max[r] - max);
     float sum = t.sum[r * kSumLanes] * factor;
     for (int64_t d = 0; d < t.HS; ++d) acc[d] *= factor;
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t j = 0; j < keys.count; ++j) {
       if (!sees(words, r, j)) continue;
       const float p = std::exp(scores[j] - max);
       sum += p;
-      for (int64_t d = 0; d < t.HS; ++d) acc[d] += p * v[j * v_stride + d];
+      for (int64_t d = 0; d < t.HS; ++d) acc[d] += p * keys.v[j * keys.stride + d];
     }
     t.max[r] = max;
     t.sum[r * kSumLanes] = sum;
