@@ -176,6 +176,7 @@ void run_forward_task(const AttentionKernels& kernels, const ForwardTask& task,
     kv_stride = kv.stride;
   }
   const int64_t key_end = w.visibility.key_end();
+  const bool asks_ahead = rows > kFewQueries;  // else there is too little work to spread it over
   const auto keys_of = [&](int64_t h, int64_t k0) {
     const int64_t offset = k0 * kv_stride + (task.head + h) * HS;
     return KeyRows{k + offset, v + offset, kv_stride, std::clamp<int64_t>(sequence.k_len - k0, 0, kKeyBlock)};
@@ -189,7 +190,7 @@ void run_forward_task(const AttentionKernels& kernels, const ForwardTask& task,
     t.HSp = HSp;
     t.scale = 1.0f / std::sqrt(static_cast<float>(HS));
     ForwardAhead ahead;
-    if (h == 0 && key_end > 0) ahead.next = keys_of(0, 0);
+    if (h == 0 && asks_ahead && key_end > 0) ahead.next = keys_of(0, 0);
     kernels.forward_begin(t, q.f32(task.q_begin) + (task.head + h) * HS, q.stride, ahead);
   }
 
@@ -201,12 +202,12 @@ void run_forward_task(const AttentionKernels& kernels, const ForwardTask& task,
     const bool is_last = k0 + kKeyBlock >= key_end;
     for (int64_t h = 0; h < task.heads; ++h) {
       ForwardAhead ahead;
-      if (h + 1 < task.heads) {
+      if (asks_ahead && h + 1 < task.heads) {
         ahead.next = keys_of(h + 1, k0);
-      } else if (!is_last) {
+      } else if (asks_ahead && !is_last) {
         ahead.next = keys_of(0, k0 + kKeyBlock);
       }
-      if (is_last) ahead.out = out_of(h);
+      if (asks_ahead && is_last) ahead.out = out_of(h);
       ahead.out_stride = out.stride;
       kernels.forward_block(w.tiles[static_cast<size_t>(h)], keys_of(h, k0),
                             seen == Seen::kAll ? nullptr : words, ahead);

@@ -10,33 +10,27 @@ using simd::kLanes;
 using simd::Mask;
 using simd::Vec;
 
-// A sum of vectors in double, lane by lane.
+// The sum of the vectors of a tile: 16 or 32 additions a lane in fp32, the lanes together in double.
+struct TileSum {
+  Vec lanes = simd::zero();
+
+  void add(Vec v) { lanes = simd::add(lanes, v); }
 #if defined(__AVX512F__)
-struct Sum {
-  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
-
-  void add(Vec v) {
-    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(v)));
-    high = _mm512_add_pd(high,
-                         _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1))));
-  }
-  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
-};
-#else
-struct Sum {
-  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
-
-  void add(Vec v) {
-    low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
-    high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
-  }
   double total() const {
-    const __m256d s = _mm256_add_pd(low, high);
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(lanes));
+    const __m512d high =
+        _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(lanes), 1)));
+    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+  }
+#else
+  double total() const {
+    const __m256d s = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(lanes)),
+                                    _mm256_cvtps_pd(_mm256_extractf128_ps(lanes, 1)));
     const __m128d a = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd(s, 1));
     return _mm_cvtsd_f64(_mm_add_sd(a, _mm_unpackhi_pd(a, a)));
   }
-};
 #endif
+};
 
 // sum + (v < cut ? 0 : m)
 #if defined(__AVX512F__)
@@ -95,63 +89,75 @@ void exponentiate(float* mass, double* tile_mass, double* tile_moment, const flo
                   int64_t n) {
   const Vec top = simd::set1(max), factor = simd::set1(scale), least = simd::set1(kMinExponent);
   for (int64_t begin = 0; begin < n; begin += kTileIds) {
-    Sum sum, moment;
+    TileSum sum, moment;
     for_vectors(begin, n, [&](int64_t i, int lanes) {
       const Vec z = simd::mul(simd::sub(load_lanes(x + i, lanes), top), factor);
-      const Vec clamped = simd::max(z, least);  // finite, or 0 * -inf would be NaN in the moment
-      Vec e = simd::select(simd::less(z, least), simd::zero(), simd::exp(clamped));
+      Vec e = simd::softmax_exp(z);  // 0 below kMinExponent
       if (lanes < kLanes) e = simd::select(simd::first_lanes(lanes), e, simd::zero());
       store_lanes(mass + i, e, lanes);
       sum.add(e);
-      if (tile_moment != nullptr) moment.add(simd::mul(e, clamped));
+      // z finite, or 0 * -inf would be NaN.
+      if (tile_moment != nullptr) moment.lanes = simd::fma(e, simd::max(z, least), moment.lanes);
     });
     tile_mass[begin / kTileIds] = sum.total();
     if (tile_moment != nullptr) tile_moment[begin / kTileIds] = moment.total();
   }
 }
 
-void keep_above(float* mass, double* tile_mass, const float* x, float threshold, int64_t n) {
+// Whether no id of the tile that begins at `begin` reaches `least`.
+inline bool is_below(const float* tile_max, int64_t begin, float least) {
+  return tile_max != nullptr && tile_max[begin / kTileIds] < least;
+}
+
+void keep_above(float* mass, double* tile_mass, const float* x, const float* tile_max, float threshold,
+                int64_t n) {
   const Vec least = simd::set1(threshold);
   for (int64_t begin = 0; begin < n; begin += kTileIds) {
-    Sum sum;
-    for_vectors(begin, n, [&](int64_t i, int lanes) {
-      const Vec below = load_lanes(x + i, lanes);
-      const Vec e = simd::select(simd::less(below, least), simd::zero(), load_lanes(mass + i, lanes));
-      store_lanes(mass + i, e, lanes);
-      sum.add(e);
-    });
+    TileSum sum;
+    if (!is_below(tile_max, begin, threshold)) {
+      for_vectors(begin, n, [&](int64_t i, int lanes) {
+        const Vec below = load_lanes(x + i, lanes);
+        const Vec e = simd::select(simd::less(below, least), simd::zero(), load_lanes(mass + i, lanes));
+        store_lanes(mass + i, e, lanes);
+        sum.add(e);
+      });
+    }
     tile_mass[begin / kTileIds] = sum.total();
   }
 }
 
-int64_t collect(float* values, float* masses, double* above, const float* x, const float* mass, float low,
-                float high, int64_t n) {
+int64_t collect(float* values, float* masses, double* above, const float* x, const float* mass,
+                const float* tile_max, float low, float high, int64_t n) {
   const Vec least = simd::set1(low), end = simd::set1(high);
   int64_t count = 0;
-  Sum sum;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int lanes = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    const Vec v = load_lanes(x + i, lanes), m = load_lanes(mass + i, lanes);  // masses past the end are zero
-    const Mask below_end = simd::less(v, end);
-    sum.add(simd::select(below_end, simd::zero(), m));
-    uint32_t wanted =
-        ~simd::bits_of_lanes(simd::less(v, least)) & simd::bits_of_lanes(below_end) & ((1u << lanes) - 1u);
-    if (wanted == 0) continue;
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kTileIds) {
+    if (is_below(tile_max, begin, low)) continue;
+    TileSum sum;
+    for_vectors(begin, n, [&](int64_t i, int lanes) {
+      const Vec v = load_lanes(x + i, lanes), m = load_lanes(mass + i, lanes);  // masses past the end are 0
+      const Mask below_end = simd::less(v, end);
+      sum.add(simd::select(below_end, simd::zero(), m));
+      uint32_t wanted =
+          ~simd::bits_of_lanes(simd::less(v, least)) & simd::bits_of_lanes(below_end) & ((1u << lanes) - 1u);
+      if (wanted == 0) return;
 #if defined(__AVX512F__)
-    const Mask mask = simd::lanes_of_bits(wanted);
-    simd::store(values + count, _mm512_maskz_compress_ps(mask, v));
-    simd::store(masses + count, _mm512_maskz_compress_ps(mask, m));
-    count += __builtin_popcount(wanted);
+      const Mask mask = simd::lanes_of_bits(wanted);
+      simd::store(values + count, _mm512_maskz_compress_ps(mask, v));
+      simd::store(masses + count, _mm512_maskz_compress_ps(mask, m));
+      count += __builtin_popcount(wanted);
 #else
-    for (; wanted != 0; wanted &= wanted - 1) {
-      const int64_t k = i + __builtin_ctz(wanted);
-      values[count] = x[k];
-      masses[count] = mass[k];
-      ++count;
-    }
+      for (; wanted != 0; wanted &= wanted - 1) {
+        const int64_t k = i + __builtin_ctz(wanted);
+        values[count] = x[k];
+        masses[count] = mass[k];
+        ++count;
+      }
 #endif
+    });
+    total += sum.total();
   }
-  *above = sum.total();
+  *above = total;
   return count;
 }
 
@@ -167,22 +173,22 @@ void bounds(float* least, float* greatest, const float* x, int64_t n) {
   *greatest = simd::reduce_max(high);
 }
 
-void mass_above(double* sums, const float* cuts, const float* x, const float* mass, int64_t n) {
+void mass_above(double* sums, const float* cuts, const float* x, const float* mass, const float* tile_max,
+                int64_t n) {
   Vec cut[kCuts];
   for (int c = 0; c < kCuts; ++c) {
     cut[c] = simd::set1(cuts[c]);
     sums[c] = 0;
   }
-  for (int64_t begin = 0; begin < n;
-       begin += kTileIds) {  // fp32 sums over one tile: 16 or 32 additions a lane
-    Vec sum[kCuts];
-    for (int c = 0; c < kCuts; ++c) sum[c] = simd::zero();
+  for (int64_t begin = 0; begin < n; begin += kTileIds) {
+    if (is_below(tile_max, begin, cuts[kCuts - 1])) continue;
+    TileSum sum[kCuts];
     for_vectors(begin, n, [&](int64_t i, int lanes) {
       const Vec v = load_lanes(x + i, lanes), m = load_lanes(mass + i, lanes);
 #pragma GCC unroll 8
-      for (int c = 0; c < kCuts; ++c) sum[c] = add_unless_less(sum[c], v, cut[c], m);
+      for (int c = 0; c < kCuts; ++c) sum[c].lanes = add_unless_less(sum[c].lanes, v, cut[c], m);
     });
-    for (int c = 0; c < kCuts; ++c) sums[c] += static_cast<double>(simd::reduce_add(sum[c]));
+    for (int c = 0; c < kCuts; ++c) sums[c] += sum[c].total();
   }
 }
 
@@ -191,7 +197,7 @@ double diverge(float* keep, const float* before, const float* x, const float* ma
   const Vec top = simd::set1(max), shift = simd::set1(log_total);
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kTileIds) {
-    Sum sum;
+    TileSum sum;
     for_vectors(begin, n, [&](int64_t i, int lanes) {
       const Vec l = simd::sub(simd::sub(load_lanes(x + i, lanes), top), shift);
       store_lanes(keep + i, l, lanes);

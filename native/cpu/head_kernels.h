@@ -16,8 +16,8 @@ struct DenoiseStats;
 
 namespace dn::cpu {
 
-// A row of V logits is summed in tiles of this many ids, in double. Part of the meaning of a seed: the sums
-// of the tiles are the upper level of the inverse CDF.
+// A row of V logits is summed in tiles of this many ids, tiles together in double. Part of the meaning of a
+// seed: the sums of the tiles are the upper level of the inverse CDF.
 constexpr int64_t kTileIds = 256;
 
 static constexpr int64_t head_tiles(int64_t n) { return (n + kTileIds - 1) / kTileIds; }
@@ -27,7 +27,7 @@ static constexpr int64_t head_tiles(int64_t n) { return (n + kTileIds - 1) / kTi
 constexpr float kMinExponent = -87.0f;
 
 // Cuts that mass_above tries in one pass.
-constexpr int kCuts = 8;
+constexpr int kCuts = 4;
 
 // Every kernel works through x (n) tile by tile; results for a tile depend on nothing else.
 struct HeadKernels {
@@ -40,20 +40,26 @@ struct HeadKernels {
   void (*exponentiate)(float* mass, double* tile_mass, double* tile_moment, const float* x, float max,
                        float scale, int64_t n);
 
-  // mass[i] = 0 where x[i] < threshold; tile_mass[t] = sum of what is left.
-  void (*keep_above)(float* mass, double* tile_mass, const float* x, float threshold, int64_t n);
+  // tile_max below: the maxima of the tiles of x, which spare reading a tile that has nothing, or null.
+
+  // mass[i] = 0 where x[i] < threshold; tile_mass[t] = sum of what is left. A tile without any keeps its
+  // mass: its sum of zero is what counts.
+  void (*keep_above)(float* mass, double* tile_mass, const float* x, const float* tile_max, float threshold,
+                     int64_t n);
 
   // Copies (x[i], mass[i]) of every low <= x[i] < high to (values, masses), in order, and returns how many
   // there are; *above = mass of every x[i] >= high. May write 16 elements past the last. values may be x and
   // masses may be mass.
   int64_t (*collect)(float* values, float* masses, double* above, const float* x, const float* mass,
-                     float low, float high, int64_t n);
+                     const float* tile_max, float low, float high, int64_t n);
 
   // The least and the greatest of n >= 1 values.
   void (*bounds)(float* least, float* greatest, const float* x, int64_t n);
 
-  // sums[c] = mass of every x[i] >= cuts[c], to about 1e-6 of it (exact for masses 1).
-  void (*mass_above)(double* sums, const float* cuts, const float* x, const float* mass, int64_t n);
+  // sums[c] = mass of every x[i] >= cuts[c], to about 1e-6 of it (exact for masses 1). No cut is above the
+  // one before it.
+  void (*mass_above)(double* sums, const float* cuts, const float* x, const float* mass,
+                     const float* tile_max, int64_t n);
 
   // keep = (x - max) - log_total, log probabilities; returns the sum of mass * (keep - before) where mass >
   // 0, or 0 when before is null. x may hold -inf where mass is 0.
@@ -82,10 +88,21 @@ int64_t denoise_row(DenoiseStats* stats, float* watched, float* logits, const fl
 // Throws Error(kArgument) when the options of selected row r make no sense.
 void check_denoise_row(const DenoiseRow& row, int64_t r, int64_t V);
 
-// The smallest of n values (finite) whose strictly greater ones weigh at most `budget` together; ties stand
-// and fall together. With masses 1 and budget k - 1 that is the k-th largest. Overwrites values and masses,
-// which need room for 16 elements more. n >= 1.
-float select_threshold(float* values, float* masses, int64_t n, double budget, const HeadKernels& kernels);
+// Numbers x (n) with masses, of which some in [low, high] are looked for.
+struct Candidates {
+  const float* x;
+  const float* mass;
+  const float* tile_max;  // of x, or null
+  int64_t n;
+  float low;   // finite
+  float high;  // the greatest x
+};
+
+// The smallest candidate whose strictly greater ones weigh at most `budget` together; ties stand and fall
+// together. With masses 1 and budget k - 1 that is the k-th largest. There must be one. values and masses:
+// room for n + 16; they may be x and mass.
+float select_threshold(const Candidates& candidates, double budget, float* values, float* masses,
+                       const HeadKernels& kernels);
 
 // The id at quantile u of the masses: the first whose running sum exceeds u times the total. Never an id of
 // mass zero, for any u in [0, 1]; some mass must be positive.

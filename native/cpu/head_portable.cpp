@@ -41,7 +41,7 @@ void exponentiate(float* mass, double* tile_mass, double* tile_moment, const flo
   }
 }
 
-void keep_above(float* mass, double* tile_mass, const float* x, float threshold, int64_t n) {
+void keep_above(float* mass, double* tile_mass, const float* x, const float*, float threshold, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kTileIds) {
     const int64_t end = begin + kTileIds < n ? begin + kTileIds : n;
     double sum = 0;
@@ -53,8 +53,8 @@ void keep_above(float* mass, double* tile_mass, const float* x, float threshold,
   }
 }
 
-int64_t collect(float* values, float* masses, double* above, const float* x, const float* mass, float low,
-                float high, int64_t n) {
+int64_t collect(float* values, float* masses, double* above, const float* x, const float* mass, const float*,
+                float low, float high, int64_t n) {
   int64_t count = 0;
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -76,7 +76,7 @@ void bounds(float* least, float* greatest, const float* x, int64_t n) {
   }
 }
 
-void mass_above(double* sums, const float* cuts, const float* x, const float* mass, int64_t n) {
+void mass_above(double* sums, const float* cuts, const float* x, const float* mass, const float*, int64_t n) {
   for (int c = 0; c < kCuts; ++c) {
     sums[c] = 0;
     for (int64_t i = 0; i < n; ++i) sums[c] += x[i] >= cuts[c] ? static_cast<double>(mass[i]) : 0.0;

@@ -26,29 +26,40 @@ double sum_of(const double* x, int64_t n) {
 
 }  // namespace
 
-float select_threshold(float* values, float* masses, int64_t n, double budget, const HeadKernels& kernels) {
+float select_threshold(const Candidates& candidates, double budget, float* values, float* masses,
+                       const HeadKernels& kernels) {
+  const float infinity = std::numeric_limits<float>::infinity();
   double above = 0;  // mass of everything greater than the candidates
 
   // Many candidates: vector passes. The answer is >= a cut whose mass exceeds the budget and < a cut whose
   // mass does not; between two such cuts some value has mass, so the answer lies among those.
   constexpr int64_t kFew = 2048;
   constexpr int kPasses = 6;
-  for (int pass = 0; pass < kPasses && n > kFew; ++pass) {
-    float least, greatest;
-    kernels.bounds(&least, &greatest, values, n);
-    const double low = least, step = (static_cast<double>(greatest) - low) / (kCuts + 1);
+  Candidates left = candidates;
+  bool is_collected = false;
+  const auto keep = [&](float low, float high) {
+    double before = 0;
+    left.n = kernels.collect(values, masses, &before, left.x, left.mass, left.tile_max, low, high, left.n);
+    above += before;
+    left.x = values;
+    left.mass = masses;
+    left.tile_max = nullptr;
+    left.low = low;
+    left.high = std::min(left.high, high);
+    is_collected = true;
+  };
+  for (int pass = 0; pass < kPasses && left.n > kFew && left.low < left.high; ++pass) {
+    const double low = left.low, step = (static_cast<double>(left.high) - low) / (kCuts + 1);
     float cuts[kCuts];
     for (int c = 0; c < kCuts; ++c) cuts[c] = static_cast<float>(low + (kCuts - c) * step);
     double sums[kCuts];
-    kernels.mass_above(sums, cuts, values, masses, n);
+    kernels.mass_above(sums, cuts, left.x, left.mass, left.tile_max, left.n);
     const int64_t over =
         std::find_if(sums, sums + kCuts, [&](double sum) { return above + sum > budget; }) - sums;
-    if (over == kCuts) break;
-    double before = 0;
-    n = kernels.collect(values, masses, &before, values, masses, cuts[over],
-                        over > 0 ? cuts[over - 1] : std::numeric_limits<float>::infinity(), n);
-    above += before;
+    keep(over < kCuts ? cuts[over] : left.low, over > 0 ? cuts[over - 1] : infinity);
   }
+  if (!is_collected) keep(left.low, infinity);
+  int64_t n = left.n;
 
   // Few: a histogram over the range of the values finds the bucket that holds the answer; repeat inside it.
   // The greatest and the smallest value never share a bucket, so every round leaves fewer candidates; two or
@@ -168,7 +179,6 @@ float filter_threshold(const DenoiseRow& row, const float* logits, int64_t V, fl
   const float lowest_with_mass = logit_at(static_cast<double>(kMinExponent));
   const float infinity = std::numeric_limits<float>::infinity();
   float threshold = -infinity;
-  double unused = 0;
 
   if (row.top_p < 1) {
     const double total = sum_of(tile_mass, tiles);
@@ -180,8 +190,7 @@ float filter_threshold(const DenoiseRow& row, const float* logits, int64_t V, fl
       // nucleus.
       const double least = (1 - static_cast<double>(row.top_p)) * total / static_cast<double>(V);
       const float cutoff = std::max(lowest_with_mass, logit_at(std::log(least)));
-      const int64_t n = kernels.collect(values, masses, &unused, logits, mass, cutoff, infinity, V);
-      threshold = select_threshold(values, masses, n, budget, kernels);
+      threshold = select_threshold({logits, mass, tile_max, V, cutoff, max}, budget, values, masses, kernels);
     }
   }
   if (row.top_k > 0 && row.top_k < V) {
@@ -193,11 +202,13 @@ float filter_threshold(const DenoiseRow& row, const float* logits, int64_t V, fl
       std::nth_element(tile_order, tile_order + row.top_k - 1, tile_order + tiles, std::greater<float>());
       cutoff = std::max(cutoff, tile_order[row.top_k - 1]);
     }
-    const int64_t n = kernels.collect(values, masses, &unused, logits, mass, cutoff, infinity, V);
+    double unused = 0;
+    const int64_t n = kernels.collect(values, masses, &unused, logits, mass, tile_max, cutoff, infinity, V);
     if (n >= row.top_k) {
       std::fill(masses, masses + n, 1.0f);
-      threshold = std::max(threshold,
-                           select_threshold(values, masses, n, static_cast<double>(row.top_k - 1), kernels));
+      threshold =
+          std::max(threshold, select_threshold({values, masses, nullptr, n, cutoff, max},
+                                               static_cast<double>(row.top_k - 1), values, masses, kernels));
     }
   }
   return threshold;
@@ -271,7 +282,7 @@ int64_t denoise_row(DenoiseStats* stats, float* watched, float* logits, const fl
     }
     const float threshold = filter_threshold(row, logits, V, max, tile_max, mass, tile_mass, values, masses,
                                              reinterpret_cast<float*>(tile_moment), kernels);
-    if (threshold > minus_infinity) kernels.keep_above(mass, tile_mass, logits, threshold, V);
+    if (threshold > minus_infinity) kernels.keep_above(mass, tile_mass, logits, tile_max, threshold, V);
     drawn = draw_from(mass, tile_mass, V, uniform(row.seed, Stream::kDraw, row.step, row.position));
   }
   stats->drawn = static_cast<int32_t>(drawn);

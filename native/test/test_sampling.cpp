@@ -456,8 +456,9 @@ DN_TEST(sampling_select_threshold_matches_sorting) {
         }
         values.resize(values.size() + 16);
         masses.resize(masses.size() + 16);
-        CHECK(cpu::select_threshold(values.data(), masses.data(), n, budget, cpu::head_kernels(isa)) ==
-              expected);
+        CHECK(cpu::select_threshold(
+                  {values.data(), masses.data(), nullptr, n, sorted.back().value, sorted.front().value},
+                  budget, values.data(), masses.data(), cpu::head_kernels(isa)) == expected);
       }
     }
   }
