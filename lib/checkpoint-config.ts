@@ -140,7 +140,7 @@ function architectureNames(json: Json): string[] {
 }
 
 /** The id of the mask token that the tokenizer's files declare; undefined when they declare none. */
-export function declaredMaskId(directory: string, tokenizer: Tokenizer | undefined): number | undefined {
+export function declaredMaskId(directory: string, tokenizer: () => Tokenizer | undefined): number | undefined {
 	for (const name of ['tokenizer_config.json', 'special_tokens_map.json']) {
 		const path = join(directory, name);
 		const json = readJsonObject(path);
@@ -150,7 +150,7 @@ export function declaredMaskId(directory: string, tokenizer: Tokenizer | undefin
 		const listed = Object.entries((json?.['added_tokens_decoder'] ?? {}) as Json).find(
 			([, token]) => (token as Json | null)?.['content'] === content,
 		);
-		const id = listed ? Number(listed[0]) : tokenizer?.idOf(content);
+		const id = listed ? Number(listed[0]) : tokenizer()?.idOf(content);
 		if (id === undefined || !Number.isInteger(id)) {
 			throw new DiffusionNativeError(
 				'ERR_DN_CHECKPOINT',

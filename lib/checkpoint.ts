@@ -1,7 +1,7 @@
 /**
  * Reading a model directory: configuration, tokenizer, and the mapping from the tensors of its safetensors files to the
- * parameters of a model. Everything but the values is checked before a model is made; values go from the mapped files straight
- * into native memory.
+ * parameters of a model. Everything but the values and the tokenizer is checked before a model is made; values go from the
+ * mapped files straight into native memory.
  */
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
@@ -29,8 +29,12 @@ export interface LoadOptions {
 /** An opened model directory. Its files stay mapped until `load` has ended or `close` was called. */
 export interface Checkpoint {
 	readonly config: ModelConfig;
-	/** Undefined when the directory has none and GPT-2's does not fit. */
-	readonly tokenizer: Tokenizer | undefined;
+	/**
+	 * Reads the tokenizer, once: undefined when the directory has none and GPT-2's does not fit. It takes the JavaScript
+	 * thread about as long as the native threads need for the weights, so a loader calls it meanwhile.
+	 * @throws `ERR_DN_CHECKPOINT` when it is malformed or has more tokens than the embedding has rows.
+	 */
+	tokenizer(): Tokenizer | undefined;
 	/** Fills every parameter of a model made with `config`, then closes the files. Once. */
 	load(native: NativeModel, options?: LoadOptions): Promise<void>;
 	/** Unmaps the files; idempotent. */
@@ -74,12 +78,16 @@ export function openCheckpoint(directory: string, overrides: Partial<ModelConfig
 			overrides.vocab === undefined || overrides.vocab === vocab,
 			`config.vocab is ${String(overrides.vocab)}, but ${embedding.entry.name} in ${embedding.file.path} has ${vocab} rows`,
 		);
-		const tokenizer = findTokenizer(directory, vocab);
-		const config = decideConfig(declared, vocab, diffusion, declaredMaskId(directory, tokenizer), overrides);
+		let found: { tokenizer: Tokenizer | undefined } | undefined;
+		const anyTokenizer = (): Tokenizer | undefined => {
+			found ??= { tokenizer: findTokenizer(directory, vocab) };
+			return found.tokenizer;
+		};
+		const config = decideConfig(declared, vocab, diffusion, declaredMaskId(directory, anyTokenizer), overrides);
 		matchTensors(directory, tensors, config);
 		return {
 			config,
-			tokenizer: tokenizer?.forModel(vocab, config.maskId >= 0 ? [config.maskId] : []),
+			tokenizer: () => anyTokenizer()?.forModel(vocab, config.maskId >= 0 ? [config.maskId] : []),
 			close,
 			load: async (native, options = {}) => {
 				try {

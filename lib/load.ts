@@ -1,5 +1,6 @@
 /** From a directory or hub id to a loaded engine: find the files, open them, fill the weights, check the direction of attention. */
-import { openCheckpoint } from './checkpoint.js';
+import type { NativeModel } from './binding.js';
+import { type Checkpoint, type LoadOptions, openCheckpoint } from './checkpoint.js';
 import type { ModelConfig } from './config.js';
 import { type DeviceOptions, type OpenedEngine, openEngine } from './device.js';
 import type { Engine } from './engine.js';
@@ -45,13 +46,27 @@ export async function loadPretrained(
 	let opened: OpenedEngine | undefined;
 	try {
 		opened = openEngine(checkpoint.config, options);
-		await opened.engine.run((native) => checkpoint.load(native, { onProgress, signal }), signal);
+		const tokenizer = await opened.engine.run((native) => fill(native, checkpoint, { onProgress, signal }), signal);
 		await checkDirection(opened.engine, directory);
 		Object.assign(lengthExtras(opened.engine), readLengthFiles(directory, checkpoint.config.channels));
-		return { opened, tokenizer: checkpoint.tokenizer ?? null };
+		return { opened, tokenizer: tokenizer ?? null };
 	} catch (error) {
 		checkpoint.close();
 		await opened?.engine.dispose();
+		throw error;
+	}
+}
+
+/** Loads the weights and, while the native threads are at the first of them, the tokenizer. */
+async function fill(native: NativeModel, checkpoint: Checkpoint, options: LoadOptions): Promise<Tokenizer | undefined> {
+	const loading = checkpoint.load(native, options);
+	try {
+		const tokenizer = checkpoint.tokenizer();
+		await loading;
+		return tokenizer;
+	} catch (error) {
+		checkpoint.close(); // ends the loading at its next tensor
+		await loading.catch(() => undefined);
 		throw error;
 	}
 }
@@ -64,28 +79,29 @@ async function checkDirection(engine: Engine, directory: string): Promise<void> 
 	const { context, vocab, attention } = engine.config;
 	const T = Math.min(4, context);
 	if (T < 2 || vocab < 2) return;
-	const hidden = async (changed: number): Promise<Float32Array> => {
-		const ids = new Int32Array(T);
-		if (changed >= 0) ids[changed] = 1;
-		const batch = {
-			ids,
-			positions: Int32Array.from(ids, (_, i) => i),
-			offsets: Int32Array.of(0, T),
-			keyLengths: Int32Array.of(T),
-			caches: [null],
-			masks: [{ kind: attention === 'causal' ? ('causal' as const) : ('full' as const) }],
-			rows: null,
-		};
-		return engine.run((native) => native.forward(batch, 'hidden'));
+	// Three sequences of zeros: as they are, with another last token, with another first one.
+	const ids = new Int32Array(3 * T);
+	ids[2 * T - 1] = ids[2 * T] = 1;
+	const mask = { kind: attention === 'causal' ? ('causal' as const) : ('full' as const) };
+	const batch = {
+		ids,
+		positions: Int32Array.from(ids, (_, i) => i % T),
+		offsets: Int32Array.of(0, T, 2 * T, 3 * T),
+		keyLengths: Int32Array.of(T, T, T),
+		caches: [null, null, null],
+		masks: [mask, mask, mask],
+		rows: null,
 	};
-	const base = await hidden(-1);
+	const hidden = await engine.run((native) => native.forward(batch, 'hidden'));
 	const C = engine.config.channels;
-	const differs = (other: Float32Array, row: number): boolean => {
-		for (let i = row * C; i < (row + 1) * C; i++) if (base[i] !== other[i]) return true;
+	const differs = (sequence: number, row: number): boolean => {
+		const base = row * C,
+			other = (sequence * T + row) * C;
+		for (let i = 0; i < C; i++) if (hidden[base + i] !== hidden[other + i]) return true;
 		return false;
 	};
-	const backwards = differs(await hidden(T - 1), 0);
-	const forwards = differs(await hidden(0), T - 1);
+	const backwards = differs(1, 0);
+	const forwards = differs(2, T - 1);
 	if (attention === 'causal' ? backwards : forwards && !backwards) {
 		throw new DiffusionNativeError(
 			'ERR_DN_CHECKPOINT',

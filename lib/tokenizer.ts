@@ -48,32 +48,36 @@ export interface TokenDecoder {
 export class Tokenizer {
 	/** Largest id plus one, added tokens included. */
 	readonly vocabSize: number;
-	/**
-	 * SHA-256 (hex) of vocabulary and merges: equal for tokenizers that give the same ids to plain text. Tokens added beyond
-	 * the vocabulary (a mask token, say) change nothing.
-	 */
-	readonly fingerprint: string;
-
-	private readonly bpe: ByteBpe;
+	private readonly makeBpe: () => ByteBpe;
+	private madeBpe: ByteBpe | undefined;
 	private readonly vocab: ReadonlyMap<string, number>;
 	private readonly merges: readonly (readonly [string, string])[];
 	private readonly added: readonly AddedToken[];
 	private readonly specialIds: ReadonlySet<number>;
-	private readonly bytes: (Uint8Array | undefined)[] = [];
+	/** Entries of the vocabulary by id. */
+	private readonly tokens: string[] = [];
+	/** What ids stand for: of added tokens at once, of others since they were first asked for. */
+	private readonly bytes = new Map<number, Uint8Array>();
+	private digest: string | undefined;
 	private readonly ordinary: AddedTokenMatcher;
 	private readonly all: AddedTokenMatcher;
 	private readonly normalizer: Normalizer | null;
 	/** Null: the words of GPT-2, matched here. */
 	private readonly preTokenizer: PreTokenizer | null;
 
+	/**
+	 * @param known A file of ours with GPT-2's words: the `tokenizers` package need not read it, and its merges are looked
+	 * at when they are first used, which leaves a third of the time.
+	 */
 	private constructor(
 		private readonly json: string,
 		source: string,
+		known = false,
 	) {
-		let package_: PackageTokenizer;
+		let package_: PackageTokenizer | undefined;
 		let file: TokenizerFile;
 		try {
-			package_ = (require('tokenizers') as typeof import('tokenizers')).Tokenizer.fromString(json);
+			if (!known) package_ = (require('tokenizers') as typeof import('tokenizers')).Tokenizer.fromString(json);
 			file = JSON.parse(json) as TokenizerFile;
 		} catch (error) {
 			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${source}: not a tokenizer: ${reasonOf(error)}`, {
@@ -93,30 +97,43 @@ export class Tokenizer {
 		if (model.dropout) reject('the model drops merges at random');
 		if (!isByteLevel(file.pre_tokenizer)) reject('the pre-tokenizer is not byte-level');
 
-		this.vocab = new Map(Object.entries(model.vocab));
+		const vocab = new Map<string, number>();
+		for (const token of Object.keys(model.vocab)) vocab.set(token, model.vocab[token] as number);
+		this.vocab = vocab;
 		const merges = model.merges.map((merge): [string, string] => {
 			if (typeof merge !== 'string') return merge;
 			const space = merge.indexOf(' ');
 			return [merge.slice(0, space), merge.slice(space + 1)];
 		});
-		this.bpe = new ByteBpe(this.vocab, merges, model.ignore_merges === true, source);
-		for (const [token, id] of this.vocab) this.bytes[id] = fromByteChars(token) ?? new TextEncoder().encode(token);
+		this.makeBpe = () => new ByteBpe(this.vocab, merges, model.ignore_merges === true, source);
+		if (!known) this.madeBpe = this.makeBpe(); // refuses merges that do not fit
+		for (const [token, id] of this.vocab) this.tokens[id] = token;
 		// An added token that is in the vocabulary has its id there, whatever the list says, as in Hugging Face's tokenizers.
 		this.added = (file.added_tokens ?? []).map((token) => ({
 			...token,
 			id: this.vocab.get(token.content) ?? token.id,
 		}));
+		let size = this.tokens.length;
 		for (const { id, content } of this.added) {
-			if (!this.vocab.has(content)) this.bytes[id] = new TextEncoder().encode(content);
+			if (!this.vocab.has(content)) this.bytes.set(id, new TextEncoder().encode(content));
+			size = Math.max(size, id + 1);
 		}
+		this.vocabSize = size;
 		this.specialIds = new Set(this.added.filter((token) => token.special).map((token) => token.id));
-		this.vocabSize = this.bytes.length;
-		this.normalizer = package_.getNormalizer();
-		this.preTokenizer = isGpt2Words(file.pre_tokenizer) ? null : package_.getPreTokenizer();
+		this.normalizer = package_?.getNormalizer() ?? null;
+		this.preTokenizer = isGpt2Words(file.pre_tokenizer) ? null : (package_?.getPreTokenizer() ?? null);
 		this.ordinary = new AddedTokenMatcher(this.added.filter((token) => !token.special));
 		this.all = new AddedTokenMatcher(this.added);
 		this.merges = merges;
-		this.fingerprint = sha256([this.entries(), merges]);
+	}
+
+	/**
+	 * SHA-256 (hex) of vocabulary and merges: equal for tokenizers that give the same ids to plain text. Tokens added beyond
+	 * the vocabulary (a mask token, say) change nothing.
+	 */
+	get fingerprint(): string {
+		this.digest ??= sha256([this.entries(), this.merges]);
+		return this.digest;
 	}
 
 	/**
@@ -124,9 +141,7 @@ export class Tokenizer {
 	 * @throws `ERR_DN_CHECKPOINT` when it is missing, malformed or not byte-level BPE.
 	 */
 	static fromFile(path: string): Tokenizer {
-		const text = readText(path);
-		if (text === undefined) throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path}: no such file`);
-		return new Tokenizer(text, path);
+		return new Tokenizer(textOf(path), path);
 	}
 
 	/** Parses the text of a `tokenizer.json`. */
@@ -175,7 +190,10 @@ export class Tokenizer {
 
 	/** GPT-2's own tokenizer, 50257 tokens, from the package. Read once per thread. */
 	static gpt2(): Tokenizer {
-		packaged ??= Tokenizer.fromFile(join(packageRoot(), 'assets', 'gpt2', 'tokenizer.json'));
+		if (!packaged) {
+			const path = join(packageRoot(), 'assets', 'gpt2', 'tokenizer.json');
+			packaged = new Tokenizer(textOf(path), path, true);
+		}
 		return packaged;
 	}
 
@@ -257,11 +275,13 @@ export class Tokenizer {
 	}
 
 	private encodePlain(text: string, out: number[]): void {
+		this.madeBpe ??= this.makeBpe();
+		const bpe = this.madeBpe;
 		if (this.preTokenizer) {
-			for (const [word] of this.preTokenizer.preTokenizeString(text)) this.bpe.encodeByteChars(word, out);
+			for (const [word] of this.preTokenizer.preTokenizeString(text)) bpe.encodeByteChars(word, out);
 			return;
 		}
-		for (const match of text.matchAll(gpt2Words)) this.bpe.encodeText(match[0], out);
+		for (const match of text.matchAll(gpt2Words)) bpe.encodeText(match[0], out);
 	}
 
 	/**
@@ -282,7 +302,7 @@ export class Tokenizer {
 		let length = 0;
 		for (let i = 0; i < ids.length; i++) {
 			const id = ids[i] as number;
-			const bytes = this.bytes[id];
+			const bytes = this.bytesOf(id);
 			if (!bytes) {
 				throw new DiffusionNativeError(
 					'ERR_DN_ARGUMENT',
@@ -300,6 +320,16 @@ export class Tokenizer {
 			at += part.length;
 		}
 		return out;
+	}
+
+	private bytesOf(id: number): Uint8Array | undefined {
+		const known = this.bytes.get(id);
+		if (known) return known;
+		const token = this.tokens[id];
+		if (token === undefined) return undefined;
+		const bytes = fromByteChars(token) ?? new TextEncoder().encode(token);
+		this.bytes.set(id, bytes);
+		return bytes;
 	}
 
 	/** A decoder for ids that arrive piece by piece. */
@@ -327,6 +357,12 @@ export class Tokenizer {
 }
 
 let packaged: Tokenizer | undefined;
+
+function textOf(path: string): string {
+	const text = readText(path);
+	if (text === undefined) throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path}: no such file`);
+	return text;
+}
 
 interface TokenizerFile {
 	added_tokens?: AddedToken[];

@@ -12,7 +12,7 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import test from 'ava';
-import { DiffusionNativeError, type ModelConfig, Tokenizer } from 'diffusion-native';
+import { DiffuGPT, DiffusionNativeError, type LoadProgress, type ModelConfig, Tokenizer } from 'diffusion-native';
 
 import { binding, type NativeModel } from '../lib/binding.js';
 import { openCheckpoint } from '../lib/checkpoint.js';
@@ -72,7 +72,15 @@ function refuses(
 	message: RegExp,
 	overrides: Partial<ModelConfig> = {},
 ): void {
-	const error = t.throws(() => openCheckpoint(directory, overrides).close(), { instanceOf: DiffusionNativeError });
+	const open = (): void => {
+		const checkpoint = openCheckpoint(directory, overrides);
+		try {
+			checkpoint.tokenizer();
+		} finally {
+			checkpoint.close();
+		}
+	};
+	const error = t.throws(open, { instanceOf: DiffusionNativeError });
 	t.is(error?.code, 'ERR_DN_CHECKPOINT');
 	t.regex(error?.message ?? '', message);
 	t.true(error?.message.includes(directory), `the message names the directory: ${error?.message}`);
@@ -314,10 +322,10 @@ test('the tokenizer is the directory’s, else GPT-2’s when it fits, else none
 	const chars = Array.from({ length: 67 }, (_, i) => [String.fromCharCode(i < 60 ? 33 + i : 0x100 + i), i] as const);
 	const vocab = Object.fromEntries(chars);
 	const own = openCheckpoint(model(undefined, tinyConfig, { 'vocab.json': vocab, 'merges.txt': '#version: 0.2\n' }));
-	t.deepEqual([...(own.tokenizer?.encode('"!') ?? [])], [1, 0]);
+	t.deepEqual([...(own.tokenizer()?.encode('"!') ?? [])], [1, 0]);
 	own.close();
 	const none = openCheckpoint(model());
-	t.is(none.tokenizer, undefined);
+	t.is(none.tokenizer(), undefined);
 	none.close();
 	refuses(
 		t,
@@ -326,6 +334,21 @@ test('the tokenizer is the directory’s, else GPT-2’s when it fits, else none
 	);
 	refuses(t, model(undefined, tinyConfig, { 'vocab.json': vocab }), /no merges\.txt/);
 	refuses(t, model(undefined, tinyConfig, { 'tokenizer.json': '{}' }), /tokenizer\.json: not a tokenizer/);
+});
+
+test('a tokenizer that is refused while the weights load leaves nothing behind', async (t) => {
+	const directory = model(undefined, tinyConfig, { 'tokenizer.json': '{}' });
+	const events: number[] = [];
+	const onProgress = (event: LoadProgress): void => {
+		if (event.status === 'load') events.push(event.loaded);
+	};
+	const loading = DiffuGPT.fromPretrained(directory, { device: 'cpu', onProgress });
+	await t.throwsAsync(loading, { code: 'ERR_DN_CHECKPOINT', message: /tokenizer\.json: not a tokenizer/ });
+	const parameters = gpt2Values().size;
+	t.true(events.length < parameters, `${events.length} of ${parameters} tensors were loaded after the refusal`);
+	const seen = events.length;
+	await new Promise((resolve) => setTimeout(resolve, 20));
+	t.is(events.length, seen, 'nothing goes on loading');
 });
 
 test('loading reports its progress and stops when aborted', async (t) => {
@@ -449,15 +472,15 @@ test('the tokenizer is saved with the model and comes back equal', async (t) => 
 		eos_token_id: 50256,
 	});
 	const source = openCheckpoint(directory);
-	t.is(source.tokenizer, Tokenizer.gpt2());
+	t.is(source.tokenizer(), Tokenizer.gpt2());
 	const native = make(source.config);
 	await source.load(native);
 	const target = fresh();
-	await saveCheckpoint(target, { native, config: source.config, tokenizer: source.tokenizer });
+	await saveCheckpoint(target, { native, config: source.config, tokenizer: source.tokenizer() });
 	const again = openCheckpoint(target);
 	again.close();
 	t.deepEqual(again.config, source.config);
-	t.is(again.tokenizer?.fingerprint, Tokenizer.gpt2().fingerprint);
+	t.is(again.tokenizer()?.fingerprint, Tokenizer.gpt2().fingerprint);
 	t.like(JSON.parse(readFileSync(join(target, 'tokenizer_config.json'), 'utf8')), { eos_token: '<|endoftext|>' });
 	native.dispose();
 });
