@@ -21,13 +21,14 @@ export function toyPairs(count: number, seed: bigint): ToyPair[] {
 	});
 }
 
-/** Trains for a few seconds. */
-export async function toyLengthModel(steps = 700): Promise<DiffuGPT> {
+/** Trains for a few seconds, with a rate that falls: at a constant one, the last step decides which prompts are known. */
+export async function toyLengthModel(steps = 800): Promise<DiffuGPT> {
 	const model = await DiffuGPT.fromConfig(
 		{ layers: 2, heads: 2, channels: 32, vocab: 16, context: 24, maskId: 15, eosId: 0 },
 		{ seed: 4, device: 'cpu' },
 	);
-	await using trainer = new Trainer(model, { learningRate: 4e-3, weightDecay: 0, seed: 1 });
+	const learningRate = { kind: 'cosine', peak: 4e-3, steps } as const;
+	await using trainer = new Trainer(model, { learningRate, weightDecay: 0, seed: 1 });
 	for (let step = 0; step < steps; step++) {
 		const pairs = toyPairs(32, BigInt(1000 + step));
 		const tokens = pairs.map(({ prompt, answer }, i) => {
