@@ -143,7 +143,7 @@ async function suspect(model: DiffuGPT, options: GenerateOptions, expected: Floa
 	let p = 1;
 	const counts = await draw(model, draws, options, (some) => {
 		p = some.some((n) => n > 0) ? chiSquare(some, expected) : 1;
-		return p < 1e-12;
+		return p < 1e-8;
 	});
 	return Math.min(p, chiSquare(counts, expected));
 }

@@ -10,6 +10,13 @@
 
 namespace dn::test {
 
+// Sanitizers look for memory errors and slow a test down twenty times: what only adds cases is left out.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 struct Test {
   const char* name;
   void (*run)();

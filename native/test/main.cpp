@@ -1,17 +1,27 @@
-// Runs the registered tests, or those whose name contains one of the arguments. Ends with "N passed, N
+// Runs the registered tests, or those whose name contains one of the arguments. --shard K/N, first: only
+// every N-th of them, from the K-th on (1 .. N), so that N processes share the work. Ends with "N passed, N
 // failed".
 
+#include <cstdio>
 #include <cstring>
 #include <exception>
 
 #include "test/check.h"
 
 int main(int argc, char** argv) {
-  int passed = 0, failed = 0;
+  int shard = 1, shards = 1, first = 1;
+  if (argc > 2 && std::strcmp(argv[1], "--shard") == 0) {
+    if (std::sscanf(argv[2], "%d/%d", &shard, &shards) != 2 || shard < 1 || shard > shards) {
+      std::fprintf(stderr, "--shard is %s, expected K/N with 1 <= K <= N\n", argv[2]);
+      return 2;
+    }
+    first = 3;
+  }
+  int passed = 0, failed = 0, index = 0;
   for (const auto& test : dn::test::registry()) {
-    bool wanted = argc == 1;
-    for (int i = 1; i < argc; ++i) wanted = wanted || std::strstr(test.name, argv[i]) != nullptr;
-    if (!wanted) continue;
+    bool wanted = argc == first;
+    for (int i = first; i < argc; ++i) wanted = wanted || std::strstr(test.name, argv[i]) != nullptr;
+    if (!wanted || index++ % shards != shard - 1) continue;
     dn::test::failures() = 0;
     try {
       test.run();
