@@ -56,7 +56,8 @@ float select_threshold(const Candidates& candidates, double budget, float* value
     kernels.mass_above(sums, cuts, left.x, left.mass, left.tile_max, left.n);
     const int64_t over =
         std::find_if(sums, sums + kCuts, [&](double sum) { return above + sum > budget; }) - sums;
-    keep(over < kCuts ? cuts[over] : left.low, over > 0 ? cuts[over - 1] : infinity);
+    if (over == kCuts) break;  // below the last cut there may be nothing
+    keep(cuts[over], over > 0 ? cuts[over - 1] : infinity);
   }
   if (!is_collected) keep(left.low, infinity);
   int64_t n = left.n;

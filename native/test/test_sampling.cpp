@@ -464,6 +464,21 @@ DN_TEST(sampling_select_threshold_matches_sorting) {
   }
 }
 
+// A budget that nothing exceeds, and a lower bound that is far below every value: the answer is the least
+// one.
+DN_TEST(sampling_select_threshold_with_room_below) {
+  const int64_t n = 5000;
+  for (const Isa isa : instruction_sets()) {
+    std::vector<float> x, mass(static_cast<size_t>(n), 1.0f), values(static_cast<size_t>(n) + 16, -7.0f),
+        masses(static_cast<size_t>(n) + 16, -7.0f);
+    for (int64_t i = 0; i < n; ++i) x.push_back(3 + static_cast<float>(i * 37 % n) / static_cast<float>(n));
+    for (const double budget : {5000.0, 6000.0}) {
+      CHECK(cpu::select_threshold({x.data(), mass.data(), nullptr, n, -40, 4}, budget, values.data(),
+                                  masses.data(), cpu::head_kernels(isa)) == 3.0f);
+    }
+  }
+}
+
 // At the size of a real vocabulary the kernels and the formulas must agree on the kept set: the draws of many
 // positions reach both ends of it.
 DN_TEST(sampling_filters_at_full_vocabulary) {
