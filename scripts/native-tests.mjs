@@ -38,15 +38,26 @@ const env = {
 	...(values.isa ? { DN_ISA: values.isa } : {}),
 	UBSAN_OPTIONS: 'print_stacktrace=1',
 };
+const program = `./${folder}/dn_tests`;
 const shards = availableParallelism();
-const ended = await Promise.all(
+const seen = new Set();
+const statuses = await Promise.all(
 	Array.from({ length: shards }, async (_, i) => {
 		const args = ['--shard', `${i + 1}/${shards}`, ...positionals];
-		const [status] = await once(spawn(`./${folder}/dn_tests`, args, { cwd: root, stdio: 'inherit', env }), 'exit');
+		const child = spawn(program, args, { cwd: root, stdio: ['inherit', 'pipe', 'inherit'], env });
+		let output = '';
+		child.stdout.on('data', (text) => {
+			output += text;
+			process.stdout.write(text);
+		});
+		const [status] = await once(child, 'close');
+		for (const [, name] of output.matchAll(/^(?:ok|FAIL) +(\w+)$/gm)) seen.add(name);
 		return status ?? 1;
 	}),
 );
-if (ended.some((status) => status !== 0)) process.exit(1);
+const wanted = Number(spawnSync(program, ['--count', ...positionals], { cwd: root }).stdout);
+console.log(`${seen.size} of ${wanted} tests ran, in ${shards} processes`);
+if (seen.size !== wanted || statuses.some((status) => status !== 0)) process.exit(1);
 // The CUDA kernels on the emulator, once: they have no instruction sets, and their fibers confuse the sanitizers.
 if (!values.asan && !values.isa && existsSync(`${root}/${folder}/dn_cuda_emulator`)) {
 	run(`./${folder}/dn_cuda_emulator`, positionals);

@@ -3,6 +3,7 @@
 // internal linkage.
 
 #include "cpu/gemm_kernels.h"
+#include "cpu/simd.inl"
 
 // GCC 12 takes the deliberately undefined operands inside its own intrinsics for mistakes.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -52,21 +53,13 @@ __attribute__((always_inline)) inline void transpose_16x16(__m512i* x) {
 }
 
 // tanh form: 0.5 u (1 + tanh z) = u / (1 + exp(-2z)), z = sqrt(2/pi) (u + 0.044715 u^3). The exponential is
-// taken in base 2, 2^x = 2^n 2^r with n = round(x), |r| <= 1/2, by a minimax polynomial of degree 5 (within
-// 1.5 ulp). NaN stays.
+// taken in base 2. NaN stays.
 __m512 gelu_lanes(__m512 u) {
-  const __m512 round = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const __m512 slope =
       _mm512_fmadd_ps(_mm512_mul_ps(u, u), _mm512_set1_ps(-0.102943240f), _mm512_set1_ps(-2.30220819f));
   const __m512 x = _mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_mul_ps(u, slope));  // NaN: the second
-  const __m512 n = _mm512_sub_ps(_mm512_add_ps(x, round), round), r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(1.32647273e-3f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.67151279e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55073374e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40222421e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93146978e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p, n));
+  const simd::ExpParts e = simd::exp2_parts(x);
+  const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(e.fraction, e.n));
   // A reciprocal from 14 bits and a Newton step, half the time of a division; it wants a normal result, and
   // beyond 126 the quotient is nothing.
   const __m512 rough = _mm512_rcp14_ps(below);

@@ -205,7 +205,7 @@ inline void store_n(float* p, Vec v, int n) { store(p, v, first_lanes(n)); }
 
 // e^x = 2^n e^r with x = n ln 2 + r; e^r = 1 + r + r^2 P(r) with a minimax P. For |x| < 2^20.
 struct ExpParts {
-  Vec fraction;  // e^r
+  Vec fraction;  // e^r, or 2^r
   Vec shifted;   // n + kRound: n is also in its low mantissa bits
   Vec n;
 };
@@ -249,28 +249,34 @@ inline Vec softmax_exp(Vec x) {
 #endif
 }
 
-// 2^x for x < 128 or NaN within 1.5 ulp, for the probabilities of a softmax: exactly 1 at 0, and 0 where the
-// result would be subnormal. |r| <= 1/2 and a minimax polynomial of degree 5 for 2^r.
-inline Vec softmax_exp2(Vec x) {
-  const Vec least = set1(-126.0f);
-#if defined(__AVX512F__)
-  const Mask on = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
-#else
-  const Vec below = less(x, least);
-  x = max(least, x);  // in this order NaN passes through
-#endif
-  const Vec shifted = add(x, set1(kRound)), n = sub(shifted, set1(kRound)), r = sub(x, n);
+// 2^x = 2^n 2^r with n = round(x), |r| <= 1/2: within 1.5 ulp, exactly 1 at 0. 2^r by a minimax polynomial of
+// degree 5.
+inline ExpParts exp2_parts(Vec x) {
+  ExpParts e;
+  e.shifted = add(x, set1(kRound));
+  e.n = sub(e.shifted, set1(kRound));
+  const Vec r = sub(x, e.n);
   Vec p = set1(1.32647273e-3f);
   p = fma(p, r, set1(9.67151279e-3f));
   p = fma(p, r, set1(5.55073374e-2f));
   p = fma(p, r, set1(2.40222421e-1f));
   p = fma(p, r, set1(6.93146978e-1f));
-  p = fma(p, r, set1(1.0f));
+  e.fraction = fma(p, r, set1(1.0f));
+  return e;
+}
+
+// 2^x for x < 128 or NaN, for the probabilities of a softmax: 0 where the result would be subnormal.
+inline Vec softmax_exp2(Vec x) {
+  const Vec least = set1(-126.0f);
 #if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(on, p, n);
+  const Mask on = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
+  const ExpParts e = exp2_parts(x);
+  return _mm512_maskz_scalef_ps(on, e.fraction, e.n);
 #else
-  const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-  return _mm256_andnot_ps(below, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)));
+  const ExpParts e = exp2_parts(max(least, x));  // in this order NaN passes through
+  const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(e.shifted), 23);
+  const Vec scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(e.fraction), power));
+  return _mm256_andnot_ps(less(x, least), scaled);
 #endif
 }
 

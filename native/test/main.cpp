@@ -1,6 +1,6 @@
 // Runs the registered tests, or those whose name contains one of the arguments. --shard K/N, first: only
-// every N-th of them, from the K-th on (1 .. N), so that N processes share the work. Ends with "N passed, N
-// failed".
+// every N-th of them, from the K-th on (1 .. N), so that N processes share the work. --count, first:
+// prints how many there are and runs none. Ends with "N passed, N failed".
 
 #include <cstdio>
 #include <cstring>
@@ -17,11 +17,14 @@ int main(int argc, char** argv) {
     }
     first = 3;
   }
-  int passed = 0, failed = 0, index = 0;
+  const bool count_only = argc > 1 && std::strcmp(argv[1], "--count") == 0;
+  if (count_only) first = 2;
+  int passed = 0, failed = 0, index = 0, found = 0;
   for (const auto& test : dn::test::registry()) {
     bool wanted = argc == first;
     for (int i = first; i < argc; ++i) wanted = wanted || std::strstr(test.name, argv[i]) != nullptr;
-    if (!wanted || index++ % shards != shard - 1) continue;
+    found += wanted;
+    if (!wanted || count_only || index++ % shards != shard - 1) continue;
     dn::test::failures() = 0;
     try {
       test.run();
@@ -32,6 +35,10 @@ int main(int argc, char** argv) {
     std::printf("%s %s\n", count == 0 ? "ok  " : "FAIL", test.name);
     std::fflush(stdout);
     count == 0 ? ++passed : ++failed;
+  }
+  if (count_only) {
+    std::printf("%d\n", found);
+    return 0;
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
