@@ -50,7 +50,8 @@
     "cpu_amx_sources": [
       "native/cpu/gemm_bf16_amx.cpp",
       "native/cpu/gemm_bf16_avx512.cpp",
-      "native/cpu/gemm_int8_amx.cpp"
+      "native/cpu/gemm_int8_amx.cpp",
+      "native/cpu/gemm_split_rows.cpp"
     ],
     "addon_sources": [
       "native/addon/addon.cpp",
@@ -136,6 +137,7 @@
       "native/test/test_safetensors.cpp",
       "native/test/test_sampling.cpp",
       "native/test/test_scratch.cpp",
+      "native/test/test_split.cpp",
       "native/test/test_thread_pool.cpp",
       "native/test/test_training.cpp"
     ]

@@ -410,8 +410,9 @@ float* gemm_scratch(int64_t floats) {
 void gemm(const Cpu& cpu, const GemmProduct& p, MatmulPrecision precision) {
   if (p.M <= 0 || p.N <= 0) return;
   if (p.K <= 0) return gemm_empty(p, gemm_kernels(cpu.isa));
-  if (precision == MatmulPrecision::kBF16 && bf16_kernels(cpu.isa)) return gemm_bf16(cpu, p);
-  gemm_fp32(cpu, p);
+  const Bf16Kernels* tiles = precision == MatmulPrecision::kBF16 ? bf16_kernels(cpu.isa) : nullptr;
+  if (!tiles) tiles = split_kernels(cpu.isa);
+  tiles ? gemm_bf16(cpu, p, *tiles) : gemm_fp32(cpu, p);
 }
 
 void gemm_nn(const Cpu& cpu, float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,

@@ -1,8 +1,8 @@
-// The bf16 matrix product on AMX or AVX512_BF16: operands are rounded to bf16 as they are packed into tiles.
-// A segment of the reduction at a time, B is packed once for all rows and A in chunks of rows that stay in L2
-// while they meet every column. An element is one chain over the reduction, a segment continuing where the
-// last one stored; rows past the end are zero rows of a tile, so a row's numbers never depend on its
-// neighbours.
+// The matrix product on bf16 tiles, in bf16 or, with numbers of three parts, in fp32. A block of the reduction
+// of one panel of B is packed into the thread's L2 and met with all rows of a chunk, whose packed A stays
+// there too; while it is met the next one is packed. An element is one chain over the reduction, a block
+// continuing where the last one stored, and rows past the end are zero rows of a tile: an element depends on
+// its row of A and its column of B only.
 
 #include <algorithm>
 
@@ -13,120 +13,177 @@
 namespace dn::cpu {
 namespace {
 
-constexpr int64_t kWholeDepth = 4096;                  // reductions up to here are one segment
-constexpr int64_t kSegment = 1024;                     // of longer ones
-constexpr int64_t kPackedB = int64_t{8} << 20;         // numbers of B packed at a time: 16 MB
-constexpr int64_t kPackedA = int64_t{512} << 10;       // numbers of A packed at a time for each thread: 1 MB
-constexpr int64_t kGroupNumbers = int64_t{256} << 10;  // of B that a task meets rows with: 512 KB, in L2
-constexpr int64_t kPackAlone =
-    32768;  // fewer numbers are packed by the caller: a parallel region would cost more
-constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kBlockBytes = 4608;              // of a row in a block of the reduction
+constexpr int64_t kPackedA = 128 * kBlockBytes;    // bytes of packed A that a thread meets a panel with
+constexpr int64_t kOwnRows = 64;                   // that a thread wants for itself
+constexpr int64_t kPlainPanels = 2;                // of a plain B that are packed at a time: whole cache lines
+constexpr int64_t kPackAlone = 32768;              // fewer numbers of A are packed by the caller alone
+constexpr int64_t kAnyPanels = int64_t{1} << 32;   // of a group
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows [m, m + rows) times columns [n, n + cols) over [k, k + depth) of the reduction. Packed A: [strip of 16
-// rows] [step] tiles; packed B: [panel][step][half] tiles.
-struct Block {
+// Rows [m, m + rows) over the segment [k, k + depth) of the reduction, which is cut into blocks of
+// block_depth. Packed A: [block][strip of 16 rows][step][part] tiles.
+struct Chunk {
   const GemmProduct& p;
   const Bf16Kernels& kernels;
-  int64_t k, depth;
-  int64_t n, cols;
+  int64_t k, depth, block_depth;
   int64_t m, rows;
   uint16_t* a;
-  uint16_t* b;
 
-  int64_t steps() const { return ceil_div(depth, kBf16Step); }
+  int64_t blocks() const { return ceil_div(depth, block_depth); }
+  int64_t depth_of(int64_t block) const { return std::min(block_depth, depth - block * block_depth); }
+  int64_t steps(int64_t block) const { return ceil_div(depth_of(block), kBf16Step); }
   int64_t strips() const { return ceil_div(rows, kBf16Rows); }
-  int64_t panels() const { return ceil_div(cols, kGemmPanel); }
-  uint16_t* strip(int64_t index) const { return a + index * steps() * kBf16Tile; }
-  uint16_t* panel(int64_t index) const { return b + index * steps() * 2 * kBf16Tile; }
+  int64_t a_tile() const { return kernels.parts * kBf16Tile; }
+  int64_t b_tiles() const { return kernels.parts * 2 * kBf16Tile; }
+  uint16_t* strip(int64_t block, int64_t index) const {
+    return a + (block * (block_depth / kBf16Step) * strips() + index * steps(block)) * a_tile();
+  }
+  bool is_last(int64_t block) const { return k + depth == p.K && block + 1 == blocks(); }
 };
 
-// The unit of packing: what lies together in memory. One strip, panel half or, where rows of the operand run
-// across the reduction, one step of all strips or halves.
-int64_t pack_a_tasks(const Block& x) {
-  return x.p.a_layout == GemmLayout::kTransposed ? x.steps() : x.strips();
+// The unit of packing A: a strip of a block or, where rows of A run across the reduction, one step of all
+// strips.
+int64_t pack_a_tasks(const Chunk& x) {
+  return x.p.a_layout == GemmLayout::kTransposed ? ceil_div(x.depth, kBf16Step) : x.strips() * x.blocks();
 }
 
-void pack_a(const Block& x, int64_t task) {
+void pack_a(const Chunk& x, int64_t task) {
   const GemmProduct& p = x.p;
   if (p.a_layout == GemmLayout::kTransposed) {
-    const int64_t d = task * kBf16Step, depth = std::min(kBf16Step, x.depth - d);
+    const int64_t d = task * kBf16Step, block = d / x.block_depth;
+    const int64_t offset = (d - block * x.block_depth) / kBf16Step * x.a_tile();
     const float* const src = p.a + (x.k + d) * p.a_stride + x.m;
     for (int64_t s = 0; s < x.strips(); ++s) {
-      const int64_t count = std::min(kBf16Rows, x.rows - s * kBf16Rows);
-      x.kernels.pack_columns(x.strip(s) + task * kBf16Tile, kBf16Tile, src + s * kBf16Rows, p.a_stride, count,
-                             depth, true);
+      x.kernels.pack_columns(x.strip(block, s) + offset, kBf16Tile, src + s * kBf16Rows, p.a_stride,
+                             std::min(kBf16Rows, x.rows - s * kBf16Rows), std::min(kBf16Step, x.depth - d),
+                             true);
     }
     return;
   }
-  const int64_t m = x.m + task * kBf16Rows, count = std::min(kBf16Rows, x.m + x.rows - m);
+  const int64_t block = task / x.strips(), strip = task % x.strips();
+  const int64_t m = x.m + strip * kBf16Rows, count = std::min(kBf16Rows, x.m + x.rows - m);
   const float* rows[kBf16Rows] = {};
   for (int64_t r = 0; r < count; ++r)
-    rows[r] = (p.a_rows ? p.a_rows[m + r] : p.a + (m + r) * p.a_stride) + x.k;
-  x.kernels.pack_rows(x.strip(task), kBf16Tile, rows, count, x.depth, false);
+    rows[r] = (p.a_rows ? p.a_rows[m + r] : p.a + (m + r) * p.a_stride) + x.k + block * x.block_depth;
+  x.kernels.pack_rows(x.strip(block, strip), kBf16Tile, rows, count, x.depth_of(block), false);
 }
 
-int64_t pack_b_tasks(const Block& x) {
-  return x.p.b_layout == GemmLayout::kPlain ? x.steps() : 2 * x.panels();
-}
-
-void pack_b(const Block& x, int64_t task) {
+// [k, k + depth) of panel n / kGemmPanel.
+void pack_b(const Chunk& x, int64_t panel, int64_t k, int64_t depth, uint16_t* dst) {
   const GemmProduct& p = x.p;
-  const auto columns_of = [&](int64_t half) { return std::clamp<int64_t>(x.cols - half * 16, 0, 16); };
-  if (p.b_layout == GemmLayout::kPlain) {
-    const int64_t d = task * kBf16Step, depth = std::min(kBf16Step, x.depth - d);
-    const float* const src = p.b + (x.k + d) * p.b_stride + x.n;
-    for (int64_t half = 0; half < 2 * x.panels(); ++half) {
-      uint16_t* const dst = x.panel(half / 2) + (2 * task + half % 2) * kBf16Tile;
-      x.kernels.pack_columns(dst, 2 * kBf16Tile, src + half * 16, p.b_stride, columns_of(half), depth, false);
+  for (int64_t half = 0; half < 2; ++half, dst += kBf16Tile) {
+    const int64_t n = panel * kGemmPanel + half * 16, count = std::clamp<int64_t>(p.N - n, 0, 16);
+    if (p.b_layout == GemmLayout::kTransposed) {
+      const float* rows[16] = {};
+      for (int64_t i = 0; i < count; ++i) rows[i] = p.b + (n + i) * p.b_stride + k;
+      x.kernels.pack_rows(dst, 2 * kBf16Tile, rows, count, depth, true);
+    } else if (p.b_layout == GemmLayout::kPlain) {
+      x.kernels.pack_columns(dst, 2 * kBf16Tile, p.b + k * p.b_stride + n, p.b_stride, count, depth, false);
+    } else {
+      x.kernels.pack_columns(dst, 2 * kBf16Tile, p.b + (panel * p.K + k) * kGemmPanel + half * 16, kGemmPanel,
+                             16, depth, false);
     }
-    return;
   }
-  uint16_t* const dst = x.panel(task / 2) + task % 2 * kBf16Tile;
-  if (p.b_layout == GemmLayout::kPanels) {
-    const float* const src = p.b + ((x.n / kGemmPanel + task / 2) * p.K + x.k) * kGemmPanel + task % 2 * 16;
-    x.kernels.pack_columns(dst, 2 * kBf16Tile, src, kGemmPanel, 16, x.depth, false);
-    return;
-  }
-  const int64_t count = columns_of(task);
-  const float* rows[16] = {};
-  for (int64_t i = 0; i < count; ++i) rows[i] = p.b + (x.n + task * 16 + i) * p.b_stride + x.k;
-  x.kernels.pack_rows(dst, 2 * kBf16Tile, rows, count, x.depth, true);
 }
 
-// Strips [strip_begin, strip_end), two at a time, against panels [panel_begin, panel_end): along the rows of
-// C.
-void multiply(const Block& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
-              int64_t panel_end) {
+// Strips [strip_begin, strip_end), two at a time, against a block of a panel, packed in b.
+void multiply_panel(const Chunk& x, int64_t strip_begin, int64_t strip_end, int64_t panel, int64_t block,
+                    const uint16_t* b, PanelPack* next) {
   const GemmProduct& p = x.p;
-  const bool finish = x.k + x.depth == p.K && has_finish(p);
+  const bool finish = x.is_last(block) && has_finish(p);
+  const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
+  const int64_t share = ceil_div(next->pairs, ceil_div(strip_end - strip_begin, 2));
   for (int64_t s = strip_begin; s < strip_end; s += 2) {
     const bool two = s + 1 < strip_end;
     const int64_t m = x.m + s * kBf16Rows;
     const int64_t rows = std::min(two ? 2 * kBf16Rows : kBf16Rows, x.m + x.rows - m);
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      const int64_t n = x.n + panel * kGemmPanel, cols = std::min(kGemmPanel, x.n + x.cols - n);
-      const GemmFinish then = finish_of(p, m, n, rows, cols);
-      x.kernels.tile({then.c, p.c_stride, rows, cols, x.strip(s), two ? x.strip(s + 1) : nullptr,
-                      x.panel(panel), x.steps(), p.accumulate || x.k > 0, finish ? &then : nullptr});
+    const GemmFinish then = finish_of(p, m, n, rows, cols);
+    x.kernels.tile({then.c, p.c_stride, rows, cols, x.strip(block, s), two ? x.strip(block, s + 1) : nullptr,
+                    b, x.steps(block), p.accumulate || x.k > 0 || block > 0, finish ? &then : nullptr, next,
+                    std::min(share, next->pairs - next->done)});
+  }
+}
+
+// Panels [panel_begin, panel_end) of a packed weight, a block after the other as they lie in memory, while
+// the next one is packed. buffers: two blocks of a panel.
+void multiply_packed(const Chunk& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
+                     int64_t panel_end, uint16_t* buffers) {
+  const int64_t blocks = x.blocks(), pieces = (panel_end - panel_begin) * blocks;
+  const int64_t buffer_numbers = x.block_depth / kBf16Step * x.b_tiles();
+  const auto pack_of = [&](int64_t piece) {
+    const int64_t panel = panel_begin + piece / blocks, k = x.k + piece % blocks * x.block_depth;
+    return PanelPack{x.p.b + (panel * x.p.K + k) * kGemmPanel, buffers + piece % 2 * buffer_numbers, 0,
+                     x.depth_of(piece % blocks) / 2};
+  };
+  pack_b(x, panel_begin, x.k, x.depth_of(0), buffers);
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    PanelPack next = piece + 1 < pieces ? pack_of(piece + 1) : PanelPack();
+    multiply_panel(x, strip_begin, strip_end, panel_begin + piece / blocks, piece % blocks,
+                   buffers + piece % 2 * buffer_numbers, &next);
+  }
+}
+
+// Panels of any B, some at a time. buffers: kPlainPanels blocks of a panel.
+void multiply_plain(const Chunk& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
+                    int64_t panel_end, uint16_t* buffers) {
+  const int64_t buffer_numbers = x.block_depth / kBf16Step * x.b_tiles();
+  PanelPack nothing;
+  for (int64_t first = panel_begin; first < panel_end; first += kPlainPanels) {
+    const int64_t last = std::min(panel_end, first + kPlainPanels);
+    for (int64_t block = 0; block < x.blocks(); ++block) {
+      for (int64_t panel = first; panel < last; ++panel)
+        pack_b(x, panel, x.k + block * x.block_depth, x.depth_of(block), buffers + (panel - first) * buffer_numbers);
+      for (int64_t panel = first; panel < last; ++panel) {
+        multiply_panel(x, strip_begin, strip_end, panel, block, buffers + (panel - first) * buffer_numbers,
+                       &nothing);
+      }
     }
   }
 }
 
-void multiply_block(const Cpu& cpu, const Block& x) {
-  const int64_t wanted = kTasksPerThread * cpu.threads;
-  const int64_t group = std::clamp<int64_t>(kGroupNumbers / (x.steps() * 2 * kBf16Tile), 1, x.panels());
-  int64_t groups = ceil_div(x.panels(), group);
-  const int64_t pairs = ceil_div(x.strips(), 2);
-  const int64_t parts = cpu.threads == 1 ? 1 : std::clamp<int64_t>(ceil_div(wanted, groups), 1, pairs);
-  if (cpu.threads > 1 && groups * parts < wanted) groups = std::min(x.panels(), ceil_div(wanted, parts));
-  parallel(cpu.threads, groups * parts, [&](int64_t task, int) {
-    const int64_t part = task % parts, g = task / parts;
+// owners: parts of the rows that threads meet by themselves, at least.
+void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t owners, uint16_t* buffers,
+                    int64_t worker_numbers) {
+  const GemmProduct& p = x.p;
+  parallel(x.rows * x.depth <= kPackAlone ? 1 : cpu.threads, pack_a_tasks(x),
+           [&](int64_t task, int) { pack_a(x, task); });
+  const int64_t wanted = kTasksPerThread * cpu.threads, pairs = ceil_div(x.strips(), 2);
+  const PanelGroups groups(p.N, kAnyPanels, cpu.threads, ceil_div(wanted, owners));
+  const int64_t least = std::min(owners, pairs);  // the last chunk may be low
+  const int64_t parts =
+      cpu.threads > 1
+          ? std::clamp<int64_t>(ceil_div(wanted, groups.count), least, std::max(least, ceil_div(pairs, 2)))
+          : 1;
+  const bool packed = p.b_layout == GemmLayout::kPanels && x.depth % kBf16Step == 0;
+  parallel_near(cpu.threads, parts * groups.count, [&](int64_t task, int worker) {
+    const int64_t part = task / groups.count, group = task % groups.count;
+    const int64_t begin = pairs * part / parts * 2, end = std::min(x.strips(), pairs * (part + 1) / parts * 2);
+    uint16_t* const own = buffers + worker * worker_numbers;
     x.kernels.begin();
-    multiply(x, pairs * part / parts * 2, std::min(x.strips(), pairs * (part + 1) / parts * 2),
-             x.panels() * g / groups, x.panels() * (g + 1) / groups);
+    (packed ? multiply_packed : multiply_plain)(x, begin, end, groups.begin(group), groups.begin(group + 1),
+                                                own);
     x.kernels.end();
+  });
+}
+
+// Few rows, and a packed weight as it lies.
+void multiply_few(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels) {
+  const SplitRowKernels& few = kSplitRowsAvx512;
+  float* const a = gemm_scratch(p.M * 3 * p.K);
+  for (int64_t m = 0; m < p.M; ++m)
+    few.parts_of_row(a + m * 3 * p.K, p.K, p.a_rows ? p.a_rows[m] : p.a + m * p.a_stride, p.K);
+  const PanelGroups groups(p.N, kAnyPanels, cpu.threads, kTasksPerThread * cpu.threads);
+  parallel_near(cpu.threads, groups.count, [&](int64_t group, int) {
+    kernels.begin();
+    for (int64_t panel = groups.begin(group); panel < groups.begin(group + 1); ++panel) {
+      const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
+      const GemmFinish then = finish_of(p, 0, n, p.M, cols);
+      few.rows({then.c, p.c_stride, p.M, cols, a, p.K, p.b + panel * p.K * kGemmPanel, p.K, p.accumulate,
+                has_finish(p) ? &then : nullptr});
+    }
+    kernels.end();
   });
 }
 
@@ -138,30 +195,32 @@ const Bf16Kernels* bf16_kernels(Isa isa) {
   return nullptr;
 }
 
-void gemm_bf16(const Cpu& cpu, const GemmProduct& p) {
-  const Bf16Kernels& kernels = *bf16_kernels(cpu.isa);
-  const int64_t deepest = p.K <= kWholeDepth ? p.K : kSegment, steps = ceil_div(deepest, kBf16Step);
-  const int64_t most_cols =
-      std::min(ceil_div(p.N, kGemmPanel), std::max<int64_t>(1, kPackedB / (steps * 2 * kBf16Tile))) *
-      kGemmPanel;
-  const int64_t most_pairs = std::max<int64_t>(2, kPackedA * cpu.threads / (steps * 2 * kBf16Tile));
-  const int64_t most_rows = std::min(ceil_div(p.M, 2 * kBf16Rows), most_pairs) * 2 * kBf16Rows;
-  uint16_t* const b = reinterpret_cast<uint16_t*>(
-      gemm_scratch((most_cols / kGemmPanel * 2 + most_rows / kBf16Rows) * steps * kBf16Tile / 2));
-  uint16_t* const a = b + most_cols / kGemmPanel * 2 * steps * kBf16Tile;
+const Bf16Kernels* split_kernels(Isa isa) {
+  return isa >= Isa::kAmx && kGemmFp32Amx.tile ? &kGemmFp32Amx : nullptr;
+}
 
-  for (int64_t k = 0; k < p.K; k += deepest) {
-    const int64_t depth = std::min(deepest, p.K - k);
-    for (int64_t n = 0; n < p.N; n += most_cols) {
-      const int64_t cols = std::min(most_cols, p.N - n);
-      for (int64_t m = 0; m < p.M; m += most_rows) {
-        const Block x = {p, kernels, k, depth, n, cols, m, std::min(most_rows, p.M - m), a, b};
-        const int64_t b_tasks = m == 0 ? pack_b_tasks(x) : 0, a_tasks = pack_a_tasks(x);
-        const int64_t numbers = (x.rows + (m == 0 ? cols : 0)) * depth;
-        parallel(numbers <= kPackAlone ? 1 : cpu.threads, b_tasks + a_tasks,
-                 [&](int64_t task, int) { task < b_tasks ? pack_b(x, task) : pack_a(x, task - b_tasks); });
-        multiply_block(cpu, x);
-      }
+void gemm_bf16(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels) {
+  if (kernels.parts == 3 && p.b_layout == GemmLayout::kPanels && p.K % kBf16Step == 0 &&
+      p.M <= kSplitRowsAvx512.max_rows)
+    return multiply_few(cpu, p, kernels);
+  const int64_t number_bytes = kernels.parts * static_cast<int64_t>(sizeof(uint16_t));
+  const int64_t K = ceil_div(p.K, kBf16Step) * kBf16Step;
+  const int64_t block_depth = std::min(K, kBlockBytes / number_bytes / kBf16Step * kBf16Step);
+  const int64_t near_rows = kPackedA / (block_depth * number_bytes) / 32 * 32;
+  const int64_t owners = std::clamp<int64_t>(p.M / kOwnRows, 1, cpu.threads);
+  const int64_t most_rows = std::min(near_rows * owners, ceil_div(p.M, 32) * 32);
+  const int64_t blocks = std::max<int64_t>(1, kPackedA * owners / (most_rows * block_depth * number_bytes));
+  const int64_t deepest = std::min(K, blocks * block_depth);
+  const int64_t panel_numbers = block_depth * kGemmPanel * kernels.parts;
+  const int64_t worker_numbers = panel_numbers * std::max<int64_t>(2, kPlainPanels);
+  uint16_t* const buffers = reinterpret_cast<uint16_t*>(
+      gemm_scratch((worker_numbers * cpu.threads + most_rows * deepest * kernels.parts) / 2));
+  uint16_t* const a = buffers + worker_numbers * cpu.threads;
+  for (int64_t m = 0; m < p.M; m += most_rows) {
+    for (int64_t k = 0; k < p.K; k += deepest) {
+      multiply_chunk(cpu,
+                     {p, kernels, k, std::min(deepest, p.K - k), block_depth, m, std::min(most_rows, p.M - m), a},
+                     owners, buffers, worker_numbers);
     }
   }
 }

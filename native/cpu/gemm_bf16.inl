@@ -1,13 +1,13 @@
-// What the AMX and AVX512_BF16 sources of the bf16 matrix product share: packing, which rounds to the nearest
-// bf16, ties to even, and cells beside C. Included after immintrin.h and string.h; everything has internal
-// linkage.
+// What the AMX and AVX512_BF16 sources of the matrix product on bf16 tiles share: numbers into parts
+// (gemm_kernels.h), packing, and cells beside C. Included after immintrin.h and string.h; everything has
+// internal linkage.
 
 #include "cpu/gemm_avx512.inl"
 
 namespace dn::cpu {
 namespace {
 
-void copy_cells(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
+inline void copy_cells(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
                 int64_t cols) {
   const __mmask16 m0 = lanes(cols), m1 = lanes(cols - 16);
   for (int64_t r = 0; r < rows; ++r) {
@@ -17,47 +17,109 @@ void copy_cells(float* dst, int64_t dst_stride, const float* src, int64_t src_st
   }
 }
 
-// Thirty-two numbers as bf16, low half first.
-__m512i round_32(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+// Sixteen numbers in three parts: each the upper half of a word, the lower half is not looked at.
+struct Parts {
+  __m512i at[3];
+};
 
-void store_tile(uint16_t* dst, const __m512i* rows) {
-  for (int i = 0; i < 16; ++i) _mm512_store_si512(dst + i * 32, rows[i]);
+__attribute__((always_inline)) inline Parts split(__m512 x) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(bits, upper)));
+  // Half a unit more in magnitude: cut off, that is the nearest.
+  const __m512i middle = _mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(0x8000));
+  const __m512 last = _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_and_si512(middle, upper)));
+  return {{bits, middle, _mm512_castps_si512(last)}};
 }
 
-void pack_rows(uint16_t* dst, int64_t dst_step, const float* const* rows, int64_t count, int64_t depth,
+// Thirty-two numbers that follow each other along the reduction, as part tiles of A have them.
+template <int kParts>
+__attribute__((always_inline)) inline void join_row(__m512i* parts, __m512 low, __m512 high) {
+  if (kParts == 1) {
+    parts[0] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    return;
+  }
+  alignas(64) static const uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                  23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                  45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i upper = _mm512_load_si512(kUpper);
+  const Parts a = split(low), b = split(high);
+  for (int i = 0; i < kParts; ++i) parts[i] = _mm512_permutex2var_epi16(a.at[i], upper, b.at[i]);
+}
+
+// Sixteen pairs of numbers, as part tiles of B have them.
+template <int kParts>
+__attribute__((always_inline)) inline void join_pairs(__m512i* parts, __m512 even, __m512 odd) {
+  if (kParts == 1) {
+    alignas(64) static const uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    parts[0] = _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave),
+                                        (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+    return;
+  }
+  const Parts a = split(even), b = split(odd);
+  for (int i = 0; i < kParts; ++i)
+    parts[i] = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a.at[i], 16), b.at[i]);
+}
+
+template <int kParts>
+void store_tiles(uint16_t* dst, int64_t part_step, __m512i (*parts)[16], bool transpose) {
+  for (int i = 0; i < kParts; ++i) {
+    if (transpose) transpose_16x16(parts[i]);
+    for (int r = 0; r < 16; ++r) _mm512_store_si512(dst + i * part_step + r * 32, parts[i][r]);
+  }
+}
+
+template <int kParts>
+void pack_rows(uint16_t* dst, int64_t part_step, const float* const* rows, int64_t count, int64_t depth,
                bool transpose) {
-  __m512i x[16];
-  for (int64_t k = 0; k < depth; k += kBf16Step, dst += dst_step) {
+  __m512i tiles[kParts][16], row[kParts];
+  for (int64_t k = 0; k < depth; k += kBf16Step, dst += kParts * part_step) {
     const __mmask16 low = lanes(depth - k), high = lanes(depth - k - 16);
-    for (int i = 0; i < 16; ++i) {
-      x[i] = i < count ? round_32(_mm512_maskz_loadu_ps(low, rows[i] + k),
-                                  _mm512_maskz_loadu_ps(high, rows[i] + k + 16))
-                       : _mm512_setzero_si512();
+    for (int r = 0; r < 16; ++r) {
+      const bool is = r < count;
+      join_row<kParts>(row, is ? _mm512_maskz_loadu_ps(low, rows[r] + k) : _mm512_setzero_ps(),
+                       is ? _mm512_maskz_loadu_ps(high, rows[r] + k + 16) : _mm512_setzero_ps());
+      for (int i = 0; i < kParts; ++i) tiles[i][r] = row[i];
     }
-    if (transpose) transpose_16x16(x);
-    store_tile(dst, x);
+    store_tiles<kParts>(dst, part_step, tiles, transpose);
   }
 }
 
-void pack_columns(uint16_t* dst, int64_t dst_step, const float* src, int64_t src_stride, int64_t count,
+template <int kParts>
+void pack_columns(uint16_t* dst, int64_t part_step, const float* src, int64_t src_stride, int64_t count,
                   int64_t depth, bool transpose) {
-  alignas(64) static const uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i interleave = _mm512_load_si512(kInterleave);
   const __mmask16 wide = lanes(count);
-  __m512i x[16];
-  for (int64_t k = 0; k < depth; k += kBf16Step, dst += dst_step) {
+  __m512i tiles[kParts][16], pairs[kParts];
+  for (int64_t k = 0; k < depth; k += kBf16Step, dst += kParts * part_step) {
     const float* from = src + k * src_stride;
-    for (int i = 0; i < 16; ++i, from += 2 * src_stride) {
-      const int64_t left = depth - k - 2 * i;
-      const __m512 even = left > 0 ? _mm512_maskz_loadu_ps(wide, from) : _mm512_setzero_ps();
-      const __m512 odd = left > 1 ? _mm512_maskz_loadu_ps(wide, from + src_stride) : _mm512_setzero_ps();
-      x[i] = _mm512_permutexvar_epi16(interleave, round_32(even, odd));
+    for (int r = 0; r < 16; ++r, from += 2 * src_stride) {
+      const int64_t left = depth - k - 2 * r;
+      join_pairs<kParts>(pairs, left > 0 ? _mm512_maskz_loadu_ps(wide, from) : _mm512_setzero_ps(),
+                         left > 1 ? _mm512_maskz_loadu_ps(wide, from + src_stride) : _mm512_setzero_ps());
+      for (int i = 0; i < kParts; ++i) tiles[i][r] = pairs[i];
     }
-    if (transpose) transpose_16x16(x);
-    store_tile(dst, x);
+    store_tiles<kParts>(dst, part_step, tiles, transpose);
   }
+}
+
+// The next pair of rows of a panel, and a request for what will be packed some pairs later.
+template <int kParts>
+__attribute__((always_inline)) inline void pack_pair(PanelPack* p) {
+  constexpr int64_t kAhead = 2048;  // floats
+  const float* const even = p->src + p->done * 2 * kGemmPanel;
+  uint16_t* const dst = p->dst + p->done / 16 * (kParts * 2 * kBf16Tile) + p->done % 16 * 32;
+  for (int line = 0; line < 4; ++line)
+    _mm_prefetch(reinterpret_cast<const char*>(even + kAhead + line * 16), _MM_HINT_T1);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    __m512i parts[kParts];
+    join_pairs<kParts>(parts, _mm512_loadu_ps(even + half * 16),
+                       _mm512_loadu_ps(even + kGemmPanel + half * 16));
+    for (int i = 0; i < kParts; ++i) _mm512_store_si512(dst + (2 * i + half) * kBf16Tile, parts[i]);
+  }
+  ++p->done;
 }
 
 }  // namespace

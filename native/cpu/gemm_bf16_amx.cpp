@@ -1,6 +1,8 @@
-// The bf16 matrix product's kernels on AMX tiles: 32 x 32 of C in four tiles, two tiles of A and two of B a
-// step, so that each loaded tile serves two multiplications. Inputs are rounded to the nearest bf16, ties to
-// even, while packing.
+// The kernels of the matrix product on AMX tiles of bf16: 32 x 32 of C in four tiles, two tiles of A and two
+// of B at a time. With numbers of one part each loaded tile serves two multiplications; with three parts the
+// six products of a step follow each other so that only one of the two operands changes: 14 loads for 24
+// multiplications. Between them a piece of the next panel is packed: tiles multiply on a unit of their own,
+// and the vector units would be idle.
 
 #include "cpu/gemm_kernels.h"
 
@@ -24,72 +26,150 @@ struct alignas(64) TileConfig {
 // In memory for good: GCC's _tile_loadconfig does not tell the compiler that it reads all of it.
 const TileConfig kConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-void begin() { _tile_loadconfig(&kConfig); }
+// Tiles flush denormal numbers; what the vector units do beside them (packing, SplitRows) has to.
+constexpr unsigned kFlush = 0x8040;  // MXCSR: results, inputs
+thread_local unsigned control_before;
 
-void end() { _tile_release(); }
+void begin() {
+  control_before = _mm_getcsr();
+  _mm_setcsr(control_before | kFlush);
+  _tile_loadconfig(&kConfig);
+}
 
-// Whole tiles only; c has room for 32 columns and 16 rows, 32 when kTwo.
+void end() {
+  _tile_release();
+  _mm_setcsr(control_before);
+}
+
+// Pieces of the next panel that are packed while tiles multiply: `pairs` of them, spread over `places`.
+class Packing {
+ public:
+  Packing(PanelPack* next, int64_t pairs, int64_t places)
+      : next_(next), left_(pairs), share_((pairs + places - 1) / places) {}
+
+  template <int kParts>
+  __attribute__((always_inline)) void some() {
+    const int64_t count = share_ < left_ ? share_ : left_;
+    left_ -= count;
+    for (int64_t i = 0; i < count; ++i) pack_pair<kParts>(next_);
+  }
+
+ private:
+  PanelPack* next_;
+  int64_t left_;
+  int64_t share_;
+};
+
 template <bool kTwo>
-void multiply(const Bf16Tile& t, float* c, int64_t c_stride, bool accumulate) {
-  const size_t stride = static_cast<size_t>(c_stride) * sizeof(float);
-  float* const lower = c + kBf16Rows * c_stride;
+__attribute__((always_inline)) inline void load_a(const uint16_t* a0, const uint16_t* a1, int64_t part) {
+  _tile_loadd(4, a0 + part * kBf16Tile, 64);
+  if (kTwo) _tile_loadd(5, a1 + part * kBf16Tile, 64);
+}
+
+__attribute__((always_inline)) inline void load_b(const uint16_t* b, int64_t part) {
+  _tile_loadd(6, b + part * 2 * kBf16Tile, 64);
+  _tile_loadd(7, b + part * 2 * kBf16Tile + kBf16Tile, 64);
+}
+
+template <bool kTwo>
+__attribute__((always_inline)) inline void products() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  if (kTwo) _tile_dpbf16ps(2, 5, 6);
+  if (kTwo) _tile_dpbf16ps(3, 5, 7);
+}
+
+template <int kParts, bool kTwo>
+__attribute__((always_inline)) inline void multiply_step(const uint16_t* a0, const uint16_t* a1,
+                                                         const uint16_t* b, Packing& packing) {
+  if (kParts == 1) {
+    load_b(b, 0);
+    load_a<kTwo>(a0, a1, 0);
+    products<kTwo>();
+    packing.some<kParts>();
+    return;
+  }
+  // From the smallest products to the largest, and only one operand changes: 14 loads, not 24.
+  load_b(b, 0);
+  load_a<kTwo>(a0, a1, 2);
+  products<kTwo>();
+  packing.some<kParts>();
+  load_a<kTwo>(a0, a1, 1);
+  products<kTwo>();
+  packing.some<kParts>();
+  load_b(b, 1);
+  products<kTwo>();
+  packing.some<kParts>();
+  load_a<kTwo>(a0, a1, 0);
+  products<kTwo>();
+  packing.some<kParts>();
+  load_b(b, 2);
+  products<kTwo>();
+  packing.some<kParts>();
+  load_b(b, 0);
+  products<kTwo>();
+  packing.some<kParts>();
+}
+
+// Whole tiles only; `from` (when accumulating) and `to` have room for 32 columns and 16 rows, 32 when kTwo.
+template <int kParts, bool kTwo>
+void multiply(const Bf16Tile& t, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  const size_t bytes = static_cast<size_t>(from_stride) * sizeof(float);
   asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
-  if (accumulate) {
-    _tile_loadd(0, c, stride);
-    _tile_loadd(1, c + 16, stride);
-    if (kTwo) _tile_loadd(2, lower, stride);
-    if (kTwo) _tile_loadd(3, lower + 16, stride);
+  if (t.accumulate) {
+    _tile_loadd(0, from, bytes);
+    _tile_loadd(1, from + 16, bytes);
+    if (kTwo) _tile_loadd(2, from + kBf16Rows * from_stride, bytes);
+    if (kTwo) _tile_loadd(3, from + kBf16Rows * from_stride + 16, bytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
     if (kTwo) _tile_zero(2);
     if (kTwo) _tile_zero(3);
   }
+  Packing packing(t.next, t.pack_pairs, t.steps * (kParts == 1 ? 1 : 6));
   const uint16_t *a0 = t.a0, *a1 = t.a1, *b = t.b;
   for (int64_t step = 0; step < t.steps; ++step) {
-    _tile_loadd(6, b, 64);
-    _tile_loadd(4, a0, 64);
-    _tile_loadd(7, b + kBf16Tile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (kTwo) _tile_loadd(5, a1, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    if (kTwo) _tile_dpbf16ps(2, 5, 6);
-    if (kTwo) _tile_dpbf16ps(3, 5, 7);
-    a0 += kBf16Tile;
-    if (kTwo) a1 += kBf16Tile;
-    b += 2 * kBf16Tile;
+    multiply_step<kParts, kTwo>(a0, a1, b, packing);
+    a0 += kParts * kBf16Tile;
+    if (kTwo) a1 += kParts * kBf16Tile;
+    b += kParts * 2 * kBf16Tile;
   }
-  _tile_stored(0, c, stride);
-  _tile_stored(1, c + 16, stride);
-  if (kTwo) _tile_stored(2, lower, stride);
-  if (kTwo) _tile_stored(3, lower + 16, stride);
+  const size_t to_bytes = static_cast<size_t>(to_stride) * sizeof(float);
+  _tile_stored(0, to, to_bytes);
+  _tile_stored(1, to + 16, to_bytes);
+  if (kTwo) _tile_stored(2, to + kBf16Rows * to_stride, to_bytes);
+  if (kTwo) _tile_stored(3, to + kBf16Rows * to_stride + 16, to_bytes);
 }
 
+template <int kParts>
 void tile(const Bf16Tile& t) {
   const bool two = t.a1 != nullptr;
-  if (!t.finish && t.cols == kGemmPanel && t.rows == (two ? 32 : 16)) {
-    two ? multiply<true>(t, t.c, t.c_stride, t.accumulate)
-        : multiply<false>(t, t.c, t.c_stride, t.accumulate);
-    return;
-  }
+  const bool whole = t.cols == kGemmPanel && t.rows == (two ? 32 : 16);
   // Edges of C, and what is finished before it is stored: whole tiles beside it.
   alignas(64) float cells[32 * kGemmPanel];
-  if (t.accumulate) {
-    if (t.rows < 32 || t.cols < kGemmPanel) memset(cells, 0, sizeof cells);
+  if (t.accumulate && !whole) {
+    memset(cells, 0, sizeof cells);
     copy_cells(cells, kGemmPanel, t.c, t.c_stride, t.rows, t.cols);
   }
-  two ? multiply<true>(t, cells, kGemmPanel, t.accumulate)
-      : multiply<false>(t, cells, kGemmPanel, t.accumulate);
+  const float* const from = whole ? t.c : cells;
+  const int64_t from_stride = whole ? t.c_stride : kGemmPanel;
+  const bool beside = !whole || t.finish;
+  float* const to = beside ? cells : t.c;
+  const int64_t to_stride = beside ? kGemmPanel : t.c_stride;
+  two ? multiply<kParts, true>(t, from, from_stride, to, to_stride)
+      : multiply<kParts, false>(t, from, from_stride, to, to_stride);
   if (t.finish) {
     finish_from(cells, kGemmPanel, *t.finish);
-  } else {
+  } else if (beside) {
     copy_cells(t.c, t.c_stride, cells, kGemmPanel, t.rows, t.cols);
   }
 }
 
 }  // namespace
 
-const Bf16Kernels kGemmBf16Amx = {begin, end, tile, pack_rows, pack_columns};
+const Bf16Kernels kGemmBf16Amx = {1, begin, end, tile<1>, pack_rows<1>, pack_columns<1>};
+const Bf16Kernels kGemmFp32Amx = {3, begin, end, tile<3>, pack_rows<3>, pack_columns<3>};
 
 }  // namespace dn::cpu
 
@@ -97,6 +177,7 @@ const Bf16Kernels kGemmBf16Amx = {begin, end, tile, pack_rows, pack_columns};
 
 namespace dn::cpu {
 const Bf16Kernels kGemmBf16Amx = {};
+const Bf16Kernels kGemmFp32Amx = {};
 }  // namespace dn::cpu
 
 #endif

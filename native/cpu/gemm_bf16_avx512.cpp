@@ -55,6 +55,7 @@ void multiply(const uint16_t* a, const uint16_t* b, int64_t steps, float* c, int
 }
 
 void tile(const Bf16Tile& t) {
+  for (int64_t i = 0; i < t.pack_pairs; ++i) pack_pair<1>(t.next);
   // What is finished before it is stored lies beside C.
   alignas(64) float cells[2 * kBf16Rows * kGemmPanel];
   if (t.finish && t.accumulate) copy_cells(cells, kGemmPanel, t.c, t.c_stride, t.rows, t.cols);
@@ -72,7 +73,7 @@ void tile(const Bf16Tile& t) {
 
 }  // namespace
 
-const Bf16Kernels kGemmBf16Avx512 = {begin, end, tile, pack_rows, pack_columns};
+const Bf16Kernels kGemmBf16Avx512 = {1, begin, end, tile, pack_rows<1>, pack_columns<1>};
 
 }  // namespace dn::cpu
 

@@ -46,11 +46,12 @@ void multiply(const Int8Tile& t, int32_t* sums) {
   const char* wanted = t.prefetch;
   for (int64_t k = 0; k < t.depth; k += kInt8Step, w += kInt8Step * kGemmPanel) {
     for (int64_t i = 0; i < share; ++i, wanted += 64) _mm_prefetch(wanted, _MM_HINT_T1);
+    // Loads first: where two threads share a core every change between loads and products costs time.
     _tile_loadd(6, w, kGroupBytes);
-    _tile_loadd(4, a0 + k, a_stride);
     _tile_loadd(7, w + 64, kGroupBytes);
-    _tile_dpbusd(0, 4, 6);
+    _tile_loadd(4, a0 + k, a_stride);
     if (kTwo) _tile_loadd(5, a1 + k, a_stride);
+    _tile_dpbusd(0, 4, 6);
     _tile_dpbusd(1, 4, 7);
     if (kTwo) _tile_dpbusd(2, 5, 6);
     if (kTwo) _tile_dpbusd(3, 5, 7);

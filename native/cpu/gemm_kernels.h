@@ -75,11 +75,25 @@ extern const GemmKernels kGemmAvx512;
 
 // --- bf16 ---
 // A tile is 16 rows of 64 bytes, as AMX has them. Operands are packed in steps of 32 of the reduction: A as
-// [step] tiles of 16 rows x 32 numbers, B as [step][half] tiles of 16 pairs of the reduction x 16 columns
-// (the two of a pair adjacent). Rows, columns and numbers past the end are zero.
+// [step][part] tiles of 16 rows x 32 numbers, B as [step][part][half] tiles of 16 pairs of the reduction x 16
+// columns (the two of a pair adjacent). Rows, columns and numbers past the end are zero.
+//
+// A number has one part, itself rounded to the nearest bf16, ties to even; or three, whose sum it is: the
+// upper half of its bits, then the rest rounded to the nearest, then what remains. A product of two such
+// numbers is the sum of six products of parts; the three that are left out lie below 2^-24 of it and have
+// either sign, so that the sums are as good as those of fp32. Denormal numbers count as zero, and a sum that
+// meets an infinity is NaN.
 constexpr int64_t kBf16Step = 32;
 constexpr int64_t kBf16Rows = 16;
 constexpr int64_t kBf16Tile = 512;  // numbers in a tile
+
+// A panel of fp32 to be packed as B, bit by bit: whole steps, two rows of it at a time.
+struct PanelPack {
+  const float* src = nullptr;  // (2 * pairs, kGemmPanel)
+  uint16_t* dst = nullptr;
+  int64_t done = 0;   // pairs packed
+  int64_t pairs = 0;  // of all rows
+};
 
 // c (rows <= 32, cols <= kGemmPanel) = or += A B over `steps` steps, then what `finish` says of the same
 // cells.
@@ -94,25 +108,54 @@ struct Bf16Tile {
   int64_t steps;
   bool accumulate;
   const GemmFinish* finish;  // or null
+  PanelPack* next;           // not null; advanced by pack_pairs between the products
+  int64_t pack_pairs;
 };
 
 struct Bf16Kernels {
-  // A thread calls begin before and end after any number of tiles.
+  int64_t parts;  // of a number
+  // A thread calls begin before and end after any number of tiles or rows (SplitRows); in between, denormal
+  // numbers are zero to it.
   void (*begin)();
   void (*end)();
   void (*tile)(const Bf16Tile& tile);
-  // One column of tiles, a tile every dst_step numbers, from up to 16 rows that run along the reduction.
-  // transpose: as B wants them (the rows become columns), else as A does.
-  void (*pack_rows)(uint16_t* dst, int64_t dst_step, const float* const* rows, int64_t count, int64_t depth,
+  // One column of tiles from up to 16 rows that run along the reduction; the parts of a step lie part_step
+  // numbers apart, one step after the other. transpose: as B wants them (the rows become columns), else as A
+  // does.
+  void (*pack_rows)(uint16_t* dst, int64_t part_step, const float* const* rows, int64_t count, int64_t depth,
                     bool transpose);
   // The same from `depth` rows that run across it, `count` numbers of each. transpose: as A wants them, else
   // as B does.
-  void (*pack_columns)(uint16_t* dst, int64_t dst_step, const float* src, int64_t src_stride, int64_t count,
+  void (*pack_columns)(uint16_t* dst, int64_t part_step, const float* src, int64_t src_stride, int64_t count,
                        int64_t depth, bool transpose);
+};
+
+// c (rows, cols <= kGemmPanel) = or += A B in three parts, then what `finish` says: the bits of the tiles, from
+// a panel as it lies.
+struct SplitRows {
+  float* c;
+  int64_t c_stride;
+  int64_t rows;  // 1 .. SplitRowKernels::max_rows
+  int64_t cols;
+  const float* a;       // (rows, 3, part_stride): the parts of a row as fp32
+  int64_t part_stride;  // at least depth
+  const float* b;       // (depth, kGemmPanel)
+  int64_t depth;        // whole steps
+  bool accumulate;
+  const GemmFinish* finish;  // or null
+};
+
+struct SplitRowKernels {
+  int64_t max_rows;
+  void (*rows)(const SplitRows& rows);
+  // dst (3, part_stride) = the parts of `depth` numbers, a multiple of 16.
+  void (*parts_of_row)(float* dst, int64_t part_stride, const float* src, int64_t depth);
 };
 
 // Where the compiler or the machine lacks the instructions these have no kernels (tile is null).
 extern const Bf16Kernels kGemmBf16Amx;
+extern const Bf16Kernels kGemmFp32Amx;  // three parts
 extern const Bf16Kernels kGemmBf16Avx512;
+extern const SplitRowKernels kSplitRowsAvx512;  // beside kGemmFp32Amx
 
 }  // namespace dn::cpu
