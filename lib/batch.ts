@@ -196,7 +196,7 @@ export function toNativeTrainBatch(
 	for (const key of Object.keys(batch)) {
 		check(
 			batchNames.includes(key),
-			`batch.${key} is not known${suggest(key, batchNames) || `, expected ${batchNames.join(', ')}`}`,
+			() => `batch.${key} is not known${suggest(key, batchNames) || `, expected ${batchNames.join(', ')}`}`,
 		);
 	}
 	const { tokens, t } = batch;

@@ -32,9 +32,10 @@ export class DiffusionNativeError extends Error {
 	}
 }
 
-/** Throws `ERR_DN_ARGUMENT` with `message` unless `condition` holds. */
-export function check(condition: unknown, message: string): asserts condition {
-	if (!condition) throw new DiffusionNativeError('ERR_DN_ARGUMENT', message);
+/** Throws `ERR_DN_ARGUMENT` with `message` unless `condition` holds; one that is costly to write is a function. */
+export function check(condition: unknown, message: string | (() => string)): asserts condition {
+	if (condition) return;
+	throw new DiffusionNativeError('ERR_DN_ARGUMENT', typeof message === 'string' ? message : message());
 }
 
 const codes: ReadonlySet<string> = new Set<ErrorCode>([

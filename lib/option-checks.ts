@@ -11,7 +11,7 @@ export function checkOptions(what: string, options: unknown, known: readonly str
 	for (const key of Object.keys(options)) {
 		check(
 			known.includes(key),
-			`${what}: option ${key} is not known${suggest(key, known) || `, expected ${known.join(', ')}`}`,
+			() => `${what}: option ${key} is not known${suggest(key, known) || `, expected ${known.join(', ')}`}`,
 		);
 	}
 	const { signal, onProgress } = options as { signal?: unknown; onProgress?: unknown };

@@ -241,7 +241,7 @@ const known: ReadonlySet<string> = new Set([...common, ...Object.values(samplers
 export function resolveOptions(options: GenerateOptions, config: ModelConfig): ResolvedOptions {
 	check(typeof options === 'object' && options !== null, `options is ${String(options)}, expected an object`);
 	const given = Object.entries(options).filter(([, value]) => value !== undefined);
-	for (const [key] of given) check(known.has(key), `option ${key} is not known${suggest(key, [...known])}`);
+	for (const [key] of given) check(known.has(key), () => `option ${key} is not known${suggest(key, [...known])}`);
 	checkValues(options);
 
 	const causal = config.attention === 'causal';
@@ -341,7 +341,7 @@ function checkValues(options: GenerateOptions): void {
 		const value = options[key];
 		check(
 			value === undefined || values.includes(value as string),
-			`option ${key} is ${JSON.stringify(value)}, expected ${values.join(', ')}`,
+			() => `option ${key} is ${JSON.stringify(value)}, expected ${values.join(', ')}`,
 		);
 	};
 	const { length, topP, signal, attention, measureDrift } = options;

@@ -383,7 +383,7 @@ export function parseRunConfig(json: unknown): { config: RunConfig; mapped: stri
 	const isOriginal = Object.keys(values).some((key) => Object.hasOwn(originalKeys, key) && !shared.has(key));
 	const known = [...new Set([...runConfigKeys, ...Object.keys(originalKeys)])];
 	for (const key of Object.keys(values)) {
-		check(known.includes(key), `${key} is not a key of the configuration${suggest(key, known)}`);
+		check(known.includes(key), () => `${key} is not a key of the configuration${suggest(key, known)}`);
 	}
 	const draft: Draft = {};
 	const mapped: string[] = [];
@@ -411,7 +411,7 @@ export function parseRunConfig(json: unknown): { config: RunConfig; mapped: stri
 		const inner = subKeys[key];
 		if (inner) {
 			for (const name of Object.keys(value as object)) {
-				check(inner.includes(name), `${key}.${name} is not a key of the configuration${suggest(name, inner)}`);
+				check(inner.includes(name), () => `${key}.${name} is not a key of the configuration${suggest(name, inner)}`);
 			}
 		}
 		(draft as Record<string, unknown>)[key] = value;

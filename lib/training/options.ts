@@ -156,7 +156,7 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 	for (const key of Object.keys(options)) {
 		check(
 			(trainOptionNames as readonly string[]).includes(key),
-			`${key} is not an option of Trainer${suggest(key, trainOptionNames)}`,
+			() => `${key} is not an option of Trainer${suggest(key, trainOptionNames)}`,
 		);
 	}
 	const { data, validation, checkpoint, earlyStop } = options;
@@ -275,7 +275,7 @@ function known(name: string, value: object | undefined, keys: readonly string[])
 	if (value === undefined) return;
 	check(typeof value === 'object' && value !== null, `${name} is ${JSON.stringify(value)}, expected an object`);
 	for (const key of Object.keys(value)) {
-		check(keys.includes(key), `${name}.${key} is not an option of Trainer${suggest(key, keys)}`);
+		check(keys.includes(key), () => `${name}.${key} is not an option of Trainer${suggest(key, keys)}`);
 	}
 }
 

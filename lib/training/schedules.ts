@@ -162,7 +162,7 @@ export function checkAnnealing(annealing: AttentionAnnealing): void {
 	for (const key of Object.keys(annealing)) {
 		check(
 			key === 'steps' || key === 'kind',
-			`attentionAnnealing.${key} is not known${suggest(key, ['steps', 'kind']) || ', expected steps, kind'}`,
+			() => `attentionAnnealing.${key} is not known${suggest(key, ['steps', 'kind']) || ', expected steps, kind'}`,
 		);
 	}
 	const { steps, kind = 'diffullama' } = annealing;

@@ -411,7 +411,7 @@ void gemm(const Cpu& cpu, const GemmProduct& p, MatmulPrecision precision) {
   if (p.M <= 0 || p.N <= 0) return;
   if (p.K <= 0) return gemm_empty(p, gemm_kernels(cpu.isa));
   const Bf16Kernels* tiles = precision == MatmulPrecision::kBF16 ? bf16_kernels(cpu.isa) : nullptr;
-  if (!tiles) tiles = split_kernels(cpu.isa);
+  if (!tiles) tiles = split_kernels(cpu.isa, p.K);
   tiles ? gemm_bf16(cpu, p, *tiles) : gemm_fp32(cpu, p);
 }
 

@@ -117,8 +117,9 @@ float* gemm_scratch(int64_t floats);
 // What multiplies in bf16 faster than in fp32 on this machine, limited to isa; null where nothing does.
 const Bf16Kernels* bf16_kernels(Isa isa);
 
-// What multiplies fp32 in parts of bf16 (gemm_kernels.h) faster than fp32 itself, limited to isa, or null.
-const Bf16Kernels* split_kernels(Isa isa);
+// What multiplies fp32 in parts of bf16 (gemm_kernels.h) faster than fp32 itself, limited to isa, or null:
+// for a reduction of K numbers, since short ones are not worth it.
+const Bf16Kernels* split_kernels(Isa isa, int64_t K);
 
 // gemm on tiles of bf16, K > 0: in bf16 or, with kernels of three parts, in fp32.
 void gemm_bf16(const Cpu& cpu, const GemmProduct& product, const Bf16Kernels& kernels);

@@ -1,8 +1,8 @@
-// The matrix product on bf16 tiles, in bf16 or, with numbers of three parts, in fp32. A block of the reduction
-// of one panel of B is packed into the thread's L2 and met with all rows of a chunk, whose packed A stays
-// there too; while it is met the next one is packed. An element is one chain over the reduction, a block
-// continuing where the last one stored, and rows past the end are zero rows of a tile: an element depends on
-// its row of A and its column of B only.
+// The matrix product on bf16 tiles, in bf16 or, with numbers of three parts, in fp32. A block of the
+// reduction of one panel of B is packed into the thread's L2 and met with all rows of a chunk, whose packed A
+// stays there too; while it is met the next one is packed. An element is one chain over the reduction, a
+// block continuing where the last one stored, and rows past the end are zero rows of a tile: an element
+// depends on its row of A and its column of B only.
 
 #include <algorithm>
 
@@ -13,12 +13,13 @@
 namespace dn::cpu {
 namespace {
 
-constexpr int64_t kBlockBytes = 4608;              // of a row in a block of the reduction
-constexpr int64_t kPackedA = 128 * kBlockBytes;    // bytes of packed A that a thread meets a panel with
-constexpr int64_t kOwnRows = 64;                   // that a thread wants for itself
-constexpr int64_t kPlainPanels = 2;                // of a plain B that are packed at a time: whole cache lines
-constexpr int64_t kPackAlone = 32768;              // fewer numbers of A are packed by the caller alone
-constexpr int64_t kAnyPanels = int64_t{1} << 32;   // of a group
+constexpr int64_t kBlockBytes = 4608;             // of a row in a block of the reduction
+constexpr int64_t kPackedA = 128 * kBlockBytes;   // bytes of packed A that a thread meets a panel with
+constexpr int64_t kOwnRows = 64;                  // that a thread wants for itself
+constexpr int64_t kPlainPanels = 2;               // of a plain B that are packed at a time: whole cache lines
+constexpr int64_t kSplitDepth = 128;              // shorter reductions are faster in fp32
+constexpr int64_t kPackAlone = 32768;             // fewer numbers of A are packed by the caller alone
+constexpr int64_t kAnyPanels = int64_t{1} << 32;  // of a group
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -106,15 +107,18 @@ void multiply_panel(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
   }
 }
 
-// Panels [panel_begin, panel_end) of a packed weight, a block after the other as they lie in memory, while
+// Panels [panel_begin, panel_end) of a B whose rows run across the reduction, a block after the other, while
 // the next one is packed. buffers: two blocks of a panel.
-void multiply_packed(const Chunk& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
-                     int64_t panel_end, uint16_t* buffers) {
+void multiply_ahead(const Chunk& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
+                    int64_t panel_end, uint16_t* buffers) {
   const int64_t blocks = x.blocks(), pieces = (panel_end - panel_begin) * blocks;
   const int64_t buffer_numbers = x.block_depth / kBf16Step * x.b_tiles();
+  const bool panels = x.p.b_layout == GemmLayout::kPanels;
   const auto pack_of = [&](int64_t piece) {
     const int64_t panel = panel_begin + piece / blocks, k = x.k + piece % blocks * x.block_depth;
-    return PanelPack{x.p.b + (panel * x.p.K + k) * kGemmPanel, buffers + piece % 2 * buffer_numbers, 0,
+    const float* const src =
+        panels ? x.p.b + (panel * x.p.K + k) * kGemmPanel : x.p.b + k * x.p.b_stride + panel * kGemmPanel;
+    return PanelPack{src, panels ? kGemmPanel : x.p.b_stride, buffers + piece % 2 * buffer_numbers, 0,
                      x.depth_of(piece % blocks) / 2};
   };
   pack_b(x, panel_begin, x.k, x.depth_of(0), buffers);
@@ -134,7 +138,8 @@ void multiply_plain(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
     const int64_t last = std::min(panel_end, first + kPlainPanels);
     for (int64_t block = 0; block < x.blocks(); ++block) {
       for (int64_t panel = first; panel < last; ++panel)
-        pack_b(x, panel, x.k + block * x.block_depth, x.depth_of(block), buffers + (panel - first) * buffer_numbers);
+        pack_b(x, panel, x.k + block * x.block_depth, x.depth_of(block),
+               buffers + (panel - first) * buffer_numbers);
       for (int64_t panel = first; panel < last; ++panel) {
         multiply_panel(x, strip_begin, strip_end, panel, block, buffers + (panel - first) * buffer_numbers,
                        &nothing);
@@ -152,18 +157,19 @@ void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t owners, uint16_t* bu
   const int64_t wanted = kTasksPerThread * cpu.threads, pairs = ceil_div(x.strips(), 2);
   const PanelGroups groups(p.N, kAnyPanels, cpu.threads, ceil_div(wanted, owners));
   const int64_t least = std::min(owners, pairs);  // the last chunk may be low
-  const int64_t parts =
-      cpu.threads > 1
-          ? std::clamp<int64_t>(ceil_div(wanted, groups.count), least, std::max(least, ceil_div(pairs, 2)))
-          : 1;
-  const bool packed = p.b_layout == GemmLayout::kPanels && x.depth % kBf16Step == 0;
+  const int64_t parts = cpu.threads > 1 ? std::clamp<int64_t>(ceil_div(wanted, groups.count), least,
+                                                              std::max(least, ceil_div(pairs, 2)))
+                                        : 1;
+  const bool ahead = p.b_layout != GemmLayout::kTransposed && x.depth % kBf16Step == 0 &&
+                     (p.b_layout == GemmLayout::kPanels || p.N % kGemmPanel == 0);
   parallel_near(cpu.threads, parts * groups.count, [&](int64_t task, int worker) {
     const int64_t part = task / groups.count, group = task % groups.count;
-    const int64_t begin = pairs * part / parts * 2, end = std::min(x.strips(), pairs * (part + 1) / parts * 2);
+    const int64_t begin = pairs * part / parts * 2,
+                  end = std::min(x.strips(), pairs * (part + 1) / parts * 2);
     uint16_t* const own = buffers + worker * worker_numbers;
     x.kernels.begin();
-    (packed ? multiply_packed : multiply_plain)(x, begin, end, groups.begin(group), groups.begin(group + 1),
-                                                own);
+    (ahead ? multiply_ahead : multiply_plain)(x, begin, end, groups.begin(group), groups.begin(group + 1),
+                                              own);
     x.kernels.end();
   });
 }
@@ -195,8 +201,8 @@ const Bf16Kernels* bf16_kernels(Isa isa) {
   return nullptr;
 }
 
-const Bf16Kernels* split_kernels(Isa isa) {
-  return isa >= Isa::kAmx && kGemmFp32Amx.tile ? &kGemmFp32Amx : nullptr;
+const Bf16Kernels* split_kernels(Isa isa, int64_t K) {
+  return isa >= Isa::kAmx && kGemmFp32Amx.tile && K >= kSplitDepth ? &kGemmFp32Amx : nullptr;
 }
 
 void gemm_bf16(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels) {
@@ -218,9 +224,9 @@ void gemm_bf16(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels)
   uint16_t* const a = buffers + worker_numbers * cpu.threads;
   for (int64_t m = 0; m < p.M; m += most_rows) {
     for (int64_t k = 0; k < p.K; k += deepest) {
-      multiply_chunk(cpu,
-                     {p, kernels, k, std::min(deepest, p.K - k), block_depth, m, std::min(most_rows, p.M - m), a},
-                     owners, buffers, worker_numbers);
+      multiply_chunk(
+          cpu, {p, kernels, k, std::min(deepest, p.K - k), block_depth, m, std::min(most_rows, p.M - m), a},
+          owners, buffers, worker_numbers);
     }
   }
 }

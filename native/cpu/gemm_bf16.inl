@@ -8,7 +8,7 @@ namespace dn::cpu {
 namespace {
 
 inline void copy_cells(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
-                int64_t cols) {
+                       int64_t cols) {
   const __mmask16 m0 = lanes(cols), m1 = lanes(cols - 16);
   for (int64_t r = 0; r < rows; ++r) {
     _mm512_mask_storeu_ps(dst + r * dst_stride, m0, _mm512_maskz_loadu_ps(m0, src + r * src_stride));
@@ -54,8 +54,8 @@ __attribute__((always_inline)) inline void join_pairs(__m512i* parts, __m512 eve
     alignas(64) static const uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                          21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                          11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    parts[0] = _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave),
-                                        (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+    parts[0] =
+        _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
     return;
   }
   const Parts a = split(even), b = split(odd);
@@ -107,16 +107,17 @@ void pack_columns(uint16_t* dst, int64_t part_step, const float* src, int64_t sr
 // The next pair of rows of a panel, and a request for what will be packed some pairs later.
 template <int kParts>
 __attribute__((always_inline)) inline void pack_pair(PanelPack* p) {
-  constexpr int64_t kAhead = 2048;  // floats
-  const float* const even = p->src + p->done * 2 * kGemmPanel;
+  constexpr int64_t kAhead = 32;  // pairs
+  const float* const even = p->src + p->done * 2 * p->src_stride;
+  const float* const odd = even + p->src_stride;
+  const float* const ahead = even + kAhead * 2 * p->src_stride;
   uint16_t* const dst = p->dst + p->done / 16 * (kParts * 2 * kBf16Tile) + p->done % 16 * 32;
-  for (int line = 0; line < 4; ++line)
-    _mm_prefetch(reinterpret_cast<const char*>(even + kAhead + line * 16), _MM_HINT_T1);
+  const float* const wanted[] = {ahead, ahead + 16, ahead + p->src_stride, ahead + p->src_stride + 16};
+  for (const float* const line : wanted) _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
     __m512i parts[kParts];
-    join_pairs<kParts>(parts, _mm512_loadu_ps(even + half * 16),
-                       _mm512_loadu_ps(even + kGemmPanel + half * 16));
+    join_pairs<kParts>(parts, _mm512_loadu_ps(even + half * 16), _mm512_loadu_ps(odd + half * 16));
     for (int i = 0; i < kParts; ++i) _mm512_store_si512(dst + (2 * i + half) * kBf16Tile, parts[i]);
   }
   ++p->done;

@@ -90,6 +90,7 @@ constexpr int64_t kBf16Tile = 512;  // numbers in a tile
 // A panel of fp32 to be packed as B, bit by bit: whole steps, two rows of it at a time.
 struct PanelPack {
   const float* src = nullptr;  // (2 * pairs, kGemmPanel)
+  int64_t src_stride = 0;
   uint16_t* dst = nullptr;
   int64_t done = 0;   // pairs packed
   int64_t pairs = 0;  // of all rows
@@ -130,8 +131,8 @@ struct Bf16Kernels {
                        int64_t depth, bool transpose);
 };
 
-// c (rows, cols <= kGemmPanel) = or += A B in three parts, then what `finish` says: the bits of the tiles, from
-// a panel as it lies.
+// c (rows, cols <= kGemmPanel) = or += A B in three parts, then what `finish` says: the bits of the tiles,
+// from a panel as it lies.
 struct SplitRows {
   float* c;
   int64_t c_stride;

@@ -1,6 +1,6 @@
-// A few rows times a panel in three parts (gemm_kernels.h), by the vector units and from the panel as it lies:
-// one or two rows are bound by reading the weight, and packing it would take longer. Bit for bit what the
-// AMX tiles give: in a step, for every product of parts, one chain of fused multiply-adds over the even
+// A few rows times a panel in three parts (gemm_kernels.h), by the vector units and from the panel as it
+// lies: one or two rows are bound by reading the weight, and packing it would take longer. Bit for bit what
+// the AMX tiles give: in a step, for every product of parts, one chain of fused multiply-adds over the even
 // numbers and one over the odd ones, both from zero; then their sum is added to C. (Intel's Instruction Set
 // Reference, TDPBF16PS; products of two bf16 are exact in fp32, so that fused or not is the same.)
 
