@@ -4,8 +4,10 @@
 // reduction runs in ascending order in blocks of GemmKernels::depth; inside a block one chain of fused
 // multiply-adds starting from zero, and the sums of the blocks are added in order (to what is in C already
 // when accumulating). Neither the place in the batch, the tiling, the threads nor the storage of the weight
-// (plain or packed) takes part. MatmulPrecision::kBF16 keeps the same independence, with its own blocks;
-// where bf16_kernels has none it is fp32.
+// (plain or packed) takes part. With AMX, reductions of 128 and more run on its tiles instead, in steps of 32
+// and every number as the sum of three of bf16 (gemm_kernels.h): as exact, and in an order of its own, which
+// one or two rows, multiplied without tiles, keep. MatmulPrecision::kBF16 has the same independence, with its
+// own order; where bf16_kernels has none it is fp32.
 //
 // Matrices are fp32, row-major, with a row stride in elements. Nothing here checks shapes: callers do.
 #pragma once

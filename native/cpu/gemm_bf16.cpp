@@ -213,7 +213,8 @@ void gemm_bf16(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels)
   const int64_t K = ceil_div(p.K, kBf16Step) * kBf16Step;
   const int64_t block_depth = std::min(K, kBlockBytes / number_bytes / kBf16Step * kBf16Step);
   const int64_t near_rows = kPackedA / (block_depth * number_bytes) / 32 * 32;
-  const int64_t owners = std::clamp<int64_t>(p.M / kOwnRows, 1, cpu.threads);
+  // With owners every one of them packs all of B; numbers of one part multiply so fast that it would show.
+  const int64_t owners = kernels.parts == 1 ? 1 : std::clamp<int64_t>(p.M / kOwnRows, 1, cpu.threads);
   const int64_t most_rows = std::min(near_rows * owners, ceil_div(p.M, 32) * 32);
   const int64_t blocks = std::max<int64_t>(1, kPackedA * owners / (most_rows * block_depth * number_bytes));
   const int64_t deepest = std::min(K, blocks * block_depth);
