@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kBlockBytes = 4608;             // of a row in a block of the reduction
 constexpr int64_t kPackedA = 128 * kBlockBytes;   // bytes of packed A that a thread meets a panel with
 constexpr int64_t kOwnRows = 64;                  // that a thread wants for itself
-constexpr int64_t kPlainPanels = 2;               // of a plain B that are packed at a time: whole cache lines
+constexpr int64_t kBuffers = 2;                   // blocks of a panel that a thread holds packed
 constexpr int64_t kSplitDepth = 128;              // shorter reductions are faster in fp32
 constexpr int64_t kPackAlone = 32768;             // fewer numbers of A are packed by the caller alone
 constexpr int64_t kAnyPanels = int64_t{1} << 32;  // of a group
@@ -108,7 +108,7 @@ void multiply_panel(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
 }
 
 // Panels [panel_begin, panel_end) of a B whose rows run across the reduction, a block after the other, while
-// the next one is packed. buffers: two blocks of a panel.
+// the next one is packed. buffers: kBuffers blocks of a panel, which take turns.
 void multiply_ahead(const Chunk& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
                     int64_t panel_end, uint16_t* buffers) {
   const int64_t blocks = x.blocks(), pieces = (panel_end - panel_begin) * blocks;
@@ -118,24 +118,24 @@ void multiply_ahead(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
     const int64_t panel = panel_begin + piece / blocks, k = x.k + piece % blocks * x.block_depth;
     const float* const src =
         panels ? x.p.b + (panel * x.p.K + k) * kGemmPanel : x.p.b + k * x.p.b_stride + panel * kGemmPanel;
-    return PanelPack{src, panels ? kGemmPanel : x.p.b_stride, buffers + piece % 2 * buffer_numbers, 0,
+    return PanelPack{src, panels ? kGemmPanel : x.p.b_stride, buffers + piece % kBuffers * buffer_numbers, 0,
                      x.depth_of(piece % blocks) / 2};
   };
   pack_b(x, panel_begin, x.k, x.depth_of(0), buffers);
   for (int64_t piece = 0; piece < pieces; ++piece) {
     PanelPack next = piece + 1 < pieces ? pack_of(piece + 1) : PanelPack();
     multiply_panel(x, strip_begin, strip_end, panel_begin + piece / blocks, piece % blocks,
-                   buffers + piece % 2 * buffer_numbers, &next);
+                   buffers + piece % kBuffers * buffer_numbers, &next);
   }
 }
 
-// Panels of any B, some at a time. buffers: kPlainPanels blocks of a panel.
+// Panels of any B, kBuffers at a time.
 void multiply_plain(const Chunk& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
                     int64_t panel_end, uint16_t* buffers) {
   const int64_t buffer_numbers = x.block_depth / kBf16Step * x.b_tiles();
   PanelPack nothing;
-  for (int64_t first = panel_begin; first < panel_end; first += kPlainPanels) {
-    const int64_t last = std::min(panel_end, first + kPlainPanels);
+  for (int64_t first = panel_begin; first < panel_end; first += kBuffers) {
+    const int64_t last = std::min(panel_end, first + kBuffers);
     for (int64_t block = 0; block < x.blocks(); ++block) {
       for (int64_t panel = first; panel < last; ++panel)
         pack_b(x, panel, x.k + block * x.block_depth, x.depth_of(block),
@@ -219,7 +219,7 @@ void gemm_bf16(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels)
   const int64_t blocks = std::max<int64_t>(1, kPackedA * owners / (most_rows * block_depth * number_bytes));
   const int64_t deepest = std::min(K, blocks * block_depth);
   const int64_t panel_numbers = block_depth * kGemmPanel * kernels.parts;
-  const int64_t worker_numbers = panel_numbers * std::max<int64_t>(2, kPlainPanels);
+  const int64_t worker_numbers = panel_numbers * kBuffers;
   uint16_t* const buffers = reinterpret_cast<uint16_t*>(
       gemm_scratch((worker_numbers * cpu.threads + most_rows * deepest * kernels.parts) / 2));
   uint16_t* const a = buffers + worker_numbers * cpu.threads;

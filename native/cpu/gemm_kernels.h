@@ -80,14 +80,14 @@ extern const GemmKernels kGemmAvx512;
 //
 // A number has one part, itself rounded to the nearest bf16, ties to even; or three, whose sum it is: the
 // upper half of its bits, then the rest rounded to the nearest, then what remains. A product of two such
-// numbers is the sum of six products of parts; the three that are left out lie below 2^-24 of it and have
-// either sign, so that the sums are as good as those of fp32. Denormal numbers count as zero, and a sum that
-// meets an infinity is NaN.
+// numbers is the sum of six products of parts; the three that are left out lie below 2^-22 of it, on
+// average at 2^-26, and have either sign, so that the sums are as good as those of fp32. Denormal numbers
+// count as zero, and a sum that meets an infinity is NaN.
 constexpr int64_t kBf16Step = 32;
 constexpr int64_t kBf16Rows = 16;
 constexpr int64_t kBf16Tile = 512;  // numbers in a tile
 
-// A panel of fp32 to be packed as B, bit by bit: whole steps, two rows of it at a time.
+// A panel of fp32 to be packed as B, piece by piece: whole steps, two rows of it at a time.
 struct PanelPack {
   const float* src = nullptr;  // (2 * pairs, kGemmPanel)
   int64_t src_stride = 0;
@@ -115,8 +115,8 @@ struct Bf16Tile {
 
 struct Bf16Kernels {
   int64_t parts;  // of a number
-  // A thread calls begin before and end after any number of tiles or rows (SplitRows); in between, denormal
-  // numbers are zero to it.
+  // A thread calls begin before and end after any number of tiles or rows (SplitRows); in between, with AMX,
+  // denormal numbers are zero to it.
   void (*begin)();
   void (*end)();
   void (*tile)(const Bf16Tile& tile);
