@@ -85,8 +85,9 @@ DN_TEST(split_follows_the_rule_of_the_tiles) {
   if (!split_kernels(isa, INT64_MAX)) return;
   // Few rows and tiles of every height; columns and reductions with tails; several blocks and segments of the
   // reduction, several chunks of rows.
-  const int64_t shapes[][3] = {{1, 96, 128}, {2, 33, 1536}, {3, 50, 800},  {16, 17, 131}, {17, 64, 160},
-                               {31, 5, 129}, {33, 70, 130}, {48, 32, 161}, {65, 40, 769}, {200, 9, 2400}};
+  const int64_t shapes[][3] = {{1, 96, 128},  {2, 33, 1536},  {3, 50, 800},   {16, 17, 131},
+                               {17, 64, 160}, {31, 5, 129},   {33, 70, 130},  {48, 32, 161},
+                               {65, 40, 769}, {200, 9, 2400}, {20, 64, 1600}, {35, 320, 160}};
   Numbers numbers(32);
   for (const auto& s : shapes) {
     const int64_t M = s[0], N = s[1], K = s[2];
