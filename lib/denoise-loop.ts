@@ -141,10 +141,24 @@ export class Loop {
 
 	/** The next step of a window that looks at anything; undefined: the budget is spent and what is tentative stands. */
 	#planIn(window: Window, inside: Int32Array, open: Int32Array, tentative: Int32Array): Plan | undefined {
-		const { policy, samplerName, isPlanned } = this.#options;
+		const { policy, samplerName, isPlanned, seed } = this.#options;
+		// Steps that look at nothing leave the canvas as it is: one copy serves them all.
+		const tokens = this.#canvas.tokens.slice();
+		const reopened = this.#canvas.reopened.slice();
 		for (;;) {
 			const last = !isPlanned && this.#blockStep + 1 >= window.steps;
-			const view = this.#view(window, open, tentative);
+			const view: CanvasView = {
+				step: this.#step,
+				tokens,
+				open,
+				initialOpen: this.#initialOpen,
+				blockStep: this.#blockStep,
+				blockSteps: window.steps,
+				tentative,
+				reopened,
+				seed,
+				memory: this.#memory,
+			};
 			const groups = last ? [] : verifiedGroups(policy, samplerName, view);
 			const positions = last ? open : chosenPositions(policy, samplerName, view);
 			if (positions.length + groups.length > 0) {
@@ -395,21 +409,6 @@ export class Loop {
 		const end = this.#endPosition(false);
 		const positions = this.#canvas.generatedPositions();
 		return end < 0 ? positions : positions.filter((i) => i < end);
-	}
-
-	#view(window: Window, open: Int32Array, tentative: Int32Array): CanvasView {
-		return {
-			step: this.#step,
-			tokens: this.#canvas.tokens.slice(),
-			open,
-			initialOpen: this.#initialOpen,
-			blockStep: this.#blockStep,
-			blockSteps: window.steps,
-			tentative,
-			reopened: this.#canvas.reopened.slice(),
-			seed: this.#options.seed,
-			memory: this.#memory,
-		};
 	}
 
 	#decide({ view, last }: Plan, look: Look): Decision {

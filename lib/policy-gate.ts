@@ -24,11 +24,14 @@ export function checkPolicy(policy: SamplerPolicy): void {
 	}
 }
 
+const nothing = new Int32Array(0);
+
 /** The positions that a policy wants to look at, without repetitions. @throws `ERR_DN_ARGUMENT` unless all are open */
 export function chosenPositions(policy: SamplerPolicy, name: string, view: CanvasView): Int32Array {
 	const choice: unknown = policy.choose ? policy.choose(view) : view.open;
 	if (choice === view.open) return view.open;
 	check(isList(choice), `the policy '${name}': choose returned ${typeof choice}, expected a list of positions`);
+	if (choice.length === 0) return nothing; // most steps of a sampler with many more steps than positions
 	const positions = new Set(Array.from(choice));
 	const open = new Set(view.open);
 	for (const position of positions) {

@@ -123,7 +123,7 @@ async function draw(
 	enough: (counts: Float64Array) => boolean = () => false,
 ): Promise<Float64Array> {
 	const counts = new Float64Array(4 ** L);
-	const chunk = 20_000;
+	const chunk = 2_000;
 	for (let first = 0; first < count && !enough(counts); first += chunk) {
 		const seeds = Array.from({ length: Math.min(chunk, count - first) }, (_, i) => first + i);
 		const results = await model.generateBatch(

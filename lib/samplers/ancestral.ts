@@ -31,7 +31,8 @@ export function ancestral(): SamplerPolicy {
 		choose(view) {
 			// What was remembered is gone when a length method has moved positions.
 			if (view.blockStep === 0 || !view.memory['revealed']) view.memory['revealed'] = schedule(view);
-			const due = (view.memory['revealed'] as Map<number, number[]>).get(view.blockStep) ?? [];
+			const due = (view.memory['revealed'] as Map<number, number[]>).get(view.blockStep);
+			if (!due) return [];
 			// An end token may have cut positions off the canvas.
 			return due.filter((position) => view.open.includes(position));
 		},
