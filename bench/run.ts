@@ -1,12 +1,12 @@
 /**
- * `npm run bench [-- part of a name] [--json FILE] [--repeats N]`: runs the cases whose name is or contains one of the arguments,
- * prints a table and, with --json, writes { machine, results } after every case. Cases that take minutes run only when named; --repeats times
- * each case so often instead of as often as it says.
- * With --peers it runs the cases of the machine and of memory, and then compares with other engines; bench/peers/README.md.
+ * `npm run bench [-- parts of names] [options]`: runs the cases whose name is or contains one of the arguments, prints a table
+ * and, with --json, writes { machine, results } after every case. With --peers it runs the cases of the machine and of
+ * memory, and then compares with other engines; bench/peers/README.md.
  */
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
-import { parseArgs } from 'node:util';
+
+import { Command, InvalidArgumentError } from 'commander';
 
 import { eventLoopCase, timerDelays } from './cases/event-loop.js';
 import { forwardCases } from './cases/forward.js';
@@ -21,23 +21,37 @@ import { type ComparisonResult, compare } from './peers/compare.js';
 import { missing } from './peers/installed.js';
 import { header, legend, line } from './peers/table.js';
 
-const { values, positionals } = parseArgs({
-	options: {
-		json: { type: 'string' },
-		list: { type: 'boolean', default: false },
-		peers: { type: 'boolean', default: false },
-		quick: { type: 'boolean', default: false },
-		repeats: { type: 'string' },
-		models: { type: 'string' },
-		rounds: { type: 'string' },
-	},
-	allowPositionals: true,
-});
-const repeats = values.repeats === undefined ? undefined : Number(values.repeats);
-if (repeats !== undefined && !(Number.isInteger(repeats) && repeats >= 1)) {
-	console.error(`--repeats is ${values.repeats}, expected a whole number >= 1`);
-	process.exit(2);
+/** A whole number >= 1, for commander. */
+function count(text: string): number {
+	const value = Number(text);
+	if (!(Number.isInteger(value) && value >= 1)) throw new InvalidArgumentError('expected a whole number >= 1');
+	return value;
 }
+
+interface Options {
+	json?: string;
+	list?: true;
+	repeats?: number;
+	peers?: true;
+	quick?: true;
+	models?: string;
+	rounds?: number;
+}
+
+const program = new Command('bench')
+	.description('Times the library. Give parts of names to choose cases; those that take minutes run only when named.')
+	.argument('[names...]', 'parts of the names of cases, or of comparisons with --peers (default: all)')
+	.option('--list', 'print the names of the cases, run nothing')
+	.option('--json <file>', 'write machine, commit and results there, after every case')
+	.option('--repeats <n>', 'time each case so often (default: as often as it says)', count)
+	.option('--peers', 'compare with onnxruntime-node, llama.cpp and PyTorch where they are installed')
+	.option('--quick', 'with --peers: a part of the comparisons, few rounds')
+	.option('--rounds <n>', 'with --peers: turns of every contender', count)
+	.option('--models <folder>', 'with --peers: keep the written models there (default: a temporary folder)')
+	.parse();
+const values = program.opts<Options>();
+const positionals = program.args;
+const { repeats } = values;
 const ofMachine = [...machineCases, ...scalingCases, ...memoryCases, ...operationCases];
 const all = [...ofMachine, ...forwardCases, ...trainStepCases, ...generateCases, eventLoopCase];
 const offered = values.peers ? ofMachine : all;
@@ -95,9 +109,9 @@ if (values.peers) {
 	console.log(`\n${header()}`);
 	await compare({
 		names: positionals,
-		quick: values.quick,
+		quick: values.quick ?? false,
 		folder: values.models,
-		rounds: values.rounds === undefined ? undefined : Number(values.rounds),
+		rounds: values.rounds,
 		onRow: (row) => {
 			console.log(line(row));
 			comparisons.push(row);

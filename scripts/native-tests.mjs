@@ -5,6 +5,7 @@ import { spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
 import { existsSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
+import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 
@@ -38,27 +39,35 @@ const env = {
 	...(values.isa ? { DN_ISA: values.isa } : {}),
 	UBSAN_OPTIONS: 'print_stacktrace=1',
 };
-const program = `./${folder}/dn_tests`;
-const shards = availableParallelism();
-const seen = new Set();
-const statuses = await Promise.all(
-	Array.from({ length: shards }, async (_, i) => {
-		const args = ['--shard', `${i + 1}/${shards}`, ...positionals];
-		const child = spawn(program, args, { cwd: root, stdio: ['inherit', 'pipe', 'inherit'], env });
-		let output = '';
-		child.stdout.on('data', (text) => {
-			output += text;
-			process.stdout.write(text);
-		});
-		const [status] = await once(child, 'close');
-		for (const [, name] of output.matchAll(/^(?:ok|FAIL) +(\w+)$/gm)) seen.add(name);
-		return status ?? 1;
-	}),
-);
-const wanted = Number(spawnSync(program, ['--count', ...positionals], { cwd: root }).stdout);
-console.log(`${seen.size} of ${wanted} tests ran, in ${shards} processes`);
-if (seen.size !== wanted || statuses.some((status) => status !== 0)) process.exit(1);
-// The CUDA kernels on the emulator, once: they have no instruction sets, and their fibers confuse the sanitizers.
-if (!values.asan && !values.isa && existsSync(`${root}/${folder}/dn_cuda_emulator`)) {
-	run(`./${folder}/dn_cuda_emulator`, positionals);
+/** Runs a test program's tests in as many processes as there are processors; ends this process when one fails. */
+async function runTests(program) {
+	const processes = availableParallelism();
+	// Small shards: whoever has finished one takes the next, so that slow tests do not keep one processor waiting.
+	const shards = 8 * processes;
+	let shard = 0;
+	let failed = false;
+	const passed = new Set();
+	const work = async () => {
+		while (shard < shards) {
+			const args = ['--shard', `${++shard}/${shards}`, ...positionals];
+			const child = spawn(program, args, { cwd: root, stdio: ['inherit', 'pipe', 'inherit'], env });
+			let output = '';
+			child.stdout.on('data', (text) => {
+				output += text;
+			});
+			const [status] = await once(child, 'close');
+			process.stdout.write(output.replace(/^\d+ passed, \d+ failed\n/m, ''));
+			for (const [, name] of output.matchAll(/^ok +(\w+)/gm)) passed.add(name);
+			failed ||= status !== 0;
+		}
+	};
+	await Promise.all(Array.from({ length: processes }, work));
+	const wanted = Number(spawnSync(program, ['--count', ...positionals], { cwd: root }).stdout);
+	console.log(`${passed.size} of ${wanted} tests of ${program} passed`);
+	if (passed.size !== wanted || failed) process.exit(1);
 }
+
+await runTests(`./${folder}/dn_tests`);
+// The CUDA kernels on the emulator, once: they have no instruction sets, and their fibers confuse the sanitizers.
+const emulator = `./${folder}/dn_cuda_emulator`;
+if (!values.asan && !values.isa && existsSync(join(root, emulator))) await runTests(emulator);

@@ -40,10 +40,10 @@ DN_TEST(cuda_cublaslt_is_found_or_says_why) {
 }
 
 DN_TEST(cuda_cublaslt_products) {
+  Backend& without = backend(Dtype::kBF16);  // kept for other tests: made before the setting
   const Setting setting(DN_FAKE_CUBLASLT);
   const emulator::DeviceAccess access;  // the stand-in reads and writes device memory from the host
   const std::unique_ptr<Backend> with = make_cuda_backend(0);
-  Backend& without = backend(Dtype::kBF16);
   for (const WeightOrder order : {WeightOrder::kInOut, WeightOrder::kOutIn}) {
     for (const int64_t N : {24, 136}) {  // 136 with a bias has no algorithm
       const int64_t M = 9, K = 16;

@@ -1,7 +1,9 @@
 // Runs the registered tests, or those whose name contains one of the arguments. --shard K/N, first: only
 // every N-th of them, from the K-th on (1 .. N), so that N processes share the work. --count, first:
-// prints how many there are and runs none. Ends with "N passed, N failed".
+// prints how many there are and runs none. A test that takes long says how long. Ends with "N passed, N
+// failed".
 
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -26,13 +28,17 @@ int main(int argc, char** argv) {
     found += wanted;
     if (!wanted || count_only || index++ % shards != shard - 1) continue;
     dn::test::failures() = 0;
+    const auto start = std::chrono::steady_clock::now();
     try {
       test.run();
     } catch (const std::exception& e) {
       dn::test::fail(test.name, 0, std::string("threw: ") + e.what());
     }
     const int count = dn::test::failures();
-    std::printf("%s %s\n", count == 0 ? "ok  " : "FAIL", test.name);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    std::printf("%s %s", count == 0 ? "ok  " : "FAIL", test.name);
+    if (seconds.count() >= 1) std::printf(" (%.1f s)", seconds.count());
+    std::printf("\n");
     std::fflush(stdout);
     count == 0 ? ++passed : ++failed;
   }

@@ -64,8 +64,9 @@ inline Weight weight(const std::vector<float>& v, WeightOrder order, int64_t K, 
   return w;
 }
 
-inline std::vector<float> transposed(const std::vector<float>& v, int64_t rows, int64_t cols) {
-  std::vector<float> t(v.size());
+template <typename T>
+std::vector<T> transposed(const std::vector<T>& v, int64_t rows, int64_t cols) {
+  std::vector<T> t(v.size());
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < cols; ++c)
       t[static_cast<size_t>(c * rows + r)] = v[static_cast<size_t>(r * cols + c)];
@@ -104,6 +105,10 @@ inline Reference reference(const std::vector<float>& a, const std::vector<float>
     }
   }
   return ref;
+}
+
+inline Reference transposed(const Reference& ref, int64_t rows, int64_t cols) {
+  return {transposed(ref.exact, rows, cols), transposed(ref.naive, rows, cols)};
 }
 
 inline double worst(const std::vector<double>& exact, const float* got) {

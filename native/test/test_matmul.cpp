@@ -19,27 +19,29 @@ using namespace dn::cpu;
 using namespace dn::test::products;
 
 // Forward without epilogue through every weight layout: within the error, and the same bits in all of them.
-void check_forward(Isa isa, int64_t M, int64_t N, int64_t K, uint64_t seed) {
+void check_forward(int64_t M, int64_t N, int64_t K, uint64_t seed) {
   Numbers numbers(seed);
   std::vector<float> a = numbers.vector(M * K), b = numbers.vector(K * N);
   const std::vector<float> bt = transposed(b, K, N);
   const Reference ref = reference(a, b, M, N, K);
-  const Cpu cpu{2, isa};
-  const std::string what = label(isa, M, N, K);
-  std::vector<float> first;
-  for (const WeightOrder order : {WeightOrder::kInOut, WeightOrder::kOutIn}) {
-    const Weight plain = weight(order == WeightOrder::kInOut ? b : bt, order, K, N);
-    std::vector<float> panels(static_cast<size_t>(packed_elements(K, N)), 7.0f);
-    pack_weight(cpu, panels.data(), plain);
-    for (const Weight& w : {plain, weight(panels, order, K, N, true)}) {
-      std::vector<float> out(static_cast<size_t>(M * N), 3.0f);
-      matmul_forward(cpu, matrix(out, M, N), matrix(a, M, K), w, {}, Epilogue::kNone, {},
-                     MatmulPrecision::kFP32);
-      if (first.empty()) {
-        first = out;
-        check_product(ref, out, what);
+  for (const Isa isa : isas()) {
+    const Cpu cpu{2, isa};
+    const std::string what = label(isa, M, N, K);
+    std::vector<float> first;
+    for (const WeightOrder order : {WeightOrder::kInOut, WeightOrder::kOutIn}) {
+      const Weight plain = weight(order == WeightOrder::kInOut ? b : bt, order, K, N);
+      std::vector<float> panels(static_cast<size_t>(packed_elements(K, N)), 7.0f);
+      pack_weight(cpu, panels.data(), plain);
+      for (const Weight& w : {plain, weight(panels, order, K, N, true)}) {
+        std::vector<float> out(static_cast<size_t>(M * N), 3.0f);
+        matmul_forward(cpu, matrix(out, M, N), matrix(a, M, K), w, {}, Epilogue::kNone, {},
+                       MatmulPrecision::kFP32);
+        if (first.empty()) {
+          first = out;
+          check_product(ref, out, what);
+        }
+        CHECK_MSG(same_bits(first, out), what + ": the bits depend on how the weight is stored");
       }
-      CHECK_MSG(same_bits(first, out), what + ": the bits depend on how the weight is stored");
     }
   }
 }
@@ -75,23 +77,18 @@ void check_backward(Isa isa, WeightOrder order, int64_t M, int64_t N, int64_t K,
 
 DN_TEST(matmul_small_shapes) {
   Numbers numbers(1);
-  for (const Isa isa : isas()) {
-    for (int i = 0; i < 150; ++i) {
-      check_forward(isa, numbers.between(1, 70), numbers.between(1, 70), numbers.between(1, 70),
-                    numbers.next());
-    }
-    for (int64_t M = 1; M <= 30; ++M)
-      check_forward(isa, M, 33, 300, numbers.next());  // every tile height, two blocks
-    for (int64_t N = 1; N <= 65; ++N) check_forward(isa, 3, N, 5, numbers.next());  // every tail
+  for (int i = 0; i < 300; ++i) {
+    check_forward(numbers.between(1, 70), numbers.between(1, 70), numbers.between(1, 70), numbers.next());
   }
+  for (int64_t M = 1; M <= 30; ++M)
+    check_forward(M, 33, 300, numbers.next());                               // every tile height, two blocks
+  for (int64_t N = 1; N <= 65; ++N) check_forward(3, N, 5, numbers.next());  // every tail
 }
 
 DN_TEST(matmul_model_shapes) {
   const int64_t shapes[][3] = {{64, 2304, 768}, {37, 768, 768},  {65, 768, 3072},
                                {16, 3072, 768}, {33, 1027, 256}, {600, 96, 520}};
-  for (const Isa isa : isas()) {
-    for (const auto& s : shapes) check_forward(isa, s[0], s[1], s[2], 5);
-  }
+  for (const auto& s : shapes) check_forward(s[0], s[1], s[2], 5);
 }
 
 DN_TEST(matmul_backward_shapes) {
@@ -304,8 +301,8 @@ DN_TEST(matmul_bf16) {
   Numbers numbers(8);
   for (const Isa isa : isas()) {
     const bool rounds = bf16_kernels(isa) != nullptr;
-    for (int i = rounds ? -4 : 0; i < 60; ++i) {
-      const bool large = i < 6;
+    for (int i = rounds ? -4 : 0; i < (dn::test::kSanitized ? 20 : 60); ++i) {
+      const bool large = i < (dn::test::kSanitized ? 2 : 6);
       const int64_t* const shape = i < 0 ? divided[i + 4] : nullptr;
       const int64_t M = shape   ? shape[0]
                         : large ? 40 + 11 * i
@@ -320,6 +317,9 @@ DN_TEST(matmul_bf16) {
       for (auto* v : {&ra, &rb, &rg}) {
         if (rounds) std::transform(v->begin(), v->end(), v->begin(), to_bf16);
       }
+      const Reference products = reference(ra, rb, M, N, K),
+                      dinp = reference(rg, transposed(rb, K, N), M, K, N),
+                      dweight = reference(transposed(ra, M, K), rg, K, N, M);
       const Cpu cpu{2, isa};
       const std::string what = "bf16 " + label(isa, M, N, K);
       for (const WeightOrder order : {WeightOrder::kInOut, WeightOrder::kOutIn}) {
@@ -332,16 +332,14 @@ DN_TEST(matmul_bf16) {
           std::vector<float> out(static_cast<size_t>(M * N), 3.0f);
           matmul_forward(cpu, matrix(out, M, N), matrix(a, M, K), w, {}, Epilogue::kNone, {},
                          MatmulPrecision::kBF16);
-          if (first.empty()) check_product(reference(ra, rb, M, N, K), first = out, what);
+          if (first.empty()) check_product(products, first = out, what);
           CHECK_MSG(same_bits(first, out), what + ": the bits depend on how the weight is stored");
         }
         std::vector<float> da(static_cast<size_t>(M * K), 4.0f), dw(static_cast<size_t>(K * N));
         matmul_backward(cpu, matrix(da, M, K), matrix(dw, in_out ? K : N, in_out ? N : K), {},
                         matrix(g, M, N), matrix(a, M, K), plain, MatmulPrecision::kBF16);
-        check_product(reference(rg, transposed(rb, K, N), M, K, N), da, what + " dinp");
-        check_product(in_out ? reference(transposed(ra, M, K), rg, K, N, M)
-                             : reference(transposed(rg, M, N), ra, N, K, M),
-                      dw, what + " dweight");
+        check_product(dinp, da, what + " dinp");
+        check_product(in_out ? dweight : transposed(dweight, K, N), dw, what + " dweight");
       }
     }
   }
