@@ -122,6 +122,43 @@ test('a policy that breaks the rules is an error, never a hang', async (t) => {
 	await model.dispose();
 });
 
+test('a policy sees its steps counted, those that look at nothing too, and a canvas that it cannot change', async (t) => {
+	const model = await sharpModel();
+	const seen: { step: number; blockStep: number; initialOpen: number; open: number[]; tokens: number[] }[] = [];
+	const sampler: SamplerPolicy = {
+		choose({ step, blockStep, initialOpen, open, tokens, reopened }) {
+			seen.push({ step, blockStep, initialOpen, open: Array.from(open), tokens: Array.from(tokens) });
+			if (step % 2 === 0) return [];
+			tokens.fill(1);
+			reopened.fill(200);
+			return open.subarray(0, 1);
+		},
+		decide({ step, positions, reopened }) {
+			t.true(step % 2 === 1 && reopened.every((times) => times === 200), 'the view of choose');
+			return { commit: Array.from(positions) };
+		},
+	};
+	const { events, result } = await collect(model, prompt, { sampler, length: 4 });
+	const plain = await model.generate(prompt, { block: 1, length: 4 });
+	t.deepEqual(result.sequence, plain.sequence);
+	t.is(result.stats.forwards, 4);
+	t.deepEqual(
+		seen.map(({ step, blockStep, initialOpen }) => [step, blockStep, initialOpen]),
+		Array.from({ length: 8 }, (_, step) => [step, step, 4]),
+	);
+	for (const [step, { open, tokens }] of seen.entries()) {
+		const done = Math.floor(step / 2);
+		t.deepEqual(open, [4, 5, 6, 7].slice(done));
+		const canvas = [...plain.sequence.subarray(0, 4 + done), ...new Array<number>(4 - done).fill(maskId)];
+		t.deepEqual(tokens, canvas, `before step ${step}`);
+	}
+	t.deepEqual(
+		events.map(({ committed }) => committed),
+		[[4], [5], [6], [7]],
+	);
+	await model.dispose();
+});
+
 test('view.divergence compares with the forward before, by position', async (t) => {
 	const model = await sharpModel();
 	const steps: { divergence: Map<number, number>; logProbs: Map<number, Float64Array> }[] = [];
