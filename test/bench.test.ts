@@ -1,3 +1,6 @@
+import { spawnSync } from 'node:child_process';
+import { join } from 'node:path';
+
 import test from 'ava';
 
 import { parseSteps } from '../bench/cases/operations.js';
@@ -7,6 +10,7 @@ import { difference } from '../bench/peers/compare.js';
 import { toBfloat, toHalf } from '../bench/peers/gguf.js';
 import { byteLength, integer, message, string } from '../bench/peers/protobuf.js';
 import { fill, merge, type Results } from '../bench/tables.js';
+import { root } from './helpers/fixtures.js';
 
 test('a part of a name chooses all that have it, a whole name that one alone', (t) => {
 	const cases = ['forward/B1', 'forward/B16', 'load'].map((name) => ({ name }));
@@ -122,4 +126,22 @@ test('of several results files the later one counts, row by row, and they must b
 	t.deepEqual(merged.comparisons, [row('forward', 'torch', 1), row('forward', 'llama', 3), row('decode', 'llama', 4)]);
 	t.is(merged.machine['commit'], 'a and b');
 	t.throws(() => merge([early, file('b', [], 'another')]), { message: /different machines/ });
+});
+
+test('the command lists what names choose, and names a wrong option', (t) => {
+	const bench = (...args: string[]): { status: number | null; stdout: string; stderr: string } =>
+		spawnSync(process.execPath, [join(root, 'dist', 'bench', 'run.js'), ...args], { encoding: 'utf8' });
+	t.is(bench('--list', 'forward/tiny').stdout, 'forward/tiny/T256/logits\n');
+	t.regex(bench('--help').stdout, /--repeats <n>/);
+	for (const [args, message] of [
+		[['--repeats', '0'], /--repeats <n>.*'0'.*whole number >= 1/],
+		[['--rounds', 'two', '--peers'], /--rounds <n>.*'two'.*whole number >= 1/],
+		[['--bogus'], /unknown option '--bogus'/],
+		[['no such case'], /no case matches no such case/],
+	] as const) {
+		const { status, stdout, stderr } = bench(...args);
+		t.true(status === 1 || status === 2, `${args}: ${status}`);
+		t.is(stdout, '');
+		t.regex(stderr, message);
+	}
 });

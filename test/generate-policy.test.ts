@@ -128,6 +128,10 @@ test('a policy sees its steps counted, those that look at nothing too, and a can
 	const sampler: SamplerPolicy = {
 		choose({ step, blockStep, initialOpen, open, tokens, reopened }) {
 			seen.push({ step, blockStep, initialOpen, open: Array.from(open), tokens: Array.from(tokens) });
+			t.true(
+				reopened.every((times) => times === 0),
+				`step ${step}`,
+			);
 			if (step % 2 === 0) return [];
 			tokens.fill(1);
 			reopened.fill(200);
