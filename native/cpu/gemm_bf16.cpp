@@ -63,7 +63,7 @@ void pack_a(const Chunk& x, int64_t task) {
     }
     return;
   }
-  const int64_t block = task / x.strips(), strip = task % x.strips();
+  const int64_t strip = task / x.blocks(), block = task % x.blocks();
   const int64_t m = x.m + strip * kBf16Rows, count = std::min(kBf16Rows, x.m + x.rows - m);
   const float* rows[kBf16Rows] = {};
   for (int64_t r = 0; r < count; ++r)
@@ -152,8 +152,8 @@ void multiply_plain(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
 void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t owners, uint16_t* buffers,
                     int64_t worker_numbers) {
   const GemmProduct& p = x.p;
-  parallel(x.rows * x.depth <= kPackAlone ? 1 : cpu.threads, pack_a_tasks(x),
-           [&](int64_t task, int) { pack_a(x, task); });
+  parallel_near(x.rows * x.depth <= kPackAlone ? 1 : cpu.threads, pack_a_tasks(x),
+                [&](int64_t task, int) { pack_a(x, task); });
   const int64_t wanted = kTasksPerThread * cpu.threads, pairs = ceil_div(x.strips(), 2);
   const PanelGroups groups(p.N, kAnyPanels, cpu.threads, ceil_div(wanted, owners));
   const int64_t least = std::min(owners, pairs);  // the last chunk may be low
@@ -213,8 +213,10 @@ void gemm_bf16(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels)
   const int64_t K = ceil_div(p.K, kBf16Step) * kBf16Step;
   const int64_t block_depth = std::min(K, kBlockBytes / number_bytes / kBf16Step * kBf16Step);
   const int64_t near_rows = kPackedA / (block_depth * number_bytes) / 32 * 32;
-  // With owners every one of them packs all of B; numbers of one part multiply so fast that it would show.
-  const int64_t owners = kernels.parts == 1 ? 1 : std::clamp<int64_t>(p.M / kOwnRows, 1, cpu.threads);
+  // With owners every one of them packs all of B: numbers of one part multiply so fast that it would show,
+  // and rows that one chunk holds do not need it.
+  const int64_t owners =
+      kernels.parts == 1 || p.M <= near_rows ? 1 : std::clamp<int64_t>(p.M / kOwnRows, 1, cpu.threads);
   const int64_t most_rows = std::min(near_rows * owners, ceil_div(p.M, 32) * 32);
   const int64_t blocks = std::max<int64_t>(1, kPackedA * owners / (most_rows * block_depth * number_bytes));
   const int64_t deepest = std::min(K, blocks * block_depth);

@@ -59,8 +59,10 @@ __attribute__((always_inline)) inline void join_pairs(__m512i* parts, __m512 eve
     return;
   }
   const Parts a = split(even), b = split(odd);
+  // One instruction a part: the upper halves of the even numbers go below those of the odd ones.
+  const __m512i upper = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
   for (int i = 0; i < kParts; ++i)
-    parts[i] = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a.at[i], 16), b.at[i]);
+    parts[i] = _mm512_mask_shuffle_epi8(b.at[i], 0x3333333333333333u, a.at[i], upper);
 }
 
 template <int kParts>

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "cpu/gemm_bf16.inl"
+#include "cpu/gemm_prefetch.inl"
 
 namespace dn::cpu {
 namespace {
@@ -41,23 +42,21 @@ void end() {
   _mm_setcsr(control_before);
 }
 
-// Pieces of the next panel that are packed while tiles multiply: `pairs` of them, spread over `places`.
+// Pieces of the next panel that are packed while tiles multiply: `pairs` of them, spread evenly over
+// `places`. In bunches they would hold up the tiles, whose loads wait behind them.
 class Packing {
  public:
-  Packing(PanelPack* next, int64_t pairs, int64_t places)
-      : next_(next), left_(pairs), share_((pairs + places - 1) / places) {}
+  Packing(PanelPack* next, int64_t pairs, int64_t places) : next_(next), pairs_(pairs), places_(places) {}
 
   template <int kParts>
   __attribute__((always_inline)) void some() {
-    const int64_t count = share_ < left_ ? share_ : left_;
-    left_ -= count;
-    for (int64_t i = 0; i < count; ++i) pack_pair<kParts>(next_);
+    for (due_ += pairs_; due_ >= places_; due_ -= places_) pack_pair<kParts>(next_);
   }
 
  private:
   PanelPack* next_;
-  int64_t left_;
-  int64_t share_;
+  int64_t pairs_, places_;
+  int64_t due_ = 0;
 };
 
 template <bool kTwo>
@@ -71,12 +70,16 @@ __attribute__((always_inline)) inline void load_b(const uint16_t* b, int64_t par
   _tile_loadd(7, b + part * 2 * kBf16Tile + kBf16Tile, 64);
 }
 
-template <bool kTwo>
-__attribute__((always_inline)) inline void products() {
+constexpr int64_t kPlaces = 2;  // for packing in products()
+
+template <int kParts, bool kTwo>
+__attribute__((always_inline)) inline void products(Packing& packing) {
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
+  packing.some<kParts>();
   if (kTwo) _tile_dpbf16ps(2, 5, 6);
   if (kTwo) _tile_dpbf16ps(3, 5, 7);
+  packing.some<kParts>();
 }
 
 template <int kParts, bool kTwo>
@@ -85,30 +88,23 @@ __attribute__((always_inline)) inline void multiply_step(const uint16_t* a0, con
   if (kParts == 1) {
     load_b(b, 0);
     load_a<kTwo>(a0, a1, 0);
-    products<kTwo>();
-    packing.some<kParts>();
+    products<kParts, kTwo>(packing);
     return;
   }
   // From the smallest products to the largest, and only one operand changes: 14 loads, not 24.
   load_b(b, 0);
   load_a<kTwo>(a0, a1, 2);
-  products<kTwo>();
-  packing.some<kParts>();
+  products<kParts, kTwo>(packing);
   load_a<kTwo>(a0, a1, 1);
-  products<kTwo>();
-  packing.some<kParts>();
+  products<kParts, kTwo>(packing);
   load_b(b, 1);
-  products<kTwo>();
-  packing.some<kParts>();
+  products<kParts, kTwo>(packing);
   load_a<kTwo>(a0, a1, 0);
-  products<kTwo>();
-  packing.some<kParts>();
+  products<kParts, kTwo>(packing);
   load_b(b, 2);
-  products<kTwo>();
-  packing.some<kParts>();
+  products<kParts, kTwo>(packing);
   load_b(b, 0);
-  products<kTwo>();
-  packing.some<kParts>();
+  products<kParts, kTwo>(packing);
 }
 
 // Whole tiles only; `from` (when accumulating) and `to` have room for 32 columns and 16 rows, 32 when kTwo.
@@ -127,7 +123,7 @@ void multiply(const Bf16Tile& t, const float* from, int64_t from_stride, float* 
     if (kTwo) _tile_zero(2);
     if (kTwo) _tile_zero(3);
   }
-  Packing packing(t.next, t.pack_pairs, t.steps * (kParts == 1 ? 1 : 6));
+  Packing packing(t.next, t.pack_pairs, t.steps * kPlaces * (kParts == 1 ? 1 : 6));
   const uint16_t *a0 = t.a0, *a1 = t.a1, *b = t.b;
   for (int64_t step = 0; step < t.steps; ++step) {
     multiply_step<kParts, kTwo>(a0, a1, b, packing);
@@ -146,6 +142,8 @@ template <int kParts>
 void tile(const Bf16Tile& t) {
   const bool two = t.a1 != nullptr;
   const bool whole = t.cols == kGemmPanel && t.rows == (two ? 32 : 16);
+  for (int64_t r = 0; r < t.rows; ++r) prefetch_row(t.c + r * t.c_stride);
+  prefetch_finish(t.finish);
   // Edges of C, and what is finished before it is stored: whole tiles beside it.
   alignas(64) float cells[32 * kGemmPanel];
   if (t.accumulate && !whole) {
