@@ -107,19 +107,34 @@ void multiply_panel(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
   }
 }
 
-// Panels [panel_begin, panel_end) of a B whose rows run across the reduction, a block after the other, while
-// the next one is packed. buffers: kBuffers blocks of a panel, which take turns.
+// Where block k of a panel begins in a B of whole steps.
+const float* block_of(const GemmProduct& p, int64_t panel, int64_t k) {
+  const int64_t n = panel * kGemmPanel;
+  if (p.b_layout == GemmLayout::kPanels) return p.b + n * p.K + k * kGemmPanel;
+  return p.b_layout == GemmLayout::kPlain ? p.b + k * p.b_stride + n : p.b + n * p.b_stride + k;
+}
+
+// Panels [panel_begin, panel_end) of a B of whole steps, a block after the other, while the next one is
+// packed. buffers: kBuffers blocks of a panel, which take turns.
 void multiply_ahead(const Chunk& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
                     int64_t panel_end, uint16_t* buffers) {
+  alignas(64) float turned[PanelPack::kTurned];
+  const GemmProduct& p = x.p;
   const int64_t blocks = x.blocks(), pieces = (panel_end - panel_begin) * blocks;
   const int64_t buffer_numbers = x.block_depth / kBf16Step * x.b_tiles();
-  const bool panels = x.p.b_layout == GemmLayout::kPanels;
+  const auto src_of = [&](int64_t piece) {
+    return block_of(p, panel_begin + piece / blocks, x.k + piece % blocks * x.block_depth);
+  };
   const auto pack_of = [&](int64_t piece) {
-    const int64_t panel = panel_begin + piece / blocks, k = x.k + piece % blocks * x.block_depth;
-    const float* const src =
-        panels ? x.p.b + (panel * x.p.K + k) * kGemmPanel : x.p.b + k * x.p.b_stride + panel * kGemmPanel;
-    return PanelPack{src, panels ? kGemmPanel : x.p.b_stride, buffers + piece % kBuffers * buffer_numbers, 0,
-                     x.depth_of(piece % blocks) / 2};
+    PanelPack pack;
+    pack.src = src_of(piece);
+    pack.src_stride = p.b_layout == GemmLayout::kPanels ? kGemmPanel : p.b_stride;
+    pack.dst = buffers + piece % kBuffers * buffer_numbers;
+    pack.pairs = x.depth_of(piece % blocks) / 2;
+    if (piece + 1 < pieces) pack.after = src_of(piece + 1);
+    if (p.b_layout == GemmLayout::kTransposed) pack.turned = turned;
+    pack.cols = std::min(kGemmPanel, p.N - (panel_begin + piece / blocks) * kGemmPanel);
+    return pack;
   };
   pack_b(x, panel_begin, x.k, x.depth_of(0), buffers);
   for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -160,8 +175,7 @@ void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t owners, uint16_t* bu
   const int64_t parts = cpu.threads > 1 ? std::clamp<int64_t>(ceil_div(wanted, groups.count), least,
                                                               std::max(least, ceil_div(pairs, 2)))
                                         : 1;
-  const bool ahead = p.b_layout != GemmLayout::kTransposed && x.depth % kBf16Step == 0 &&
-                     (p.b_layout == GemmLayout::kPanels || p.N % kGemmPanel == 0);
+  const bool ahead = x.depth % kBf16Step == 0 && (p.b_layout != GemmLayout::kPlain || p.N % kGemmPanel == 0);
   parallel_near(cpu.threads, parts * groups.count, [&](int64_t task, int worker) {
     const int64_t part = task / groups.count, group = task % groups.count;
     const int64_t begin = pairs * part / parts * 2,

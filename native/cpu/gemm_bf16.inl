@@ -106,16 +106,53 @@ void pack_columns(uint16_t* dst, int64_t part_step, const float* src, int64_t sr
   }
 }
 
+// The next square of a panel that lies transposed: the halves of its columns take turns, then those of a
+// step. And a request for what will be turned some steps later.
+__attribute__((noinline)) void turn_square(PanelPack* p) {
+  constexpr int64_t kAhead = 128;  // numbers of the reduction
+  const int64_t half = p->squares % 2 * 16, k = p->squares / 2 * 16, depth = 2 * p->pairs;
+  const float* const src = p->src + half * p->src_stride;
+  const float* wanted = src + k + kAhead;
+  if (k + kAhead >= depth && p->after) wanted = p->after + half * p->src_stride + k + kAhead - depth;
+  __m512i x[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const bool is = half + i < p->cols;
+    x[i] = is ? _mm512_loadu_si512(src + i * p->src_stride + k) : _mm512_setzero_si512();
+    _mm_prefetch(reinterpret_cast<const char*>(wanted + i * p->src_stride), _MM_HINT_T1);
+  }
+  transpose_16x16(x);
+  float* const to = p->turned + k % (2 * kBf16Step) * kGemmPanel + half;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * kGemmPanel, x[i]);
+  ++p->squares;
+}
+
 // The next pair of rows of a panel, and a request for what will be packed some pairs later.
-template <int kParts>
+// kTurned: whether p->turned is not null.
+template <int kParts, bool kTurned>
 __attribute__((always_inline)) inline void pack_pair(PanelPack* p) {
   constexpr int64_t kAhead = 32;  // pairs
-  const float* const even = p->src + p->done * 2 * p->src_stride;
-  const float* const odd = even + p->src_stride;
-  const float* const ahead = even + kAhead * 2 * p->src_stride;
+  const float *even, *odd;
+  if (kTurned) {
+    // A square of the step that follows for every four pairs.
+    const int64_t steps = p->pairs / 16, step = p->done / 16;
+    if (p->done % 4 == 0) {
+      const int64_t needed = 4 * step + 4 + p->done % 16 / 4 + 1;
+      while (p->squares < needed && p->squares < 4 * steps) turn_square(p);
+    }
+    even = p->turned + p->done % 32 * 2 * kGemmPanel;
+    odd = even + kGemmPanel;
+  } else {
+    even = p->src + p->done * 2 * p->src_stride;
+    odd = even + p->src_stride;
+    const float* ahead = even + kAhead * 2 * p->src_stride;
+    if (p->done + kAhead >= p->pairs && p->after)
+      ahead = p->after + (p->done + kAhead - p->pairs) * 2 * p->src_stride;
+    const float* const wanted[] = {ahead, ahead + 16, ahead + p->src_stride, ahead + p->src_stride + 16};
+    for (const float* const line : wanted) _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
+  }
   uint16_t* const dst = p->dst + p->done / 16 * (kParts * 2 * kBf16Tile) + p->done % 16 * 32;
-  const float* const wanted[] = {ahead, ahead + 16, ahead + p->src_stride, ahead + p->src_stride + 16};
-  for (const float* const line : wanted) _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
     __m512i parts[kParts];

@@ -44,13 +44,13 @@ void end() {
 
 // Pieces of the next panel that are packed while tiles multiply: `pairs` of them, spread evenly over
 // `places`. In bunches they would hold up the tiles, whose loads wait behind them.
+template <int kParts, bool kTurned>
 class Packing {
  public:
   Packing(PanelPack* next, int64_t pairs, int64_t places) : next_(next), pairs_(pairs), places_(places) {}
 
-  template <int kParts>
   __attribute__((always_inline)) void some() {
-    for (due_ += pairs_; due_ >= places_; due_ -= places_) pack_pair<kParts>(next_);
+    for (due_ += pairs_; due_ >= places_; due_ -= places_) pack_pair<kParts, kTurned>(next_);
   }
 
  private:
@@ -72,43 +72,43 @@ __attribute__((always_inline)) inline void load_b(const uint16_t* b, int64_t par
 
 constexpr int64_t kPlaces = 2;  // for packing in products()
 
-template <int kParts, bool kTwo>
+template <bool kTwo, typename Packing>
 __attribute__((always_inline)) inline void products(Packing& packing) {
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
-  packing.some<kParts>();
+  packing.some();
   if (kTwo) _tile_dpbf16ps(2, 5, 6);
   if (kTwo) _tile_dpbf16ps(3, 5, 7);
-  packing.some<kParts>();
+  packing.some();
 }
 
-template <int kParts, bool kTwo>
+template <int kParts, bool kTwo, typename Packing>
 __attribute__((always_inline)) inline void multiply_step(const uint16_t* a0, const uint16_t* a1,
                                                          const uint16_t* b, Packing& packing) {
   if (kParts == 1) {
     load_b(b, 0);
     load_a<kTwo>(a0, a1, 0);
-    products<kParts, kTwo>(packing);
+    products<kTwo>(packing);
     return;
   }
   // From the smallest products to the largest, and only one operand changes: 14 loads, not 24.
   load_b(b, 0);
   load_a<kTwo>(a0, a1, 2);
-  products<kParts, kTwo>(packing);
+  products<kTwo>(packing);
   load_a<kTwo>(a0, a1, 1);
-  products<kParts, kTwo>(packing);
+  products<kTwo>(packing);
   load_b(b, 1);
-  products<kParts, kTwo>(packing);
+  products<kTwo>(packing);
   load_a<kTwo>(a0, a1, 0);
-  products<kParts, kTwo>(packing);
+  products<kTwo>(packing);
   load_b(b, 2);
-  products<kParts, kTwo>(packing);
+  products<kTwo>(packing);
   load_b(b, 0);
-  products<kParts, kTwo>(packing);
+  products<kTwo>(packing);
 }
 
 // Whole tiles only; `from` (when accumulating) and `to` have room for 32 columns and 16 rows, 32 when kTwo.
-template <int kParts, bool kTwo>
+template <int kParts, bool kTwo, bool kTurned>
 void multiply(const Bf16Tile& t, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   const size_t bytes = static_cast<size_t>(from_stride) * sizeof(float);
   asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
@@ -123,7 +123,7 @@ void multiply(const Bf16Tile& t, const float* from, int64_t from_stride, float* 
     if (kTwo) _tile_zero(2);
     if (kTwo) _tile_zero(3);
   }
-  Packing packing(t.next, t.pack_pairs, t.steps * kPlaces * (kParts == 1 ? 1 : 6));
+  Packing<kParts, kTurned> packing(t.next, t.pack_pairs, t.steps * kPlaces * (kParts == 1 ? 1 : 6));
   const uint16_t *a0 = t.a0, *a1 = t.a1, *b = t.b;
   for (int64_t step = 0; step < t.steps; ++step) {
     multiply_step<kParts, kTwo>(a0, a1, b, packing);
@@ -155,8 +155,9 @@ void tile(const Bf16Tile& t) {
   const bool beside = !whole || t.finish;
   float* const to = beside ? cells : t.c;
   const int64_t to_stride = beside ? kGemmPanel : t.c_stride;
-  two ? multiply<kParts, true>(t, from, from_stride, to, to_stride)
-      : multiply<kParts, false>(t, from, from_stride, to, to_stride);
+  const auto run = t.next->turned ? (two ? multiply<kParts, true, true> : multiply<kParts, false, true>)
+                                  : (two ? multiply<kParts, true, false> : multiply<kParts, false, false>);
+  run(t, from, from_stride, to, to_stride);
   if (t.finish) {
     finish_from(cells, kGemmPanel, *t.finish);
   } else if (beside) {

@@ -87,13 +87,21 @@ constexpr int64_t kBf16Step = 32;
 constexpr int64_t kBf16Rows = 16;
 constexpr int64_t kBf16Tile = 512;  // numbers in a tile
 
-// A panel of fp32 to be packed as B, piece by piece: whole steps, two rows of it at a time.
+// A block of a panel of fp32 to be packed as B, piece by piece: whole steps, two rows of it at a time. Where
+// the panel lies transposed, squares of it are turned into `turned` before: those of the step that is packed
+// and of the one that follows.
 struct PanelPack {
-  const float* src = nullptr;  // (2 * pairs, kGemmPanel)
+  static constexpr int64_t kTurned = 2 * kBf16Step * kGemmPanel;  // floats
+
+  const float* src = nullptr;  // (2 * pairs, kGemmPanel), or (cols, 2 * pairs) where turned is not null
   int64_t src_stride = 0;
   uint16_t* dst = nullptr;
-  int64_t done = 0;   // pairs packed
-  int64_t pairs = 0;  // of all rows
+  int64_t done = 0;              // pairs packed
+  int64_t pairs = 0;             // of all rows
+  const float* after = nullptr;  // where the block begins that is packed after this one, or null
+  float* turned = nullptr;       // kTurned, or null
+  int64_t squares = 0;           // turned
+  int64_t cols = kGemmPanel;     // that there are; looked at where turned is not null
 };
 
 // c (rows <= 32, cols <= kGemmPanel) = or += A B over `steps` steps, then what `finish` says of the same
