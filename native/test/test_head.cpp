@@ -31,6 +31,12 @@ std::vector<Isa> instruction_sets() {
   return sets;
 }
 
+// Under the sanitizers only the fastest kernels meet a real vocabulary; what is special to the others is in
+// the tails of small ones.
+bool is_left_out(Isa isa, int64_t V) {
+  return dn::test::kSanitized && V == 50257 && isa != cpu::detected_isa();
+}
+
 // n numbers, uniform in (-scale, scale).
 std::vector<float> noise(int64_t n, float scale, uint64_t seed) {
   std::vector<float> x(static_cast<size_t>(n));
@@ -178,6 +184,7 @@ DN_TEST(head_cross_entropy_and_gradients_match_fp64) {
     const RowList list(R, p.N, V);
     const Reference expected(p, list);
     for (const Isa isa : instruction_sets()) {
+      if (is_left_out(isa, V)) continue;
       const CrossEntropy got = cross_entropy({2, isa}, p, list.rows, list.targets, list.weights);
       CHECK_CLOSE(got.losses.data(), expected.losses.data(), R, 1e-5, label("losses", isa, V));
       CHECK_CLOSE(got.dhidden.data(), expected.dhidden.data(), p.N * p.C,
@@ -226,6 +233,7 @@ DN_TEST(head_cross_entropy_gradients_match_finite_differences) {
 DN_TEST(head_cross_entropy_has_the_same_bits_for_any_threads_and_batch) {
   for (const Isa isa : instruction_sets()) {
     for (const int64_t V : {int64_t{257}, int64_t{50257}}) {
+      if (is_left_out(isa, V)) continue;
       const int64_t R = V == 257 ? 70 : 171;
       Problem p(300, 11, V);
       RowList list(R, p.N, V);
@@ -391,6 +399,7 @@ Denoised denoise(const Cpu& cpu, Problem& p, const std::vector<DenoiseRow>& rows
 DN_TEST(head_denoise_statistics_match_fp64) {
   for (const Isa isa : instruction_sets()) {
     for (const int64_t V : kVocabularies) {
+      if (is_left_out(isa, V)) continue;
       Problem p(13, 7, V);
       const std::vector<DenoiseRow> rows = mixed_rows(V == 50257 ? 260 : 40, p.N, V);
       const std::vector<int32_t> watch = {0, static_cast<int32_t>(V / 2), static_cast<int32_t>(V - 1)};
@@ -442,6 +451,7 @@ DN_TEST(head_denoise_statistics_match_fp64) {
 DN_TEST(head_denoise_has_the_same_bits_for_any_threads_and_batch) {
   for (const Isa isa : instruction_sets()) {
     for (const int64_t V : {int64_t{257}, int64_t{50257}}) {
+      if (is_left_out(isa, V)) continue;
       Problem p(50, 9, V);
       const std::vector<DenoiseRow> rows = mixed_rows(V == 257 ? 60 : 150, p.N, V);
       const std::vector<int32_t> watch = {3, 100};

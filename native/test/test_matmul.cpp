@@ -88,7 +88,9 @@ DN_TEST(matmul_small_shapes) {
 DN_TEST(matmul_model_shapes) {
   const int64_t shapes[][3] = {{64, 2304, 768}, {37, 768, 768},  {65, 768, 3072},
                                {16, 3072, 768}, {33, 1027, 256}, {600, 96, 520}};
-  for (const auto& s : shapes) check_forward(s[0], s[1], s[2], 5);
+  for (const auto& s : shapes) {
+    if (!dn::test::kSanitized || s[0] * s[1] * s[2] < 100000000) check_forward(s[0], s[1], s[2], 5);
+  }
 }
 
 DN_TEST(matmul_backward_shapes) {

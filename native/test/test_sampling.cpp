@@ -492,6 +492,7 @@ DN_TEST(sampling_filters_at_full_vocabulary) {
           static_cast<float>(flat ? 0.5 * u : -2.0 * std::log(u + 1e-9)));  // flat, or a heavy tail
     }
     for (const Isa isa : instruction_sets()) {
+      if (dn::test::kSanitized && isa != instruction_sets().back()) continue;
       Row row(isa, logits);
       for (const DenoiseRow& filter :
            {options(1, 0.9f), options(0.8f, 0.999f, 300), options(2, 1, 50), options(1, 0.5f, 150)}) {

@@ -14,9 +14,17 @@ export const smallConfig = {
 	eosId: 0,
 } as const satisfies ModelConfigInput;
 
-/** A random model whose weights are `scale` times GPT-2's initialisation and whose biases are random too. */
-export async function sharpModel(config: Partial<ModelConfigInput> = {}, seed = 1, scale = 32): Promise<DiffuGPT> {
-	const model = await DiffuGPT.fromConfig({ ...smallConfig, ...config }, { seed, device: 'cpu' });
+/**
+ * A random model whose weights are `scale` times GPT-2's initialisation and whose biases are random too.
+ * @param threads 0: all cores
+ */
+export async function sharpModel(
+	config: Partial<ModelConfigInput> = {},
+	seed = 1,
+	scale = 32,
+	threads = 0,
+): Promise<DiffuGPT> {
+	const model = await DiffuGPT.fromConfig({ ...smallConfig, ...config }, { seed, device: 'cpu', threads });
 	let index = 0;
 	for (const { name, shape } of model.parameters()) {
 		const values = model.getParameter(name);
