@@ -1,6 +1,5 @@
 // Checks the C++ and CUDA sources against .clang-format; --write formats them in place.
 import { spawnSync } from 'node:child_process';
-import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
@@ -11,20 +10,8 @@ const listed = spawnSync('git', ['ls-files', '--cached', '--others', '--exclude-
 });
 const files = listed.stdout.split('\n').filter((file) => /\.(h|cpp|inl|cu|cuh)$/.test(file));
 const clangFormat = fileURLToPath(new URL('../node_modules/.bin/clang-format', import.meta.url));
-let wrong = 0;
-for (const file of files) {
-	const { status, stdout, stderr } = spawnSync(clangFormat, ['--style=file', ...(write ? ['-i'] : []), file], {
-		cwd: root,
-		encoding: 'utf8',
-		maxBuffer: 1 << 26,
-	});
-	if (status !== 0) {
-		console.error(stderr);
-		process.exit(1);
-	}
-	if (!write && stdout !== readFileSync(`${root}/${file}`, 'utf8')) {
-		console.error(`${file}: not formatted; run "npm run format"`);
-		wrong++;
-	}
-}
-process.exit(wrong === 0 ? 0 : 1);
+const mode = write ? ['-i'] : ['--dry-run', '-Werror', '--ferror-limit=1'];
+const { status, error } = spawnSync(clangFormat, ['--style=file', ...mode, ...files], { cwd: root, stdio: 'inherit' });
+if (error) throw error;
+if (status !== 0 && !write) console.error('sources are not formatted; run "npm run format"');
+process.exit(status ?? 1);
