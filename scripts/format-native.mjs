@@ -11,7 +11,10 @@ const listed = spawnSync('git', ['ls-files', '--cached', '--others', '--exclude-
 const files = listed.stdout.split('\n').filter((file) => /\.(h|cpp|inl|cu|cuh)$/.test(file));
 const clangFormat = fileURLToPath(new URL('../node_modules/.bin/clang-format', import.meta.url));
 const mode = write ? ['-i'] : ['--dry-run', '-Werror', '--ferror-limit=1'];
-const { status, error } = spawnSync(clangFormat, ['--style=file', ...mode, ...files], { cwd: root, stdio: 'inherit' });
+const { status, error } = spawnSync(clangFormat, ['--style=file', ...mode, ...files], {
+	cwd: root,
+	stdio: ['ignore', 'inherit', 'inherit'],
+});
 if (error) throw error;
 if (status !== 0 && !write) console.error('sources are not formatted; run "npm run format"');
 process.exit(status ?? 1);
