@@ -48,6 +48,7 @@
       "native/cpu/rows_avx512.cpp"
     ],
     "cpu_amx_sources": [
+      "native/cpu/attention_amx.cpp",
       "native/cpu/gemm_bf16_amx.cpp",
       "native/cpu/gemm_bf16_avx512.cpp",
       "native/cpu/gemm_int8_amx.cpp",

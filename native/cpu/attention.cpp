@@ -21,10 +21,8 @@
 namespace dn::cpu {
 namespace {
 
-constexpr int64_t kMaxQueryBlock =
-    264;  // amortises loading a key block; a multiple of the kernels' 12 and 6 rows
+constexpr int64_t kMaxQueryBlock = 264;  // of any kernels
 constexpr int64_t kMinQueryBlock = 33;
-constexpr int64_t kFewQueries = 4;       // up to here a task waits for memory rather than for arithmetic
 constexpr int64_t kMaskedHeadGroup = 4;  // heads that share the words of masks that are costly to evaluate
 // Rows of q, k and v (or of their gradients) that the heads of a task share, at most: half of L2. A task of
 // several heads finishes whole rows of memory while they are near, and makes the words of a mask once.
@@ -39,6 +37,15 @@ const AttentionKernels& kernels(const Cpu& cpu) {
   return kAttentionPortable;
 }
 
+// Tiles pay where many queries share the packing of keys: heads of whole steps, keys that are not cached, and
+// neither of the masks under which a cache gives the bits of the whole sequence at once (causal and
+// block-causal attention, one query or a few at a time).
+const AttentionForward& forward_kernels(const Cpu& cpu, const AttentionSequence& s, int64_t HS) {
+  const bool are_tiles = cpu.isa >= Isa::kAmx && kAttentionForwardAmx.begin && HS % kTileHead == 0;
+  const bool may_be_cached = s.k || s.mask.kind == MaskKind::kCausal || s.mask.kind == MaskKind::kBlockCausal;
+  return are_tiles && !may_be_cached ? kAttentionForwardAmx : kernels(cpu).forward;
+}
+
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 int64_t round_up(int64_t n, int64_t multiple) { return blocks_of(n, multiple) * multiple; }
 
@@ -47,6 +54,7 @@ struct Workspace {
   Scratch scratch;
   Visibility visibility;
   std::vector<ForwardTile> tiles;
+  PackedKeys packed;
 };
 
 Workspace& workspace() {
@@ -118,15 +126,20 @@ int64_t heads_together(const Cpu& cpu, int64_t T, int64_t HS, int64_t NH, int64_
 // rows.
 void plan_forward(const Cpu& cpu, const AttentionSequence* sequences, int64_t S, const int32_t* positions,
                   int64_t NH, int64_t HS, std::vector<ForwardTask>* tasks) {
-  int64_t block = kMaxQueryBlock, count = 0;
-  for (;; block /= 2) {
+  const auto block_of = [&](const AttentionSequence& s, int64_t halvings) {
+    return forward_kernels(cpu, s, HS).most_rows >> halvings;
+  };
+  int64_t halvings = 0, count = 0;
+  for (;; ++halvings) {
     count = 0;
-    for (int64_t s = 0; s < S; ++s) count += blocks_of(sequences[s].q_end - sequences[s].q_begin, block);
-    if (block <= kMinQueryBlock || count * NH >= 4 * cpu.threads) break;
+    for (int64_t s = 0; s < S; ++s)
+      count += blocks_of(sequences[s].q_end - sequences[s].q_begin, block_of(sequences[s], halvings));
+    if (kMaxQueryBlock >> halvings <= kMinQueryBlock || count * NH >= 4 * cpu.threads) break;
   }
   tasks->clear();
   for (int64_t s = 0; s < S; ++s) {
     const AttentionSequence& sequence = sequences[s];
+    const int64_t block = block_of(sequence, halvings);
     const bool costly_mask =
         sequence.mask.kind == MaskKind::kAnnealed || sequence.mask.kind == MaskKind::kMatrix;
     for (int64_t q = sequence.q_begin; q < sequence.q_end; q += block) {
@@ -145,28 +158,34 @@ void plan_forward(const Cpu& cpu, const AttentionSequence* sequences, int64_t S,
                    [](const ForwardTask& a, const ForwardTask& b) { return a.cost > b.cost; });
 }
 
-void run_forward_task(const AttentionKernels& kernels, const ForwardTask& task,
-                      const AttentionSequence& sequence, const int32_t* positions, Tensor out, Tensor lse,
-                      Tensor q, Tensor kv, int64_t NH) {
+void run_forward_task(const Cpu& cpu, const ForwardTask& task, const AttentionSequence& sequence,
+                      const int32_t* positions, Tensor out, Tensor lse, Tensor q, Tensor kv, int64_t NH) {
   const int64_t C = q.cols, HS = C / NH, HSp = round_up(HS, kHeadPad), rows = task.rows;
+  const AttentionForward& forward = forward_kernels(cpu, sequence, HS);
+  const int64_t all_rows = round_up(rows, forward.row_multiple);
+  const auto numbers = [&](int64_t n) {
+    return blocks_of(n * forward.number_bytes, static_cast<int64_t>(sizeof(float)));
+  };
   Workspace& w = workspace();
-  w.visibility.prepare(kernels, sequence.mask, sequence.k_len, positions + task.q_begin, rows);
+  w.visibility.prepare(kernels(cpu), sequence.mask, sequence.k_len, positions + task.q_begin, rows);
 
   w.tiles.resize(static_cast<size_t>(task.heads));
   lay_out(w.scratch, [&](Cutter& cut) {
-    float* const keys = cut.take(HSp * kKeyBlock);
-    float* const values = cut.take(HSp * kKeyBlock);
-    float* const scores = cut.take(kScoreRows * kKeyBlock);
+    float* const keys = cut.take(numbers(HSp * kKeyBlock) * forward.key_buffers);
+    float* const values = cut.take(numbers(HSp * kKeyBlock) * forward.key_buffers);
+    float* const scores = cut.take(forward.score_floats);
     for (ForwardTile& t : w.tiles) {
-      t.q = cut.take(rows * HSp);
-      t.acc = cut.take(rows * HSp);
-      t.max = cut.take(rows);
-      t.sum = cut.take(rows * kSumLanes);
+      t.q = cut.take(numbers(all_rows * HSp));
+      t.acc = cut.take(all_rows * HSp);
+      t.max = cut.take(all_rows);
+      t.sum = cut.take(all_rows * kSumLanes);
       t.keys = keys;
       t.values = values;
       t.scores = scores;
+      t.packed = &w.packed;
     }
   });
+  w.packed = PackedKeys();
   const float* k = static_cast<const float*>(sequence.k);
   const float* v = static_cast<const float*>(sequence.v);
   int64_t kv_stride = C;
@@ -176,10 +195,14 @@ void run_forward_task(const AttentionKernels& kernels, const ForwardTask& task,
     kv_stride = kv.stride;
   }
   const int64_t key_end = w.visibility.key_end();
-  const bool asks_ahead = rows > kFewQueries;  // else there is too little work to spread it over
   const auto keys_of = [&](int64_t h, int64_t k0) {
     const int64_t offset = k0 * kv_stride + (task.head + h) * HS;
     return KeyRows{k + offset, v + offset, kv_stride, std::clamp<int64_t>(sequence.k_len - k0, 0, kKeyBlock)};
+  };
+  // The n-th block from (h, k0) on, in the order of the loops below; without keys when there is none.
+  const auto keys_after = [&](int64_t h, int64_t k0, int64_t n) {
+    const int64_t i = k0 / kKeyBlock * task.heads + h + n, start = i / task.heads * kKeyBlock;
+    return start < key_end ? keys_of(i % task.heads, start) : KeyRows();
   };
   const auto out_of = [&](int64_t h) { return out.f32(task.q_begin) + (task.head + h) * HS; };
 
@@ -190,8 +213,8 @@ void run_forward_task(const AttentionKernels& kernels, const ForwardTask& task,
     t.HSp = HSp;
     t.scale = 1.0f / std::sqrt(static_cast<float>(HS));
     ForwardAhead ahead;
-    if (h == 0 && asks_ahead && key_end > 0) ahead.next = keys_of(0, 0);
-    kernels.forward_begin(t, q.f32(task.q_begin) + (task.head + h) * HS, q.stride, ahead);
+    if (h == 0) ahead.next = keys_after(0, 0, 0);
+    forward.begin(t, q.f32(task.q_begin) + (task.head + h) * HS, q.stride, ahead);
   }
 
   uint64_t words[kMaxQueryBlock];
@@ -202,20 +225,17 @@ void run_forward_task(const AttentionKernels& kernels, const ForwardTask& task,
     const bool is_last = k0 + kKeyBlock >= key_end;
     for (int64_t h = 0; h < task.heads; ++h) {
       ForwardAhead ahead;
-      if (asks_ahead && h + 1 < task.heads) {
-        ahead.next = keys_of(h + 1, k0);
-      } else if (asks_ahead && !is_last) {
-        ahead.next = keys_of(0, k0 + kKeyBlock);
-      }
-      if (asks_ahead && is_last) ahead.out = out_of(h);
+      ahead.next = keys_after(h, k0, 1);
+      ahead.after = keys_after(h, k0, 2);
+      if (is_last) ahead.out = out_of(h);
       ahead.out_stride = out.stride;
-      kernels.forward_block(w.tiles[static_cast<size_t>(h)], keys_of(h, k0),
-                            seen == Seen::kAll ? nullptr : words, ahead);
+      forward.block(w.tiles[static_cast<size_t>(h)], keys_of(h, k0), seen == Seen::kAll ? nullptr : words,
+                    ahead);
     }
   }
   for (int64_t h = 0; h < task.heads; ++h) {
-    kernels.forward_end(w.tiles[static_cast<size_t>(h)], out_of(h), out.stride,
-                        lse ? lse.f32(task.q_begin) + task.head + h : nullptr, lse.stride);
+    forward.end(w.tiles[static_cast<size_t>(h)], out_of(h), out.stride,
+                lse ? lse.f32(task.q_begin) + task.head + h : nullptr, lse.stride);
   }
 }
 
@@ -284,12 +304,11 @@ void attention_forward(const Cpu& cpu, Tensor out, Tensor lse, Tensor q, Tensor 
   require(!kv || kv.cols == 2 * C, op, "kv " + kv.shape() + " does not match q " + q.shape());
   for (int64_t s = 0; s < S; ++s) require_sequence(op, sequences[s], s, q.rows, kv ? kv.rows : 0);
 
-  const AttentionKernels& k = kernels(cpu);
   static thread_local std::vector<ForwardTask> plan;
   plan_forward(cpu, sequences, S, query_positions, NH, C / NH, &plan);
   const ForwardTask* const tasks = plan.data();
   run_tasks(cpu, op, static_cast<int64_t>(plan.size()), [&, tasks](int64_t i) {
-    run_forward_task(k, tasks[i], sequences[tasks[i].sequence], query_positions, out, lse, q, kv, NH);
+    run_forward_task(cpu, tasks[i], sequences[tasks[i].sequence], query_positions, out, lse, q, kv, NH);
   });
 }
 

@@ -5,8 +5,7 @@
 // All products go through one register-blocked kernel, tile_product. Every element of a product is one chain
 // of fma over the inner index, whatever the size of the tile that holds it, so a query's bits do not depend
 // on its neighbours. Keys that a query does not see get probability 0, which adds nothing.
-#include "cpu/attention_kernels.h"
-#include "cpu/simd.inl"
+#include "cpu/attention_forward.inl"
 
 #if defined(__clang__)
 #define DN_UNROLL _Pragma("unroll")
@@ -25,10 +24,6 @@ using simd::Vec;
 
 // Rows of a register tile two vectors wide: 24 of 32 registers are sums with AVX-512, 12 of 16 with AVX2.
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
-
-constexpr int64_t kLineFloats = 16;  // of a cache line
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 
 // Lanes of the vector at c that lie inside [0, n).
 inline Mask tail(int64_t c, int64_t n) {
@@ -259,32 +254,23 @@ static void copy_transposed(float* dst, const float* src, int64_t stride, int64_
 
 inline int64_t round_up_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// The share of the prefetches that falls to queries [first, first + rows) of the tile.
+// The share of the requests that falls to queries [first, first + rows) of the tile; of few queries none,
+// which have too little work to spread them over.
 __attribute__((always_inline)) inline void ask_ahead(const ForwardTile& t, const ForwardAhead& ahead,
                                                      int64_t first, int64_t rows) {
+  if (t.rows <= kFewQueries) return;
   const KeyRows& next = ahead.next;
   const int64_t end = next.count * (first + rows) / t.rows;
   for (int64_t j = next.count * first / t.rows; j < end; ++j) {
-    const float* const k = next.k + j * next.stride;
-    const float* const v = next.v + j * next.stride;
-    for (int64_t d = 0; d < t.HS; d += kLineFloats) {
-      simd::prefetch(k + d);
-      simd::prefetch(v + d);
-    }
-    simd::prefetch(k + t.HS - 1);  // rows need not begin at a line
-    simd::prefetch(v + t.HS - 1);
+    ask_row(next.k + j * next.stride, t.HS);
+    ask_row(next.v + j * next.stride, t.HS);
   }
   if (ahead.out == nullptr) return;
-  for (int64_t r = first; r < first + rows; ++r) {
-    const float* const row = ahead.out + r * ahead.out_stride;
-    for (int64_t d = 0; d < t.HS; d += kLineFloats) simd::prefetch_to_write(row + d);
-    simd::prefetch_to_write(row + t.HS - 1);
-  }
+  for (int64_t r = first; r < first + rows; ++r) ask_row_to_write(ahead.out + r * ahead.out_stride, t.HS);
 }
 
 static void forward_begin(const ForwardTile& t, const float* q, int64_t q_stride, const ForwardAhead& ahead) {
   ask_ahead(t, ahead, 0, t.rows);
-  // Scores are taken in base 2: e^x = 2^(x log2 e).
   copy_rows(t.q, q, q_stride, t.rows, t.rows, t.HS, t.HSp, t.scale * kLog2E);
   for (int64_t i = 0; i < t.rows * t.HSp; ++i) t.acc[i] = 0;
   for (int64_t i = 0; i < t.rows * kSumLanes; ++i) t.sum[i] = 0;

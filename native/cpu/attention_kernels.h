@@ -16,7 +16,11 @@ namespace dn::cpu {
 constexpr int64_t kKeyBlock = 64;
 constexpr int64_t kHeadPad = 16;  // head rows in scratch are padded with zeros to a multiple of this: HSp
 constexpr int64_t kSumLanes = 16;
-constexpr int64_t kScoreRows = 16;  // queries whose scores are held at once in the forward pass
+constexpr int64_t kFewQueries = 4;  // up to here a task waits for memory rather than for arithmetic
+constexpr int64_t kScoreRows = 16;  // queries whose scores the vector kernels hold at once
+// What the vector kernels want of scratch (AttentionForward); 264 is a multiple of their 12 and 6 rows.
+constexpr int64_t kVectorRows = 264;
+constexpr int64_t kVectorScores = kScoreRows * kKeyBlock;
 
 // A block of keys and values of one head: `count` rows of HS floats each, `stride` floats apart.
 struct KeyRows {
@@ -26,15 +30,23 @@ struct KeyRows {
   int64_t count = 0;
 };
 
-// What a kernel asks the caches for while it computes, spread over its work. Rows of a head lie whole pages
-// apart, which no hardware prefetcher follows.
+// What a kernel asks the caches for, or packs, while it computes, spread over its work. Rows of a head lie
+// whole pages apart, which no hardware prefetcher follows.
 struct ForwardAhead {
-  KeyRows next;                // the block that follows; count 0: none
+  KeyRows next;                // the block that probably follows; count 0: none
+  KeyRows after;               // the one after that
   const float* out = nullptr;  // rows of the tile that forward_end will write soon, or null
   int64_t out_stride = 0;
 };
 
-// One head of a block of queries, with scratch of the calling thread (64-byte aligned).
+// The keys that a kernel has packed ahead: those at k in the buffer `turn`; null: none.
+struct PackedKeys {
+  const float* k = nullptr;
+  int64_t turn = 0;
+};
+
+// One head of a block of queries, with scratch of the calling thread (64-byte aligned). In brackets how the
+// vector kernels use it; on tiles see attention_amx.cpp.
 struct ForwardTile {
   int64_t rows = 0;  // queries
   int64_t HS = 0;
@@ -47,6 +59,7 @@ struct ForwardTile {
   float* keys = nullptr;    // (HSp, kKeyBlock): the block's keys, transposed; shared by the heads of a task
   float* values = nullptr;  // (kKeyBlock, HSp)
   float* scores = nullptr;  // (kScoreRows, kKeyBlock)
+  PackedKeys* packed = nullptr;  // shared like keys; unused
 };
 
 // One head of one sequence in the backward pass: T queries, T keys.
@@ -71,14 +84,22 @@ struct BackwardTile {
   float* ds = nullptr;        // (kKeyBlock queries, kKeyBlock): gradients of the scores
 };
 
-struct AttentionKernels {
+struct AttentionForward {
+  int64_t most_rows;     // of a block of queries: amortises loading a block of keys
+  int64_t row_multiple;  // rows in scratch are rounded up to it
+  int64_t number_bytes;  // of a number of q, keys and values in scratch
+  int64_t key_buffers;   // blocks of keys and values in scratch
+  int64_t score_floats;  // of ForwardTile::scores
   // Loads the queries and resets the running sums.
-  void (*forward_begin)(const ForwardTile& t, const float* q, int64_t q_stride, const ForwardAhead& ahead);
+  void (*begin)(const ForwardTile& t, const float* q, int64_t q_stride, const ForwardAhead& ahead);
   // One block of at most kKeyBlock keys. words (rows), or null.
-  void (*forward_block)(const ForwardTile& t, const KeyRows& keys, const uint64_t* words,
-                        const ForwardAhead& ahead);
+  void (*block)(const ForwardTile& t, const KeyRows& keys, const uint64_t* words, const ForwardAhead& ahead);
   // Writes out and, unless null, lse.
-  void (*forward_end)(const ForwardTile& t, float* out, int64_t out_stride, float* lse, int64_t lse_stride);
+  void (*end)(const ForwardTile& t, float* out, int64_t out_stride, float* lse, int64_t lse_stride);
+};
+
+struct AttentionKernels {
+  AttentionForward forward;
 
   // Loads q, dout, lse, forms delta and clears dq. stride: of q; out_stride: of dout and out.
   void (*backward_begin)(const BackwardTile& t, const float* q, int64_t stride, const float* dout,
@@ -98,6 +119,11 @@ struct AttentionKernels {
   uint64_t (*annealed_word)(uint64_t seed, uint32_t stream, uint32_t step, uint32_t threshold, uint32_t q,
                             uint32_t k0);
 };
+
+// For heads of whole steps of tiles (kTileHead). Where the compiler or the machine lacks the instructions it
+// has no kernels (begin is null).
+constexpr int64_t kTileHead = 32;
+extern const AttentionForward kAttentionForwardAmx;
 
 extern const AttentionKernels kAttentionPortable;
 extern const AttentionKernels kAttentionAvx2;

@@ -19,6 +19,7 @@ std::vector<Isa> isas() {
   std::vector<Isa> list{Isa::kPortable};
   if (detected_isa() >= Isa::kAvx2) list.push_back(Isa::kAvx2);
   if (detected_isa() >= Isa::kAvx512) list.push_back(Isa::kAvx512);
+  if (detected_isa() >= Isa::kAmx) list.push_back(Isa::kAmx);
   return list;
 }
 
@@ -180,7 +181,7 @@ void check_against_reference(Batch& b, const AttentionMask& mask) {
 
 DN_TEST(attention_matches_double) {
   for (const MaskKind kind : kRuleKinds) {
-    for (const int64_t HS : {16, 64, 20}) {
+    for (const int64_t HS : {16, 64, 20, 96}) {
       Batch b(2, HS, {1, 7, 64, 65, 200}, mask_of(kind));
       check_against_reference(b, mask_of(kind));
     }
@@ -196,15 +197,19 @@ DN_TEST(attention_block_sizes_and_ratios) {
     for (const MaskKind kind : {MaskKind::kBlockCausal, MaskKind::kBlockDiffusion}) {
       AttentionMask mask = mask_of(kind);
       mask.block = block;
-      Batch b(1, 16, {150, 130}, mask);
-      check_against_reference(b, mask);
+      for (const int64_t HS : {16, 32}) {
+        Batch b(1, HS, {150, 130}, mask);
+        check_against_reference(b, mask);
+      }
     }
   }
   for (const double ratio : {0.0, 0.01, 0.99}) {
     AttentionMask mask = mask_of(MaskKind::kAnnealed);
     mask.threshold = annealing_threshold(ratio);
-    Batch b(1, 16, {150}, mask);
-    check_against_reference(b, mask);
+    for (const int64_t HS : {16, 32}) {
+      Batch b(1, HS, {150}, mask);
+      check_against_reference(b, mask);
+    }
   }
 }
 
@@ -221,17 +226,19 @@ DN_TEST(attention_matrix_mask_with_empty_rows) {
   AttentionMask mask = mask_of(MaskKind::kMatrix);
   mask.matrix = matrix.data();
   mask.matrix_width = T;
-  Batch b(6, 20, {T, 40}, mask);
-  check_against_reference(b, mask);
-  for (const Isa isa : isas()) {
-    b.forward(isa, 1);
-    for (int64_t row = 0; row < T; row += 5) {
-      for (int64_t c = 0; c < b.C(); ++c) CHECK(b.out[static_cast<size_t>(row * b.C() + c)] == 0);
-      for (int64_t h = 0; h < b.NH; ++h) CHECK(b.lse[static_cast<size_t>(row * b.NH + h)] == 0);
-    }
-    b.backward(isa, 1);
-    for (int64_t row = 0; row < T; row += 5) {
-      for (int64_t c = 0; c < b.C(); ++c) CHECK(b.dqkv[static_cast<size_t>(row * 3 * b.C() + c)] == 0);
+  for (const int64_t HS : {20, 32}) {
+    Batch b(6, HS, {T, 40}, mask);
+    check_against_reference(b, mask);
+    for (const Isa isa : isas()) {
+      b.forward(isa, 1);
+      for (int64_t row = 0; row < T; row += 5) {
+        for (int64_t c = 0; c < b.C(); ++c) CHECK(b.out[static_cast<size_t>(row * b.C() + c)] == 0);
+        for (int64_t h = 0; h < b.NH; ++h) CHECK(b.lse[static_cast<size_t>(row * b.NH + h)] == 0);
+      }
+      b.backward(isa, 1);
+      for (int64_t row = 0; row < T; row += 5) {
+        for (int64_t c = 0; c < b.C(); ++c) CHECK(b.dqkv[static_cast<size_t>(row * 3 * b.C() + c)] == 0);
+      }
     }
   }
 }
@@ -265,15 +272,18 @@ DN_TEST(attention_backward_matches_finite_differences) {
 DN_TEST(attention_bits_do_not_depend_on_threads) {
   for (const Isa isa : isas()) {
     for (const MaskKind kind : kRuleKinds) {
-      Batch one(6, 20, {1, 7, 64, 65, 200}, mask_of(kind)), other = one;
-      one.forward(isa, 1);
-      one.backward(isa, 1);
-      for (const int threads : {2, 8}) {
-        other.forward(isa, threads);
-        other.backward(isa, threads);
-        CHECK_MSG(
-            same_bits(one.out, other.out) && same_bits(one.lse, other.lse) && same_bits(one.dqkv, other.dqkv),
-            describe(one, isa, mask_of(kind)) + ": bits differ with " + std::to_string(threads) + " threads");
+      for (const int64_t HS : {20, 32}) {
+        Batch one(6, HS, {1, 7, 64, 65, 200}, mask_of(kind)), other = one;
+        one.forward(isa, 1);
+        one.backward(isa, 1);
+        for (const int threads : {2, 8}) {
+          other.forward(isa, threads);
+          other.backward(isa, threads);
+          CHECK_MSG(same_bits(one.out, other.out) && same_bits(one.lse, other.lse) &&
+                        same_bits(one.dqkv, other.dqkv),
+                    describe(one, isa, mask_of(kind)) + ": bits differ with " + std::to_string(threads) +
+                        " threads");
+        }
       }
     }
   }
@@ -282,24 +292,26 @@ DN_TEST(attention_bits_do_not_depend_on_threads) {
 DN_TEST(attention_bits_do_not_depend_on_the_batch) {
   for (const Isa isa : isas()) {
     for (const MaskKind kind : kRuleKinds) {
-      Batch all(2, 20, {1, 7, 64, 65, 200}, mask_of(kind));
-      all.forward(isa, 2);
-      all.backward(isa, 2);
-      const int64_t C = all.C();
-      for (const AttentionSequence& s : all.sequences) {
-        Batch alone(2, 20, {s.k_len}, mask_of(kind));
-        std::memcpy(alone.qkv.data(), all.qkv.data() + s.q_begin * 3 * C, alone.qkv.size() * sizeof(float));
-        std::memcpy(alone.dout.data(), all.dout.data() + s.q_begin * C, alone.dout.size() * sizeof(float));
-        alone.forward(isa, 1);
-        alone.backward(isa, 1);
-        const auto equal = [](const std::vector<float>& a, const float* b) {
-          return std::memcmp(a.data(), b, a.size() * sizeof(float)) == 0;
-        };
-        CHECK_MSG(equal(alone.out, all.out.data() + s.q_begin * C) &&
-                      equal(alone.lse, all.lse.data() + s.q_begin * 2) &&
-                      equal(alone.dqkv, all.dqkv.data() + s.q_begin * 3 * C),
-                  describe(all, isa, mask_of(kind)) + ": a sequence of " + std::to_string(s.k_len) +
-                      " differs alone");
+      for (const int64_t HS : {20, 32}) {
+        Batch all(2, HS, {1, 7, 64, 65, 200}, mask_of(kind));
+        all.forward(isa, 2);
+        all.backward(isa, 2);
+        const int64_t C = all.C();
+        for (const AttentionSequence& s : all.sequences) {
+          Batch alone(2, HS, {s.k_len}, mask_of(kind));
+          std::memcpy(alone.qkv.data(), all.qkv.data() + s.q_begin * 3 * C, alone.qkv.size() * sizeof(float));
+          std::memcpy(alone.dout.data(), all.dout.data() + s.q_begin * C, alone.dout.size() * sizeof(float));
+          alone.forward(isa, 1);
+          alone.backward(isa, 1);
+          const auto equal = [](const std::vector<float>& a, const float* b) {
+            return std::memcmp(a.data(), b, a.size() * sizeof(float)) == 0;
+          };
+          CHECK_MSG(equal(alone.out, all.out.data() + s.q_begin * C) &&
+                        equal(alone.lse, all.lse.data() + s.q_begin * 2) &&
+                        equal(alone.dqkv, all.dqkv.data() + s.q_begin * 3 * C),
+                    describe(all, isa, mask_of(kind)) + ": a sequence of " + std::to_string(s.k_len) +
+                        " differs alone");
+        }
       }
     }
   }
@@ -353,23 +365,26 @@ DN_TEST(attention_with_a_cache_equals_full_recomputation) {
 DN_TEST(attention_of_selected_queries) {
   for (const Isa isa : isas()) {
     for (const MaskKind kind : kRuleKinds) {
-      Batch full(6, 16, {150}, mask_of(kind));
-      full.forward(isa, 2);
-      const int64_t C = full.C();
-      const std::vector<int32_t> chosen = {149, 3, 77, 64, 0};
-      std::vector<float> q, out(chosen.size() * static_cast<size_t>(C), kNan);
-      for (const int32_t t : chosen)
-        q.insert(q.end(), &full.qkv[static_cast<size_t>(t * 3 * C)],
-                 &full.qkv[static_cast<size_t>(t * 3 * C)] + C);
-      AttentionSequence s = full.sequences[0];
-      s.q_end = static_cast<int64_t>(chosen.size());
-      attention_forward({2, isa}, Tensor(out.data(), Dtype::kF32, s.q_end, C), Tensor(),
-                        Tensor(q.data(), Dtype::kF32, s.q_end, C), full.qkv_tensor().columns(C, 2 * C), &s, 1,
-                        chosen.data(), 6);
-      for (size_t i = 0; i < chosen.size(); ++i) {
-        CHECK_MSG(std::memcmp(&out[i * static_cast<size_t>(C)], &full.out[static_cast<size_t>(chosen[i] * C)],
-                              C * sizeof(float)) == 0,
-                  describe(full, isa, s.mask) + ": selected query " + std::to_string(chosen[i]) + " differs");
+      for (const int64_t HS : {16, 32}) {
+        Batch full(6, HS, {150}, mask_of(kind));
+        full.forward(isa, 2);
+        const int64_t C = full.C();
+        const std::vector<int32_t> chosen = {149, 3, 77, 64, 0};
+        std::vector<float> q, out(chosen.size() * static_cast<size_t>(C), kNan);
+        for (const int32_t t : chosen)
+          q.insert(q.end(), &full.qkv[static_cast<size_t>(t * 3 * C)],
+                   &full.qkv[static_cast<size_t>(t * 3 * C)] + C);
+        AttentionSequence s = full.sequences[0];
+        s.q_end = static_cast<int64_t>(chosen.size());
+        attention_forward({2, isa}, Tensor(out.data(), Dtype::kF32, s.q_end, C), Tensor(),
+                          Tensor(q.data(), Dtype::kF32, s.q_end, C), full.qkv_tensor().columns(C, 2 * C), &s,
+                          1, chosen.data(), 6);
+        for (size_t i = 0; i < chosen.size(); ++i) {
+          CHECK_MSG(
+              std::memcmp(&out[i * static_cast<size_t>(C)], &full.out[static_cast<size_t>(chosen[i] * C)],
+                          C * sizeof(float)) == 0,
+              describe(full, isa, s.mask) + ": selected query " + std::to_string(chosen[i]) + " differs");
+        }
       }
     }
   }
@@ -378,16 +393,108 @@ DN_TEST(attention_of_selected_queries) {
 // Scores of a few hundred: the maximum must be subtracted before the exponential, and rescaling must not
 // overflow.
 DN_TEST(attention_with_large_scores) {
-  Batch b(1, 16, {130}, mask_of(MaskKind::kFull));
-  for (float& x : b.qkv) x *= 20;
-  const Reference r = reference(b);
-  for (const Isa isa : isas()) {
-    b.forward(isa, 1);
-    CHECK_CLOSE(b.out.data(), r.out.data(), b.N * b.C(), 2e-2, "out with scores of hundreds");
-    for (int64_t i = 0; i < b.N; ++i) {
-      const double want = r.lse[static_cast<size_t>(i)];
-      CHECK(std::fabs(b.lse[static_cast<size_t>(i)] - want) <= 1e-6 * std::fabs(want) + 1e-3);
+  for (const int64_t HS : {16, 32}) {
+    Batch b(1, HS, {130}, mask_of(MaskKind::kFull));
+    for (float& x : b.qkv) x *= 20;
+    const Reference r = reference(b);
+    for (const Isa isa : isas()) {
+      b.forward(isa, 1);
+      CHECK_CLOSE(b.out.data(), r.out.data(), b.N * b.C(), 2e-2, "out with scores of hundreds");
+      for (int64_t i = 0; i < b.N; ++i) {
+        const double want = r.lse[static_cast<size_t>(i)];
+        CHECK(std::fabs(b.lse[static_cast<size_t>(i)] - want) <= 1e-6 * std::fabs(want) + 1e-3);
+      }
     }
+  }
+}
+
+// Maxima that grow from one block of keys to the next, so that every block rescales what is summed.
+DN_TEST(attention_with_growing_scores) {
+  for (const int64_t HS : {16, 32}) {
+    Batch b(2, HS, {300}, mask_of(MaskKind::kFull));
+    const int64_t C = b.C();
+    for (int64_t t = 0; t < b.N; ++t) {
+      for (int64_t c = 0; c < C; ++c) {
+        b.qkv[static_cast<size_t>(t * 3 * C + c)] = 0.5f;
+        b.qkv[static_cast<size_t>(t * 3 * C + C + c)] *= 0.02f * static_cast<float>(t);
+      }
+    }
+    check_against_reference(b, mask_of(MaskKind::kFull));
+  }
+}
+
+// Root mean square errors of the result against double: three parts of bf16 are fp32, not less.
+DN_TEST(attention_errors_are_those_of_fp32) {
+  for (const int64_t T : {40, 256, 700}) {
+    Batch b(2, 64, {T}, mask_of(MaskKind::kFull));
+    const Reference r = reference(b);
+    const auto error_of = [&](Isa isa) {
+      b.forward(isa, 2);
+      double sum = 0;
+      for (size_t i = 0; i < b.out.size(); ++i) {
+        const double difference = static_cast<double>(b.out[i]) - r.out[i];
+        sum += difference * difference;
+      }
+      return std::sqrt(sum / static_cast<double>(b.out.size()));
+    };
+    const double plain = error_of(Isa::kPortable);
+    for (const Isa isa : isas()) {
+      const double error = error_of(isa);
+      CHECK_MSG(error <= 2 * plain, describe(b, isa, mask_of(MaskKind::kFull)) + ": error " +
+                                        std::to_string(error * 1e9) + "e-9, of plain loops " +
+                                        std::to_string(plain * 1e9) + "e-9");
+    }
+  }
+}
+
+// A kernel may prepare the next block of keys; when nobody sees it and it has changed by the next call, what
+// was prepared must not be used.
+DN_TEST(attention_does_not_remember_keys) {
+  const int32_t T = 128;
+  std::vector<uint8_t> early(static_cast<size_t>(T) * T), late(early.size());
+  for (int32_t i = 0; i < T * T; ++i) (i % T < 64 ? early : late)[static_cast<size_t>(i)] = 1;
+  for (const Isa isa : isas()) {
+    Batch b(1, 32, {T}, mask_of(MaskKind::kMatrix));
+    AttentionMask& mask = b.sequences[0].mask;
+    mask.matrix_width = T;
+    mask.matrix = early.data();
+    b.forward(isa, 1);
+    for (float& x : b.qkv) x = -x;
+    mask.matrix = late.data();
+    b.forward(isa, 1);
+    const Reference r = reference(b);
+    CHECK_CLOSE(b.out.data(), r.out.data(), b.N * b.C(), 3e-6, describe(b, isa, mask) + " out");
+  }
+}
+
+// Tiles add in another order than vectors do. Keys from a cache, and masks that make a cache exact, stay with
+// the vectors.
+DN_TEST(attention_takes_tiles_where_keys_are_not_cached) {
+  if (detected_isa() < Isa::kAmx) return;
+  for (const MaskKind kind : kRuleKinds) {
+    Batch vectors(2, 64, {100}, mask_of(kind)), tiles = vectors;
+    vectors.forward(Isa::kAvx512, 1);
+    tiles.forward(Isa::kAmx, 1);
+    const bool stays = kind == MaskKind::kCausal || kind == MaskKind::kBlockCausal;
+    CHECK_MSG(same_bits(vectors.out, tiles.out) == stays, describe(tiles, Isa::kAmx, mask_of(kind)));
+
+    // The first 40 rows as queries, the others as if they were a cache.
+    AttentionSequence s;
+    s.q_end = 40;
+    s.k_len = 20;
+    s.k = vectors.qkv.data() + 40 * 3 * vectors.C();
+    s.v = vectors.qkv.data() + 70 * 3 * vectors.C();
+    s.mask = mask_of(kind);
+    s.mask.half = 10;
+    std::vector<float> out[2];
+    for (const Isa isa : {Isa::kAvx512, Isa::kAmx}) {
+      std::vector<float>& o = out[isa == Isa::kAmx];
+      o.assign(static_cast<size_t>(40 * vectors.C()), kNan);
+      attention_forward({1, isa}, Tensor(o.data(), Dtype::kF32, 40, vectors.C()), Tensor(),
+                        vectors.qkv_tensor().columns(0, vectors.C()).slice(0, 40), Tensor(), &s, 1,
+                        vectors.positions.data(), 2);
+    }
+    CHECK_MSG(same_bits(out[0], out[1]), describe(tiles, Isa::kAmx, s.mask) + ": a cache went on tiles");
   }
 }
 
