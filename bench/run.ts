@@ -18,6 +18,7 @@ import { scalingCases } from './cases/scaling.js';
 import { trainStepCases } from './cases/train-step.js';
 import { type BenchResult, machine, measure, named } from './harness.js';
 import { type ComparisonResult, compare } from './peers/compare.js';
+import { peersLackAmx } from './peers/contenders.js';
 import { missing } from './peers/installed.js';
 import { header, legend, line } from './peers/table.js';
 
@@ -106,6 +107,7 @@ if (values.peers) {
 		const reason = missing(engine);
 		if (reason !== undefined) console.log(reason);
 	}
+	if (peersLackAmx()) console.log('DN_ISA keeps ours off AMX: the peers must do without it, too');
 	console.log(`\n${header()}`);
 	await compare({
 		names: positionals,
@@ -127,7 +129,7 @@ save();
 function save(): void {
 	if (!values.json) return;
 	const report = {
-		machine: { ...machine(), commit },
+		machine: { ...machine(), commit, ...(values.peers && peersLackAmx() ? { peers: 'without AMX' } : {}) },
 		results,
 		...(unavailable.length > 0 ? { unavailable } : {}),
 		...(values.peers ? { comparisons } : {}),

@@ -16,7 +16,7 @@ export interface Results {
 export function merge(files: readonly Results[]): Results {
 	const [first, ...later] = files as [Results, ...Results[]];
 	for (const { machine } of later) {
-		for (const key of ['cpu', 'isa', 'platform']) {
+		for (const key of ['cpu', 'isa', 'platform', 'peers']) {
 			if (machine[key] !== first.machine[key])
 				throw new Error(
 					`results of different machines: ${key} is ${machine[key]} in one, ${first.machine[key]} in another`,

@@ -1,4 +1,6 @@
 import { spawnSync } from 'node:child_process';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 import test from 'ava';
@@ -7,6 +9,7 @@ import { parseSteps } from '../bench/cases/operations.js';
 import { named } from '../bench/harness.js';
 import type { ComparisonResult } from '../bench/peers/compare.js';
 import { difference } from '../bench/peers/compare.js';
+import { preloadable } from '../bench/peers/contenders.js';
 import { toBfloat, toHalf } from '../bench/peers/gguf.js';
 import { byteLength, integer, message, string } from '../bench/peers/protobuf.js';
 import { fill, merge, type Results } from '../bench/tables.js';
@@ -126,6 +129,28 @@ test('of several results files the later one counts, row by row, and they must b
 	t.deepEqual(merged.comparisons, [row('forward', 'torch', 1), row('forward', 'llama', 3), row('decode', 'llama', 4)]);
 	t.is(merged.machine['commit'], 'a and b');
 	t.throws(() => merge([early, file('b', [], 'another')]), { message: /different machines/ });
+	const bound = file('b', []);
+	bound.machine['peers'] = 'without AMX';
+	t.throws(() => merge([early, bound]), { message: /different machines: peers is without AMX/ });
+});
+
+const onLinux = process.platform === 'linux' && process.arch === 'x64' ? test : test.skip;
+
+onLinux('peers are kept from AMX by refusing them its tiles, and from nothing else', (t) => {
+	const folder = mkdtempSync(join(tmpdir(), 'dn-bench-'));
+	t.teardown(() => rmSync(folder, { recursive: true }));
+	// arch_prctl(ARCH_REQ_XCOMP_PERM, tile data): 0 or, where there is no AMX, an error that is not EPERM.
+	const script = `import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+refused = libc.syscall(ctypes.c_long(158), ctypes.c_long(0x1023), ctypes.c_long(18), *[ctypes.c_long(0)] * 4)
+error = ctypes.get_errno()
+print(refused, error == 1, libc.syscall(ctypes.c_long(39), *[ctypes.c_long(0)] * 6) == os.getpid())`;
+	const ask = (env: NodeJS.ProcessEnv): string =>
+		spawnSync('python3', ['-c', script], { encoding: 'utf8', env: { ...process.env, ...env } }).stdout.trim();
+	const library = preloadable('without_amx', folder);
+	if (library === undefined) return t.pass('no C compiler');
+	t.is(ask({ LD_PRELOAD: library }), '-1 True True');
+	t.regex(ask({}), /^(0|-1) False True$/);
 });
 
 test('the command lists what names choose, and names a wrong option', (t) => {

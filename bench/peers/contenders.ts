@@ -39,16 +39,36 @@ function torchCpu(): { blas: string; aten: string } {
 	return isa === 'avx2' ? { blas: 'Haswell', aten: 'avx2' } : { blas: 'SkylakeX', aten: 'avx512' };
 }
 
-/** Builds the library that pins llama.cpp's threads into `folder`; undefined where there is no C compiler. */
-function pinningLibrary(folder: string): string | undefined {
-	const path = join(folder, 'pin_threads.so');
+/** Builds a library of this folder, to be preloaded, into `folder`; undefined where there is no C compiler. */
+export function preloadable(name: string, folder: string): string | undefined {
+	const path = join(folder, `${name}.so`);
 	try {
-		const source = join(peersFolder, 'pin_threads.c');
+		const source = join(peersFolder, `${name}.c`);
 		execFileSync('cc', ['-O2', '-shared', '-fPIC', source, '-o', path, '-ldl'], { stdio: 'ignore' });
 		return path;
 	} catch {
 		return undefined;
 	}
+}
+
+/** Whether the peers must do without AMX: the machine has it, and DN_ISA keeps ours from it. */
+export function peersLackAmx(): boolean {
+	if (info().cpu.isa === 'amx') return false;
+	try {
+		return / amx_tile( |$)/m.test(readFileSync('/proc/cpuinfo', 'utf8'));
+	} catch {
+		return false;
+	}
+}
+
+/** What is preloaded into a peer. Throws where AMX cannot be kept from it. */
+function preloads(engine: Engine, tuned: boolean, folder: string): Record<string, string> {
+	const pins = engine === 'llama' && tuned ? preloadable('pin_threads', folder) : undefined;
+	const hides = peersLackAmx() ? preloadable('without_amx', folder) : undefined;
+	if (peersLackAmx() && hides === undefined)
+		throw new Error('keeping AMX from the peers, as DN_ISA does from ours, needs a C compiler (cc)');
+	const libraries = [pins, hides].filter((library) => library !== undefined);
+	return libraries.length > 0 ? { LD_PRELOAD: libraries.join(':') } : {};
 }
 
 /** The command of an engine. folder: for what it needs to be built. */
@@ -59,27 +79,25 @@ export function commandOf(engine: Engine, tuned: boolean, folder: string): Comma
 		args: [script(name)],
 		env,
 	});
+	if (engine === 'ours') return node('./ours.js');
+	const env = { ...(tuned ? keepMemory : {}), ...preloads(engine, tuned, folder) };
 	switch (engine) {
-		case 'ours':
-			return node('./ours.js');
 		case 'onnxruntime': {
-			const plain = node('./onnxruntime.js', tuned ? keepMemory : {});
+			const plain = node('./onnxruntime.js', env);
 			// It computes on the calling thread too, which is pinned from outside; its own threads it pins itself.
 			const first = String(allowedCores()[0] ?? 0);
 			return tuned ? { ...plain, command: 'taskset', args: ['-c', first, plain.command, ...plain.args] } : plain;
 		}
-		case 'llama': {
-			const library = tuned ? pinningLibrary(folder) : undefined;
-			return node('./llama.js', tuned ? { ...keepMemory, ...(library ? { LD_PRELOAD: library } : {}) } : {});
-		}
+		case 'llama':
+			return node('./llama.js', env);
 		case 'torch': {
 			const { blas, aten } = torchCpu();
 			const threads = String(allowedCores().length);
-			const best = { OMP_NUM_THREADS: threads, OMP_PROC_BIND: 'true', ATEN_CPU_CAPABILITY: aten, ...keepMemory };
+			const best = { OMP_NUM_THREADS: threads, OMP_PROC_BIND: 'true', ATEN_CPU_CAPABILITY: aten };
 			return {
 				command: pythonWithTorch() ?? 'python3',
 				args: [join(peersFolder, 'torch_peer.py')],
-				env: { OPENBLAS_CORETYPE: blas, ...(tuned ? best : {}) },
+				env: { OPENBLAS_CORETYPE: blas, ...(tuned ? best : {}), ...env },
 			};
 		}
 	}

@@ -22,7 +22,8 @@ constexpr int64_t kPackAlone = 16384;              // fewer numbers are quantise
 constexpr int64_t kPackRows = 8;                   // rows that a task quantises
 constexpr int64_t kFewRows = 4;                    // of A: AMX tiles would be mostly empty
 
-constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kLine = 64;            // bytes of a cache line
+constexpr int64_t kFarthest = 32 << 10;  // bytes ahead: beyond, requests lie too long before they are used
 
 static_assert(kInt8Columns % kGemmPanel == 0, "a piece of a packed weight is whole panels");
 
@@ -101,11 +102,13 @@ void multiply_panel(const Chunk& chunk, int64_t row_begin, int64_t row_end, int6
   const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
   const int64_t count = row_end - row_begin, tiles = ceil_div(count, chunk.kernels.max_rows);
   const bool finish = has_finish(p);
-  // Weights come from memory: every tile asks for a share of the panel after this one.
+  // Weights come from memory: every tile asks for a share of the panel after this one. One tile alone is done
+  // with a panel as soon as it is read, and asks for as many lines a shorter way ahead.
   const int64_t depth = int8_depth(p.K);
   const bool is_last = n + kGemmPanel >= p.N;
-  const int64_t lines = is_last ? 0 : std::min(ceil_div(int8_panel_bytes(p.K) / kLine, tiles), depth / 2);
-  const char* const next = reinterpret_cast<const char*>(panel_at(chunk.packed, p.K, panel + 1));
+  const int64_t bytes = int8_panel_bytes(p.K), ahead = tiles == 1 ? std::min(bytes, kFarthest) : bytes;
+  const int64_t lines = is_last ? 0 : std::min(ceil_div(bytes / kLine, tiles), depth / 2);
+  const char* const next = reinterpret_cast<const char*>(panel_at(chunk.packed, p.K, panel)) + ahead;
   int64_t r = row_begin;
   for (int64_t i = 0; i < tiles; ++i) {
     // Whole tiles first where they are made of rows (AMX), else equal ones.
