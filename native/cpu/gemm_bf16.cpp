@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kBlockBytes = 4608;             // of a row in a block of the reduction
 constexpr int64_t kPackedA = 128 * kBlockBytes;   // bytes of packed A that a thread meets a panel with
 constexpr int64_t kOwnRows = 64;                  // that a thread wants for itself
+constexpr int64_t kStreamRows = 2 * kBf16Rows;    // up to here packing takes longer than multiplying
 constexpr int64_t kBuffers = 2;                   // blocks of a panel that a thread holds packed
 constexpr int64_t kSplitDepth = 128;              // shorter reductions are faster in fp32
 constexpr int64_t kPackAlone = 32768;             // fewer numbers of A are packed by the caller alone
@@ -69,6 +70,11 @@ void pack_a(const Chunk& x, int64_t task) {
   for (int64_t r = 0; r < count; ++r)
     rows[r] = (p.a_rows ? p.a_rows[m + r] : p.a + (m + r) * p.a_stride) + x.k + block * x.block_depth;
   x.kernels.pack_rows(x.strip(block, strip), kBf16Tile, rows, count, x.depth_of(block), false);
+}
+
+void pack_a(const Cpu& cpu, const Chunk& x) {
+  parallel_near(x.rows * x.depth <= kPackAlone ? 1 : cpu.threads, pack_a_tasks(x),
+                [&](int64_t task, int) { pack_a(x, task); });
 }
 
 // [k, k + depth) of panel n / kGemmPanel.
@@ -167,8 +173,7 @@ void multiply_plain(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
 void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t owners, uint16_t* buffers,
                     int64_t worker_numbers) {
   const GemmProduct& p = x.p;
-  parallel_near(x.rows * x.depth <= kPackAlone ? 1 : cpu.threads, pack_a_tasks(x),
-                [&](int64_t task, int) { pack_a(x, task); });
+  pack_a(cpu, x);
   const int64_t wanted = kTasksPerThread * cpu.threads, pairs = ceil_div(x.strips(), 2);
   const PanelGroups groups(p.N, kAnyPanels, cpu.threads, ceil_div(wanted, owners));
   const int64_t least = std::min(owners, pairs);  // the last chunk may be low
@@ -188,7 +193,46 @@ void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t owners, uint16_t* bu
   });
 }
 
-// Few rows, and a packed weight as it lies.
+// Panels [panel_begin, panel_end) of a packed weight of whole steps against one or two strips and the whole
+// reduction. ring: kStreamSteps steps of a panel.
+void multiply_panels(const Chunk& x, int64_t panel_begin, int64_t panel_end, uint16_t* ring) {
+  const GemmProduct& p = x.p;
+  const int64_t steps = x.steps(0);
+  PanelPack stream;
+  stream.is_stream = true;
+  stream.src = block_of(p, panel_begin, 0);
+  stream.src_stride = kGemmPanel;
+  stream.dst = ring;
+  stream.pairs = (panel_end - panel_begin) * steps * (kBf16Step / 2);
+  const int64_t lead = std::min(kStreamLead, (panel_end - panel_begin) * steps);
+  pack_b(x, panel_begin, 0, lead * kBf16Step, ring);
+  stream.done = lead * (kBf16Step / 2);
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
+    const GemmFinish then = finish_of(p, x.m, n, x.rows, cols);
+    x.kernels.tile({then.c, p.c_stride, x.rows, cols, x.strip(0, 0), x.strips() > 1 ? x.strip(0, 1) : nullptr,
+                    ring, steps, p.accumulate, has_finish(p) ? &then : nullptr, &stream, 0,
+                    (panel - panel_begin) * steps});
+  }
+}
+
+// Up to two strips, and a packed weight of whole steps.
+void multiply_stream(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels) {
+  const int64_t ring_numbers = kStreamSteps * kernels.parts * 2 * kBf16Tile;
+  const int64_t a_numbers = ceil_div(p.M, kBf16Rows) * kBf16Rows * p.K * kernels.parts;
+  uint16_t* const rings =
+      reinterpret_cast<uint16_t*>(gemm_scratch((ring_numbers * cpu.threads + a_numbers) / 2));
+  const Chunk x = {p, kernels, 0, p.K, p.K, 0, p.M, rings + ring_numbers * cpu.threads};
+  pack_a(cpu, x);
+  const PanelGroups groups(p.N, kAnyPanels, cpu.threads, kTasksPerThread * cpu.threads);
+  parallel_near(cpu.threads, groups.count, [&](int64_t group, int worker) {
+    kernels.begin();
+    multiply_panels(x, groups.begin(group), groups.begin(group + 1), rings + worker * ring_numbers);
+    kernels.end();
+  });
+}
+
+// One or two rows, and a packed weight as it lies.
 void multiply_few(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels) {
   const SplitRowKernels& few = kSplitRowsAvx512;
   float* const a = gemm_scratch(p.M * 3 * p.K);
@@ -220,9 +264,10 @@ const Bf16Kernels* split_kernels(Isa isa, int64_t K) {
 }
 
 void gemm_bf16(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels) {
-  if (kernels.parts == 3 && p.b_layout == GemmLayout::kPanels && p.K % kBf16Step == 0 &&
-      p.M <= kSplitRowsAvx512.max_rows)
-    return multiply_few(cpu, p, kernels);
+  if (kernels.parts == 3 && p.b_layout == GemmLayout::kPanels && p.K % kBf16Step == 0) {
+    if (p.M <= kSplitRowsAvx512.max_rows) return multiply_few(cpu, p, kernels);
+    if (p.M <= kStreamRows) return multiply_stream(cpu, p, kernels);
+  }
   const int64_t number_bytes = kernels.parts * static_cast<int64_t>(sizeof(uint16_t));
   const int64_t K = ceil_div(p.K, kBf16Step) * kBf16Step;
   const int64_t block_depth = std::min(K, kBlockBytes / number_bytes / kBf16Step * kBf16Step);

@@ -128,39 +128,82 @@ __attribute__((noinline)) void turn_square(PanelPack* p) {
   ++p->squares;
 }
 
-// The next pair of rows of a panel, and a request for what will be packed some pairs later.
-// kTurned: whether p->turned is not null.
-template <int kParts, bool kTurned>
-__attribute__((always_inline)) inline void pack_pair(PanelPack* p) {
-  constexpr int64_t kAhead = 32;  // pairs
-  const float *even, *odd;
-  if (kTurned) {
-    // A square of the step that follows for every four pairs.
-    const int64_t steps = p->pairs / 16, step = p->done / 16;
-    if (p->done % 4 == 0) {
-      const int64_t needed = 4 * step + 4 + p->done % 16 / 4 + 1;
-      while (p->squares < needed && p->squares < 4 * steps) turn_square(p);
+// Packs `pairs` pairs of rows of a panel, spread evenly over `places` calls of some(): in bunches they would
+// hold up the tiles that multiply beside, whose loads wait behind them. And asks for what will be packed some
+// pairs later. kTurned: whether next->turned is not null. kStream: next->is_stream; `pairs` are then those of
+// as many steps as the tile has, and fewer are packed where the stream ends.
+template <int kParts, bool kTurned, bool kStream = false>
+class Packing {
+ public:
+  Packing(PanelPack* next, int64_t pairs, int64_t places)
+      : next_(next), pairs_(pairs), places_(places), done_(next->done) {
+    stride_ = kTurned ? kGemmPanel : next->src_stride;
+    even_ = kTurned ? row_of_turned() : next->src + done_ * 2 * stride_;
+    to_ = place();
+    left_ = next->pairs - done_ - kAhead;
+    wanted_ = left_ > 0 || !next->after ? even_ + kAhead * 2 * stride_ : next->after - left_ * 2 * stride_;
+  }
+  // After the last call of some().
+  void end() { next_->done = done_; }
+
+  __attribute__((always_inline)) void some() {
+    for (due_ += pairs_; due_ >= places_; due_ -= places_) {
+      if (!kStream || done_ < next_->pairs) pair();
     }
-    even = p->turned + p->done % 32 * 2 * kGemmPanel;
-    odd = even + kGemmPanel;
-  } else {
-    even = p->src + p->done * 2 * p->src_stride;
-    odd = even + p->src_stride;
-    const float* ahead = even + kAhead * 2 * p->src_stride;
-    if (p->done + kAhead >= p->pairs && p->after)
-      ahead = p->after + (p->done + kAhead - p->pairs) * 2 * p->src_stride;
-    const float* const wanted[] = {ahead, ahead + 16, ahead + p->src_stride, ahead + p->src_stride + 16};
-    for (const float* const line : wanted) _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
   }
-  uint16_t* const dst = p->dst + p->done / 16 * (kParts * 2 * kBf16Tile) + p->done % 16 * 32;
+
+ private:
+  static constexpr int64_t kAhead = kStream ? 64 : 32;  // pairs
+  static constexpr int64_t kStepPairs = 16;             // in a step
+  static constexpr int64_t kPairNumbers = 32;
+  static constexpr int64_t kStepNumbers = kParts * 2 * kBf16Tile;
+
+  uint16_t* place() const {
+    const int64_t step = kStream ? done_ / kStepPairs % kStreamSteps : done_ / kStepPairs;
+    return next_->dst + step * kStepNumbers + done_ % kStepPairs * kPairNumbers;
+  }
+  const float* row_of_turned() const { return next_->turned + done_ % (2 * kStepPairs) * 2 * kGemmPanel; }
+
+  // A square of the step that follows for every four pairs.
+  __attribute__((noinline)) void turn() {
+    const int64_t steps = next_->pairs / kStepPairs, step = done_ / kStepPairs;
+    const int64_t needed = 4 * step + 4 + done_ % kStepPairs / 4 + 1;
+    while (next_->squares < needed && next_->squares < 4 * steps) turn_square(next_);
+  }
+
+  __attribute__((always_inline)) void pair() {
+    if (kTurned && done_ % 4 == 0) turn();
+    const float* const odd = even_ + stride_;
+    if (!kTurned) {
+      const float* const lines[] = {wanted_, wanted_ + 16, wanted_ + stride_, wanted_ + stride_ + 16};
+      for (const float* const line : lines) _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
+      wanted_ += 2 * stride_;
+      if (--left_ == 0 && next_->after) wanted_ = next_->after;
+    }
 #pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    __m512i parts[kParts];
-    join_pairs<kParts>(parts, _mm512_loadu_ps(even + half * 16), _mm512_loadu_ps(odd + half * 16));
-    for (int i = 0; i < kParts; ++i) _mm512_store_si512(dst + (2 * i + half) * kBf16Tile, parts[i]);
+    for (int half = 0; half < 2; ++half) {
+      __m512i parts[kParts];
+      join_pairs<kParts>(parts, _mm512_loadu_ps(even_ + half * 16), _mm512_loadu_ps(odd + half * 16));
+      for (int i = 0; i < kParts; ++i) _mm512_store_si512(to_ + (2 * i + half) * kBf16Tile, parts[i]);
+    }
+    even_ += 2 * stride_;
+    to_ += kPairNumbers;
+    if (++done_ % kStepPairs == 0) {
+      to_ = place();
+      if (kTurned) even_ = row_of_turned();
+    }
   }
-  ++p->done;
-}
+
+  PanelPack* next_;
+  int64_t pairs_, places_;
+  int64_t done_;         // of the panel
+  int64_t stride_;       // floats between rows
+  const float* even_;    // the next pair
+  uint16_t* to_;         // its place in the first part
+  const float* wanted_;  // what is asked for
+  int64_t left_;         // pairs until that is the panel after this one
+  int64_t due_ = 0;
+};
 
 }  // namespace
 }  // namespace dn::cpu

@@ -13,23 +13,6 @@
 namespace dn::cpu {
 namespace {
 
-// Pieces of the next panel that are packed while tiles multiply: `pairs` of them, spread evenly over
-// `places`. In bunches they would hold up the tiles, whose loads wait behind them.
-template <int kParts, bool kTurned>
-class Packing {
- public:
-  Packing(PanelPack* next, int64_t pairs, int64_t places) : next_(next), pairs_(pairs), places_(places) {}
-
-  __attribute__((always_inline)) void some() {
-    for (due_ += pairs_; due_ >= places_; due_ -= places_) pack_pair<kParts, kTurned>(next_);
-  }
-
- private:
-  PanelPack* next_;
-  int64_t pairs_, places_;
-  int64_t due_ = 0;
-};
-
 // Whole tiles only; `from` (when accumulating) and `to` have room for 32 columns and 16 rows, 32 when kTwo.
 template <int kParts, bool kTwo, bool kTurned>
 void multiply(const Bf16Tile& t, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
@@ -37,6 +20,25 @@ void multiply(const Bf16Tile& t, const float* from, int64_t from_stride, float* 
   t.accumulate ? load_c<kTwo>(from, from_stride) : zero_c<kTwo>();
   Packing<kParts, kTurned> packing(t.next, t.pack_pairs, t.steps * places_in_step(kParts));
   multiply_steps<kParts, kTwo>(t.a0, t.a1, t.b, t.steps, packing);
+  packing.end();
+  store_c<kTwo>(to, to_stride);
+}
+
+// The same through the ring of a stream.
+template <int kParts, bool kTwo>
+void multiply_stream(const Bf16Tile& t, const float* from, int64_t from_stride, float* to,
+                     int64_t to_stride) {
+  constexpr int64_t kStep = kParts * 2 * kBf16Tile;
+  asm volatile("" ::: "memory");
+  t.accumulate ? load_c<kTwo>(from, from_stride) : zero_c<kTwo>();
+  Packing<kParts, false, true> packing(t.next, t.steps * kBf16Step / 2, t.steps * places_in_step(kParts));
+  const uint16_t *a0 = t.a0, *a1 = t.a1;
+  for (int64_t step = t.stream; step < t.stream + t.steps; ++step) {
+    multiply_step<kParts, kTwo>(a0, a1, t.b + step % kStreamSteps * kStep, packing);
+    a0 += kParts * kBf16Tile;
+    if (kTwo) a1 += kParts * kBf16Tile;
+  }
+  packing.end();
   store_c<kTwo>(to, to_stride);
 }
 
@@ -57,8 +59,9 @@ void tile(const Bf16Tile& t) {
   const bool beside = !whole || t.finish;
   float* const to = beside ? cells : t.c;
   const int64_t to_stride = beside ? kGemmPanel : t.c_stride;
-  const auto run = t.next->turned ? (two ? multiply<kParts, true, true> : multiply<kParts, false, true>)
-                                  : (two ? multiply<kParts, true, false> : multiply<kParts, false, false>);
+  auto run = two ? multiply<kParts, true, false> : multiply<kParts, false, false>;
+  if (t.next->turned) run = two ? multiply<kParts, true, true> : multiply<kParts, false, true>;
+  if (t.next->is_stream) run = two ? multiply_stream<kParts, true> : multiply_stream<kParts, false>;
   run(t, from, from_stride, to, to_stride);
   if (t.finish) {
     finish_from(cells, kGemmPanel, *t.finish);

@@ -54,9 +54,15 @@ void multiply(const uint16_t* a, const uint16_t* b, int64_t steps, float* c, int
   }
 }
 
+template <bool kTurned>
+void pack(const Bf16Tile& t) {
+  Packing<1, kTurned> packing(t.next, t.pack_pairs, 1);
+  packing.some();
+  packing.end();
+}
+
 void tile(const Bf16Tile& t) {
-  for (int64_t i = 0; i < t.pack_pairs; ++i)
-    t.next->turned ? pack_pair<1, true>(t.next) : pack_pair<1, false>(t.next);
+  t.next->turned ? pack<true>(t) : pack<false>(t);
   // What is finished before it is stored lies beside C.
   alignas(64) float cells[2 * kBf16Rows * kGemmPanel];
   if (t.finish && t.accumulate) copy_cells(cells, kGemmPanel, t.c, t.c_stride, t.rows, t.cols);

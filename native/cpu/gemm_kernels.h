@@ -102,7 +102,14 @@ struct PanelPack {
   float* turned = nullptr;       // kTurned, or null
   int64_t squares = 0;           // turned
   int64_t cols = kGemmPanel;     // that there are; looked at where turned is not null
+  bool is_stream = false;        // dst is a ring of kStreamSteps steps, see Bf16Tile::stream
 };
+
+// With few rows packing takes longer than multiplying, and a packed panel would leave L1 before it is read.
+// Then the panels of a packed weight, which follow each other in memory, are one stream of steps through a
+// ring: a step is packed kStreamLead steps before it is multiplied.
+constexpr int64_t kStreamSteps = 4;
+constexpr int64_t kStreamLead = 2;
 
 // c (rows <= 32, cols <= kGemmPanel) = or += A B over `steps` steps, then what `finish` says of the same
 // cells.
@@ -119,6 +126,9 @@ struct Bf16Tile {
   const GemmFinish* finish;  // or null
   PanelPack* next;           // not null; advanced by pack_pairs between the products
   int64_t pack_pairs;
+  // When next->is_stream (AMX): the step of the stream that this tile begins with; b is the ring, and
+  // pack_pairs is not looked at.
+  int64_t stream = 0;
 };
 
 struct Bf16Kernels {

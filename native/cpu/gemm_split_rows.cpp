@@ -27,9 +27,12 @@ __attribute__((always_inline)) inline Numbers numbers(__m512 x) {
   const Parts parts = split(x);
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   Numbers n;
-  for (int i = 0; i < 3; ++i) n.part[i] = _mm512_castsi512_ps(_mm512_and_si512(parts.at[i], upper));
+  for (int i = 0; i < 2; ++i) n.part[i] = _mm512_castsi512_ps(_mm512_and_si512(parts.at[i], upper));
+  n.part[2] = _mm512_castsi512_ps(parts.at[2]);  // fits
   return n;
 }
+
+constexpr int64_t kAhead = 4096;  // floats: of the panel, what is asked for
 
 // One step of kRows rows and sixteen columns: sum[r] += .
 template <int kRows>
@@ -44,7 +47,10 @@ __attribute__((always_inline)) inline void step(__m512* sum, const float* a, int
   for (int64_t k = 0; k < kBf16Step; k += 2) {
 #pragma GCC unroll 2
     for (int odd = 0; odd < 2; ++odd) {
-      const Numbers n = numbers(_mm512_loadu_ps(b + (k + odd) * kGemmPanel));
+      const float* const row = b + (k + odd) * kGemmPanel;
+      // One by one: in bursts they would keep the few buffers that the loads need.
+      _mm_prefetch(reinterpret_cast<const char*>(row + kAhead), _MM_HINT_T1);
+      const Numbers n = numbers(_mm512_loadu_ps(row));
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 6
@@ -65,7 +71,6 @@ __attribute__((always_inline)) inline void step(__m512* sum, const float* a, int
 
 template <int kRows>
 void multiply(const SplitRows& t) {
-  constexpr int64_t kAhead = 4096;  // floats
   const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
   __m512 low[kRows], high[kRows];
 #pragma GCC unroll 2
@@ -77,8 +82,6 @@ void multiply(const SplitRows& t) {
   const int64_t row_stride = 3 * t.part_stride;
   for (int64_t k = 0; k < t.depth; k += kBf16Step) {
     const float* const b = t.b + k * kGemmPanel;
-    for (int64_t line = 0; line < kBf16Step * 2; ++line)
-      _mm_prefetch(reinterpret_cast<const char*>(b + kAhead + line * 16), _MM_HINT_T1);
     step<kRows>(low, t.a + k, t.part_stride, row_stride, b);
     step<kRows>(high, t.a + k, t.part_stride, row_stride, b + 16);
   }
