@@ -181,7 +181,8 @@ void check_against_reference(Batch& b, const AttentionMask& mask) {
 
 DN_TEST(attention_matches_double) {
   for (const MaskKind kind : kRuleKinds) {
-    for (const int64_t HS : {16, 64, 20, 96}) {
+    for (const int64_t HS : {20, 64, 16, 96}) {
+      if (dn::test::kSanitized && (HS == 16 || HS == 96)) continue;
       Batch b(2, HS, {1, 7, 64, 65, 200}, mask_of(kind));
       check_against_reference(b, mask_of(kind));
     }
@@ -426,6 +427,7 @@ DN_TEST(attention_with_growing_scores) {
 
 // Root mean square errors of the result against double: three parts of bf16 are fp32, not less.
 DN_TEST(attention_errors_are_those_of_fp32) {
+  if (dn::test::kSanitized) return;  // the same calls as above
   for (const int64_t T : {40, 256, 700}) {
     Batch b(2, 64, {T}, mask_of(MaskKind::kFull));
     const Reference r = reference(b);
