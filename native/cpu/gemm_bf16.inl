@@ -128,11 +128,14 @@ __attribute__((noinline)) void turn_square(PanelPack* p) {
   ++p->squares;
 }
 
+// Where a panel that is packed comes from and goes to (PanelPack): rows as they lie, rows that are turned
+// before, or rows as they lie through the ring of a stream.
+enum class Source { kPlain, kTurned, kStream };
+
 // Packs `pairs` pairs of rows of a panel, spread evenly over `places` calls of some(): in bunches they would
 // hold up the tiles that multiply beside, whose loads wait behind them. And asks for what will be packed some
-// pairs later. kTurned: whether next->turned is not null. kStream: next->is_stream; `pairs` are then those of
-// as many steps as the tile has, and fewer are packed where the stream ends.
-template <int kParts, bool kTurned, bool kStream = false>
+// pairs later. Of a stream fewer are packed where it ends.
+template <int kParts, Source kSource>
 class Packing {
  public:
   Packing(PanelPack* next, int64_t pairs, int64_t places)
@@ -153,6 +156,7 @@ class Packing {
   }
 
  private:
+  static constexpr bool kTurned = kSource == Source::kTurned, kStream = kSource == Source::kStream;
   static constexpr int64_t kAhead = kStream ? 64 : 32;  // pairs
   static constexpr int64_t kStepPairs = 16;             // in a step
   static constexpr int64_t kPairNumbers = 32;

@@ -14,32 +14,21 @@ namespace dn::cpu {
 namespace {
 
 // Whole tiles only; `from` (when accumulating) and `to` have room for 32 columns and 16 rows, 32 when kTwo.
-template <int kParts, bool kTwo, bool kTurned>
+template <int kParts, bool kTwo, Source kSource>
 void multiply(const Bf16Tile& t, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  constexpr bool kStream = kSource == Source::kStream;
   asm volatile("" ::: "memory");  // the compiler does not know that tile loads read memory
   t.accumulate ? load_c<kTwo>(from, from_stride) : zero_c<kTwo>();
-  Packing<kParts, kTurned> packing(t.next, t.pack_pairs, t.steps * places_in_step(kParts));
-  multiply_steps<kParts, kTwo>(t.a0, t.a1, t.b, t.steps, packing);
+  const int64_t pairs = kStream ? t.steps * kBf16Step / 2 : t.pack_pairs;
+  Packing<kParts, kSource> packing(t.next, pairs, t.steps * places_in_step(kParts));
+  multiply_steps<kParts, kTwo, kStream ? kStreamSteps : 0>(t.a0, t.a1, t.b, t.steps, packing, t.stream);
   packing.end();
   store_c<kTwo>(to, to_stride);
 }
 
-// The same through the ring of a stream.
-template <int kParts, bool kTwo>
-void multiply_stream(const Bf16Tile& t, const float* from, int64_t from_stride, float* to,
-                     int64_t to_stride) {
-  constexpr int64_t kStep = kParts * 2 * kBf16Tile;
-  asm volatile("" ::: "memory");
-  t.accumulate ? load_c<kTwo>(from, from_stride) : zero_c<kTwo>();
-  Packing<kParts, false, true> packing(t.next, t.steps * kBf16Step / 2, t.steps * places_in_step(kParts));
-  const uint16_t *a0 = t.a0, *a1 = t.a1;
-  for (int64_t step = t.stream; step < t.stream + t.steps; ++step) {
-    multiply_step<kParts, kTwo>(a0, a1, t.b + step % kStreamSteps * kStep, packing);
-    a0 += kParts * kBf16Tile;
-    if (kTwo) a1 += kParts * kBf16Tile;
-  }
-  packing.end();
-  store_c<kTwo>(to, to_stride);
+template <int kParts, Source kSource>
+constexpr auto multiply_rows(bool two) {
+  return two ? multiply<kParts, true, kSource> : multiply<kParts, false, kSource>;
 }
 
 template <int kParts>
@@ -59,9 +48,9 @@ void tile(const Bf16Tile& t) {
   const bool beside = !whole || t.finish;
   float* const to = beside ? cells : t.c;
   const int64_t to_stride = beside ? kGemmPanel : t.c_stride;
-  auto run = two ? multiply<kParts, true, false> : multiply<kParts, false, false>;
-  if (t.next->turned) run = two ? multiply<kParts, true, true> : multiply<kParts, false, true>;
-  if (t.next->is_stream) run = two ? multiply_stream<kParts, true> : multiply_stream<kParts, false>;
+  const auto run = t.next->turned      ? multiply_rows<kParts, Source::kTurned>(two)
+                   : t.next->is_stream ? multiply_rows<kParts, Source::kStream>(two)
+                                       : multiply_rows<kParts, Source::kPlain>(two);
   run(t, from, from_stride, to, to_stride);
   if (t.finish) {
     finish_from(cells, kGemmPanel, *t.finish);

@@ -54,15 +54,15 @@ void multiply(const uint16_t* a, const uint16_t* b, int64_t steps, float* c, int
   }
 }
 
-template <bool kTurned>
+template <Source kSource>
 void pack(const Bf16Tile& t) {
-  Packing<1, kTurned> packing(t.next, t.pack_pairs, 1);
+  Packing<1, kSource> packing(t.next, t.pack_pairs, 1);
   packing.some();
   packing.end();
 }
 
 void tile(const Bf16Tile& t) {
-  t.next->turned ? pack<true>(t) : pack<false>(t);
+  t.next->turned ? pack<Source::kTurned>(t) : pack<Source::kPlain>(t);
   // What is finished before it is stored lies beside C.
   alignas(64) float cells[2 * kBf16Rows * kGemmPanel];
   if (t.finish && t.accumulate) copy_cells(cells, kGemmPanel, t.c, t.c_stride, t.rows, t.cols);

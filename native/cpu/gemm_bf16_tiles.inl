@@ -113,16 +113,16 @@ __attribute__((always_inline)) inline void multiply_step(const uint16_t* a0, con
   products<kTwo>(between);
 }
 
-// C += A B over `steps` steps.
-template <int kParts, bool kTwo, typename Between>
+// C += A B over `steps` steps; b: packed steps, which with a ring of kRing steps begin at the step `first`.
+template <int kParts, bool kTwo, int64_t kRing = 0, typename Between>
 __attribute__((always_inline)) inline void multiply_steps(const uint16_t* a0, const uint16_t* a1,
-                                                          const uint16_t* b, int64_t steps,
-                                                          Between& between) {
-  for (int64_t step = 0; step < steps; ++step) {
-    multiply_step<kParts, kTwo>(a0, a1, b, between);
+                                                          const uint16_t* b, int64_t steps, Between& between,
+                                                          int64_t first = 0) {
+  for (int64_t step = first; step < first + steps; ++step) {
+    multiply_step<kParts, kTwo>(a0, a1, b + (kRing > 0 ? step % kRing : step) * (kParts * 2 * kBf16Tile),
+                                between);
     a0 += kParts * kBf16Tile;
     if (kTwo) a1 += kParts * kBf16Tile;
-    b += kParts * 2 * kBf16Tile;
   }
 }
 
