@@ -19,7 +19,7 @@ interface Toy {
 /** Conditionals of the model, or of its guided mixture u + (w + 1) (l - u) with the logits u of a masked prompt. */
 async function makeToy(temperature = 1, guidance = 0): Promise<Toy> {
 	// So small a model has no work for a second thread, which would only wait for some.
-	const model = await sharpModel(toy, 3, 16, 1);
+	const model = await sharpModel(toy, 1, 16, 1);
 	const canvases = Array.from({ length: 5 ** L }, (_, n) =>
 		Array.from({ length: L }, (_, i) => Math.floor(n / 5 ** i) % 5),
 	);

@@ -416,6 +416,7 @@ double relative_error(const std::vector<float>& got, const std::vector<float>& e
 }
 
 DN_TEST(int8_model_is_close_to_fp32_at_the_124m_shape) {
+  if (dn::test::kSanitized) return;  // the same calls as in the tests below, at a size that takes long
   const ModelConfig config{2, 12, 768, 64, 5003};
   Model fp32(make_cpu_backend(2), config), int8(make_cpu_backend(2), config, Dtype::kI8);
   fp32.initialise(3);

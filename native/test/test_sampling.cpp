@@ -200,12 +200,13 @@ DN_TEST(sampling_draws_follow_the_distribution) {
       {"three tiles", 600, options(1), false},
       {"three tiles, top-p 0.9, top-k 100", 600, options(1.2f, 0.9f, 100, 300), false},
   };
+  const int64_t draws = dn::test::kSanitized ? kDraws / 8 : kDraws;
   for (const Isa isa : instruction_sets()) {
     for (const Case& c : cases) {
       const std::vector<float> logits = made_up_logits(c.V, 3);
       const std::vector<float> guide = c.guided ? made_up_logits(c.V, 4) : std::vector<float>();
       Row row(isa, logits, guide);
-      const double p = p_value(row.counts(c.row, c.V == 12 ? kDraws : kDraws / 2),
+      const double p = p_value(row.counts(c.row, c.V == 12 ? draws : draws / 2),
                                expected_distribution(logits, guide, c.row));
       CHECK_MSG(p > kThreshold,
                 std::string(c.name) + ", " + cpu::isa_name(isa) + ": p = " + std::to_string(p));

@@ -103,7 +103,7 @@ DN_TEST(split_follows_the_rule_of_the_tiles) {
   for (const auto& s : shapes) {
     const int64_t M = s[0], N = s[1], K = s[2];
     // matmul_bf16 goes the same ways with a cheaper reference.
-    if (dn::test::kSanitized && M * N * K > 2000000) continue;
+    if (dn::test::kSanitized && M * N * K > 1900000) continue;
     std::vector<float> a = wide(numbers, M * K), b = wide(numbers, K * N);
     const std::vector<float> at = transposed(a, M, K), bt = transposed(b, K, N);
     std::vector<float> before = wide(numbers, M * N), fresh(before.size()), more = before;
