@@ -22,6 +22,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Before a loop whose count is known: unrolled whole, up to 16 times.
+#if defined(__clang__)
+#define DN_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define DN_UNROLL _Pragma("GCC unroll 16")
+#else
+#define DN_UNROLL
+#endif
+
 namespace dn::cpu {
 namespace {
 namespace simd {
