@@ -273,7 +273,7 @@ export interface NativeSafetensors {
 	close(): void;
 }
 
-/** At most one asynchronous call may be in flight per model: lib/queue.ts sees to it. */
+/** At most one asynchronous call may be in flight per model: lib/engine.ts sees to it. */
 export interface NativeModel {
 	/** "cpu/avx512" */
 	readonly backend: string;

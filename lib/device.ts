@@ -26,6 +26,9 @@ export interface OpenedEngine {
 	note: string | undefined;
 }
 
+/** Of the pool in native/cpu/thread_pool.cpp. */
+const mostThreads = 1024;
+
 /** An engine with uninitialised weights. @throws `ERR_DN_DEVICE` with the reason, `ERR_DN_ARGUMENT` */
 export function openEngine(config: ModelConfig, options: DeviceOptions): OpenedEngine {
 	const { device: asked = 'auto', dtype: askedDtype = 'auto', threads = 0 } = options;
@@ -38,8 +41,8 @@ export function openEngine(config: ModelConfig, options: DeviceOptions): OpenedE
 		`option dtype is ${JSON.stringify(askedDtype)}, expected 'auto', 'fp32', 'bf16' or 'int8'`,
 	);
 	check(
-		Number.isSafeInteger(threads) && threads >= 0,
-		`option threads is ${String(threads)}, expected a whole number >= 0`,
+		Number.isInteger(threads) && threads >= 0 && threads <= mostThreads,
+		`option threads is ${String(threads)}, expected a whole number from 0 to ${mostThreads}`,
 	);
 	const native = binding();
 	const cuda = native.cudaInfo();

@@ -1,4 +1,6 @@
 /** The model class of the public API: loading, inspection, generation, lifecycle. It holds an Engine and a tokenizer. */
+import { constants } from 'node:buffer';
+
 import {
 	type AttentionOption,
 	type DiffusionBatch,
@@ -155,6 +157,7 @@ export class DiffuGPT {
 	/**
 	 * Logits or hidden states, one array per sequence: (rows, V) or (rows, C). The arrays of several sequences are views of
 	 * one buffer.
+	 * @throws `ERR_DN_ARGUMENT`, also when they do not fit one buffer; `ERR_DN_OUT_OF_MEMORY`; `signal.reason`
 	 */
 	async forward(sequences: Int32Array | readonly Int32Array[], options: ForwardOptions = {}): Promise<Float32Array[]> {
 		this.engine.check();
@@ -174,7 +177,14 @@ export class DiffuGPT {
 			Array.from(list_, (row) => (batch.offsets[s] as number) + Math.max(0, row - shift)),
 		);
 		const width = output === 'hidden' ? config.channels : config.vocab;
-		const into = takeResults(reuse, wanted.length * width * Float32Array.BYTES_PER_ELEMENT, signal);
+		const bytes = wanted.length * width * Float32Array.BYTES_PER_ELEMENT;
+		check(
+			bytes <= constants.MAX_LENGTH,
+			() =>
+				`forward: ${wanted.length} rows of ${width} numbers are ${bytes} bytes, expected at most the ${constants.MAX_LENGTH} ` +
+				'that this Node.js holds in one buffer: pass fewer sequences at a time, or list rows',
+		);
+		const into = takeResults(reuse, bytes, signal);
 		let all: Float32Array = new Float32Array(0);
 		try {
 			const request = { ...batch, rows: Int32Array.from(wanted) };
@@ -201,15 +211,16 @@ export class DiffuGPT {
 
 	/**
 	 * The training objective on a batch, without gradients.
-	 * @throws `ERR_DN_ARGUMENT`; `ERR_DN_DIVERGED` when the loss is not a finite number
+	 * @throws `ERR_DN_ARGUMENT`; `ERR_DN_DIVERGED` when the loss is not a finite number; `signal.reason`
 	 */
 	async loss(batch: DiffusionBatch, options: LossOptions = {}): Promise<LossResult> {
 		this.engine.check();
 		checkOptions('loss', options, lossOptionNames);
 		const noise = toNativeNoise(this.config, options);
 		const packed = toNativeTrainBatch(batch, this.config);
-		const result = await this.engine.run((native) =>
-			native.trainBatch(packed, noise, { recompute: false, precision: 'fp32', backward: false }),
+		const result = await this.engine.run(
+			(native) => native.trainBatch(packed, noise, { recompute: false, precision: 'fp32', backward: false }),
+			options.signal,
 		);
 		const loss = result.denominator > 0 ? result.weighted / result.denominator : 0;
 		const unweighted = result.masked > 0 ? result.unweighted / result.masked : 0;

@@ -1,6 +1,10 @@
 /** Each stage of a model's life in a child process, which must end as its script says: no signal, no abort, no hang. */
-import test from 'ava';
+import { constants } from 'node:buffer';
+import { execFile } from 'node:child_process';
+import { promisify } from 'node:util';
 
+import test from 'ava';
+import { root } from './helpers/fixtures.js';
 import { runScript } from './helpers/fork.js';
 
 /** A model whose forward takes long enough to be interrupted (hundreds of milliseconds). */
@@ -151,4 +155,26 @@ test('four workers load and generate at once, with equal results for equal seeds
 	t.is(ended.signal, null, ended.stderr);
 	t.is(ended.code, 0, ended.stderr);
 	t.is(ended.stdout.trim(), '1 20');
+});
+
+test('a result that memory cannot hold is an error with a code, and the model goes on', async (t) => {
+	if (process.platform !== 'linux') return t.pass('memory is limited by ulimit -v');
+	const script = `
+		import { DiffuGPT } from 'diffusion-native';
+		const sizes = { layers: 1, heads: 1, channels: 8, vocab: 50257, context: 1024, maskId: 0 };
+		const model = await DiffuGPT.fromConfig(sizes, { device: 'cpu', threads: 1 });
+		const codes = [];
+		for (const sequences of [20, 1000]) {
+			const list = Array.from({ length: sequences }, () => new Int32Array(1024));
+			await model.forward(list).catch(({ code, message }) => codes.push(code, message));
+		}
+		const [row] = await model.forward(new Int32Array(4));
+		console.log(JSON.stringify([...codes, row.length]));`;
+	const limited = ['-c', 'ulimit -v 4000000; exec "$0" "$@"', process.execPath, '--input-type=module', '-e', script];
+	const { stdout } = await promisify(execFile)('sh', limited, { cwd: root });
+	const [memory, missing, argument, most, rest] = JSON.parse(stdout) as string[];
+	t.is(memory, 'ERR_DN_OUT_OF_MEMORY');
+	t.is(missing, 'cannot allocate 4117053440 bytes of host memory');
+	t.is(argument, constants.MAX_LENGTH < 2 ** 37 ? 'ERR_DN_ARGUMENT' : 'ERR_DN_OUT_OF_MEMORY', most);
+	t.is(Number(rest), 4 * 50257);
 });

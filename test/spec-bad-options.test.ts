@@ -37,6 +37,7 @@ test('model sizes and options out of range are refused with the field', async (t
 		['threads', -1],
 		['threads', Number.NaN],
 		['threads', 1.5],
+		['threads', 1025],
 		['seed', -1],
 		['seed', Number.NaN],
 		['seed', 2n ** 64n],

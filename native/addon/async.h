@@ -69,7 +69,11 @@ class Task : public Napi::AsyncWorker {
   void OnOK() override {
     Napi::HandleScope scope(Env());
     done_(Env());
-    deferred_.Resolve(result_(Env()));
+    try {
+      deferred_.Resolve(guarded(Env(), [&] { return result_(Env()); }));
+    } catch (const Napi::Error& e) {
+      deferred_.Reject(e.Value());
+    }
   }
 
   void OnError(const Napi::Error&) override {

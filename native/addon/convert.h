@@ -133,8 +133,9 @@ inline Napi::Float32Array result_array(Napi::Env env, size_t n, const std::share
   napi_value buffer;
   const napi_status status =
       napi_create_external_arraybuffer(env, lent->pages->data(), bytes, give_back, lent.get(), &buffer);
-  if (status != napi_ok) return Napi::Float32Array::New(env, n);
-  lent.release();
+  if (status == napi_no_external_buffers_allowed) return Napi::Float32Array::New(env, n);
+  lent.release();  // what the runtime refuses for another reason it gives back itself
+  if (status != napi_ok) throw Napi::Error::New(env);
   return Napi::Float32Array::New(env, n, Napi::ArrayBuffer(env, buffer), 0);
 }
 

@@ -17,7 +17,7 @@ namespace dn::addon {
 class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
  public:
   static Napi::Function define(Napi::Env env);
-  // Arguments: config, { device, threads }.
+  // Arguments: config, { device, threads, dtype }.
   explicit ModelWrap(const Napi::CallbackInfo& info);
   ~ModelWrap() override;
 
@@ -54,6 +54,11 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
   Napi::Value get_moment(const Napi::CallbackInfo& info);
   void dispose(const Napi::CallbackInfo& info);
 
+  // A method whose copies of its arguments may not fit into memory.
+  template <Napi::Value (ModelWrap::*kMethod)(const Napi::CallbackInfo&)>
+  Napi::Value coded(const Napi::CallbackInfo& info) {
+    return guarded(info.Env(), [&] { return (this->*kMethod)(info); });
+  }
   // Starts work on the model; `keep` are further objects that must stay alive. Sets busy until the work is
   // done.
   Napi::Promise start(const Napi::CallbackInfo& info, std::vector<Napi::ObjectReference> keep,

@@ -1,5 +1,5 @@
 // What the model's source files share: where a parameter stands in the table, the memory of a step and the
-// plan of a batch. Private to native/core/{params,parameter_file,model,model_training}.cpp.
+// plan of a batch. Private to native/core/{params,parameter_file,model,model_loop,model_training}.cpp.
 #pragma once
 
 #include <cstdint>

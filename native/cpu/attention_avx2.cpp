@@ -1,4 +1,5 @@
-// attention.inl compiled for AVX2 and FMA.
+// attention.inl compiled for AVX2 and FMA; nothing on other machines, where nobody asks for it.
+#if defined(__x86_64__) || defined(_M_X64)
 #include "cpu/attention.inl"
 
 namespace dn::cpu {
@@ -13,3 +14,5 @@ const AttentionKernels kAttentionAvx2 = {
     annealed_word};
 
 }  // namespace dn::cpu
+
+#endif

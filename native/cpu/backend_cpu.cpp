@@ -1,6 +1,7 @@
 // CpuBackend: memory from Pages; every op forwards to the family that implements
 // it (ops.h).
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/backend.h"
@@ -28,7 +29,7 @@ class CpuBackend : public Backend {
  public:
   explicit CpuBackend(int threads) {
     const int available = cpu::available_threads();
-    cpu_.threads = threads > 0 ? threads : available;
+    cpu_.threads = std::min(threads > 0 ? threads : available, cpu::kMaxThreads);
     cpu_.isa = cpu::active_isa();
   }
 

@@ -171,7 +171,7 @@ struct SplitRowKernels {
   void (*parts_of_row)(float* dst, int64_t part_stride, const float* src, int64_t depth);
 };
 
-// Where the compiler or the machine lacks the instructions these have no kernels (tile is null).
+// Where the machine lacks the instructions, or its type has none, these have no kernels (tile is null).
 extern const Bf16Kernels kGemmBf16Amx;
 extern const Bf16Kernels kGemmFp32Amx;  // three parts
 extern const Bf16Kernels kGemmBf16Avx512;

@@ -1,4 +1,5 @@
-// rows.inl compiled for AVX2 and FMA.
+// rows.inl compiled for AVX2 and FMA; nothing on other machines, where nobody asks for it.
+#if defined(__x86_64__) || defined(_M_X64)
 #include "cpu/rows.inl"
 
 namespace dn::cpu {
@@ -18,3 +19,5 @@ const RowsKernels kRowsAvx2 = {add,
                                tanh_each};
 
 }  // namespace dn::cpu
+
+#endif

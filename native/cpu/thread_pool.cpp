@@ -40,7 +40,6 @@ constexpr std::chrono::microseconds kSpin{30};
 // How long after that it looks between yields: the host's own work between two steps of a loop takes less,
 // and waking a sleeper can take longer than a step.
 constexpr std::chrono::microseconds kYield{1000};
-constexpr int kMaxThreads = 1024;
 
 // Region state word: number in the upper half, closed flag, workers inside.
 constexpr uint64_t kClosed = uint64_t{1} << 31;

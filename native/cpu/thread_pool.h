@@ -10,6 +10,9 @@
 
 namespace dn::cpu {
 
+// Threads of a region at most, the caller included.
+constexpr int kMaxThreads = 1024;
+
 // Cores this process may use (affinity mask, cgroup quota), at least 1.
 int available_threads();
 
