@@ -5,7 +5,7 @@
 import type { NativeMask, NativeNoise, NativeTrainBatch } from './binding.js';
 import { checkMask, type ModelConfig } from './config.js';
 import { check } from './errors.js';
-import { suggest } from './option-checks.js';
+import { mostInt32, suggest } from './option-checks.js';
 
 /** Clean sequences, ragged. With `mask` and `t` given nothing is drawn. */
 export interface DiffusionBatch {
@@ -52,6 +52,7 @@ export interface LossOptions {
 	readonly block?: number;
 	/** DiffusionBERT's per-token schedule: informative tokens are masked earlier. @default none */
 	readonly spindle?: SpindleSchedule;
+	readonly signal?: AbortSignal;
 }
 
 /** The keys of {@link LossOptions}. */
@@ -67,6 +68,7 @@ export const lossOptionNames = [
 	'timeRange',
 	'block',
 	'spindle',
+	'signal',
 ] as const satisfies readonly (keyof LossOptions)[];
 
 export type Objective = 'diffusion' | 'autoregressive' | 'block-diffusion';
@@ -97,7 +99,7 @@ export function toNativeMask(attention: AttentionOption): NativeMask {
 		if ('blockCausal' in attention) {
 			const block = attention.blockCausal;
 			check(
-				Number.isInteger(block) && block > 0,
+				Number.isInteger(block) && block > 0 && block <= mostInt32,
 				`attention.blockCausal is ${String(block)}, expected a positive whole number`,
 			);
 			return { kind: 'block-causal', block };
@@ -133,7 +135,7 @@ export function toNativeNoise(config: ModelConfig, options: LossOptions = {}): N
 	);
 	const block = objective === 'block-diffusion' ? (options.block ?? 0) : 0;
 	check(
-		objective !== 'block-diffusion' || (Number.isInteger(block) && block > 0),
+		objective !== 'block-diffusion' || (Number.isInteger(block) && block > 0 && block <= mostInt32),
 		"the objective 'block-diffusion' needs the option block: tokens per block, a positive whole number",
 	);
 	const shift = options.shift ?? config.shift;

@@ -56,7 +56,7 @@ export type { Plan, Score } from './samplers/confidence.js';
 export type { CanvasView, Decision, SamplerPolicy, StepView } from './samplers/policy.js';
 export { type DecodeOptions, type EncodeOptions, type TokenDecoder, Tokenizer } from './tokenizer.js';
 export { type Piece, type PieceKind, traceFrames, traceHtml } from './trace-html.js';
-export { type ResumeOptions, Trainer } from './trainer.js';
+export { type ResumeOptions, type StepOptions, Trainer } from './trainer.js';
 export type { CheckpointOptions, MetricLogger, TrainMetrics, TrainOptions } from './training/options.js';
 export {
 	type AttentionAnnealing,

@@ -1,6 +1,9 @@
 /** Checks of options objects that every public call makes: known names (with "did you mean"), a signal, a listener. */
 import { check } from './errors.js';
 
+/** Whole numbers that reach the addon as 32-bit ones. */
+export const mostInt32 = 2 ** 31 - 1;
+
 /** Throws `ERR_DN_ARGUMENT` unless `options` is an object (or absent) that has none but the known keys. */
 export function checkOptions(what: string, options: unknown, known: readonly string[]): void {
 	if (options === undefined) return;

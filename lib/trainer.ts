@@ -46,6 +46,13 @@ export interface ResumeOptions extends TrainOptions {
 	readonly dtype?: DType;
 	/** CPU threads. @default all cores */
 	readonly threads?: number;
+	/** Of loading. */
+	readonly signal?: AbortSignal;
+}
+
+/** Options of the calls of a trainer that compute. */
+export interface StepOptions {
+	readonly signal?: AbortSignal;
 }
 
 /** Engines that a trainer holds: two trainers on one model would add to the same gradients. */
@@ -68,6 +75,7 @@ export class Trainer implements AsyncDisposable {
 	#stopped = false;
 	#validationLoss: number | null = null;
 	#busy = false;
+	#running = false;
 	/** Gradients and moments are allocated at the first use. */
 	#begun: Promise<unknown> | undefined;
 	#disposed = false;
@@ -109,13 +117,15 @@ export class Trainer implements AsyncDisposable {
 	 * Continues a run from a checkpoint, or from the newest valid checkpoint in the folder of a run. Options come from the
 	 * checkpoint; `overrides` replace them. The data files are opened again where they were; another data set in
 	 * `overrides` starts from its beginning. Loggers and learning rate functions are not stored: pass them again.
-	 * @throws `ERR_DN_CHECKPOINT` when nothing can be loaded, saying why.
+	 * @throws `ERR_DN_CHECKPOINT` when nothing can be loaded, saying why; `signal.reason`
 	 */
 	static async resume(dir: string, overrides: ResumeOptions = {}): Promise<Trainer> {
 		check(typeof dir === 'string' && dir !== '', 'Trainer.resume needs the path of a checkpoint or run folder');
-		checkOptions('Trainer.resume', overrides, [...trainOptionNames, 'device', 'dtype', 'threads']);
+		checkOptions('Trainer.resume', overrides, [...trainOptionNames, 'device', 'dtype', 'threads', 'signal']);
 		const { directory, state } = findCheckpoint(dir);
-		const { device, dtype, threads, ...own } = overrides;
+		const { device, dtype, threads, signal, ...rest } = overrides;
+		// An option that is undefined is one that was not given.
+		const own: TrainOptions = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== undefined));
 		const stored = reviveOptions(state, directory, own);
 		const data = own.data ?? (state.data ? await reopen(state.data) : undefined);
 		const validation = own.validation ?? (state.validation ? await reopen(state.validation) : undefined);
@@ -123,8 +133,10 @@ export class Trainer implements AsyncDisposable {
 			...(device === undefined ? {} : { device }),
 			...(dtype === undefined ? {} : { dtype }),
 			...(threads === undefined ? {} : { threads }),
+			...(signal === undefined ? {} : { signal }),
 		});
 		try {
+			signal?.throwIfAborted();
 			const trainer = new Trainer(model, {
 				...stored,
 				...own,
@@ -153,8 +165,9 @@ export class Trainer implements AsyncDisposable {
 
 	/**
 	 * Trains until `maxSteps`, early stop, or the end of the loop around it; metrics of each step. Leaving the loop ends the
-	 * run after the current step; another `run` goes on from there.
-	 * @throws `signal.reason` when aborted; `ERR_DN_DIVERGED` naming step and batch, with the weights as they were before
+	 * run after the current step; another `run` goes on from there. An abort during a validation leaves the step done and
+	 * its validation out.
+	 * @throws `signal.reason` when aborted; `ERR_DN_BUSY` while another `run` of this trainer is not over; `ERR_DN_DIVERGED` naming step and batch, with the weights as they were before
 	 * that step; `ERR_DN_CHECKPOINT` when a checkpoint cannot be written (earlier ones stay).
 	 */
 	async *run(options: { readonly signal?: AbortSignal } = {}): AsyncGenerator<TrainMetrics, void, void> {
@@ -164,9 +177,13 @@ export class Trainer implements AsyncDisposable {
 		const order = this.#order;
 		check(order, 'run needs the option data');
 		check(maxSteps !== undefined, 'run needs the option maxSteps');
-		if (checkpoint) await prepareRunDirectory(checkpoint.dir, this.#step);
-		for (const logger of this.#loggers) await logger.start?.({ step: this.#step, maxSteps });
+		if (this.#running) {
+			throw new DiffusionNativeError('ERR_DN_BUSY', 'this trainer is running: end that run before another');
+		}
+		this.#running = true;
 		try {
+			if (checkpoint) await prepareRunDirectory(checkpoint.dir, this.#step);
+			for (const logger of this.#loggers) await logger.start?.({ step: this.#step, maxSteps });
 			while (this.#step < maxSteps && !this.#stopped) {
 				signal?.throwIfAborted();
 				const before = order.position;
@@ -181,9 +198,15 @@ export class Trainer implements AsyncDisposable {
 				const last = this.#step === maxSteps;
 				this.#validationLoss = null;
 				if (validation && (last || (evalEvery !== undefined && this.#step % evalEvery === 0))) {
-					const { loss, unweighted } = await this.#validate(validation);
-					this.#judge(loss);
-					metrics = { ...metrics, validation: loss, validationUnweighted: unweighted };
+					try {
+						const { loss, unweighted } = await this.#validate(validation, signal);
+						this.#judge(loss);
+						metrics = { ...metrics, validation: loss, validationUnweighted: unweighted };
+					} catch (error) {
+						// The step stands: its metrics are not lost with the evaluation.
+						for (const logger of this.#loggers) await logger.log(metrics);
+						throw error;
+					}
 				}
 				const due = last || this.#stopped || (checkpoint?.every !== undefined && this.#step % checkpoint.every === 0);
 				if (checkpoint && due) metrics = { ...metrics, checkpoint: await this.checkpoint() };
@@ -191,20 +214,26 @@ export class Trainer implements AsyncDisposable {
 				yield metrics;
 			}
 		} finally {
-			for (const logger of this.#loggers) await logger.close?.();
+			this.#running = false;
+			await this.#closeLoggers();
 		}
 	}
 
 	/**
 	 * One optimiser step on a given batch, whatever `data` is; `mask` and `t` may be given.
-	 * @throws `ERR_DN_DIVERGED` when the loss or the gradient is not finite; nothing is updated then.
+	 * @throws `ERR_DN_DIVERGED` when the loss or the gradient is not finite, `signal.reason`; nothing is updated then.
 	 */
-	async step(batch: DiffusionBatch): Promise<TrainMetrics> {
-		return this.#advance([batch], undefined, 'the given batch');
+	async step(batch: DiffusionBatch, options: StepOptions = {}): Promise<TrainMetrics> {
+		checkOptions('step', options, ['signal']);
+		return this.#advance([batch], options.signal, 'the given batch');
 	}
 
-	/** Gradients of the normalised loss on a batch, before clipping, by parameter name. Nothing is updated. */
-	async gradients(batch: DiffusionBatch): Promise<Map<string, Float32Array>> {
+	/**
+	 * Gradients of the normalised loss on a batch, before clipping, by parameter name. Nothing is updated.
+	 * @throws `signal.reason`
+	 */
+	async gradients(batch: DiffusionBatch, options: StepOptions = {}): Promise<Map<string, Float32Array>> {
+		checkOptions('gradients', options, ['signal']);
 		return this.#alone(async () => {
 			const { engine, config } = this.model;
 			const sums = await accumulate(
@@ -212,7 +241,7 @@ export class Trainer implements AsyncDisposable {
 				packStep([batch], config),
 				this.#noiseAt(this.#step),
 				this.#native(true),
-				undefined,
+				options.signal,
 			);
 			const scale = scaleOf(sums);
 			return engine.run((native) => {
@@ -227,11 +256,15 @@ export class Trainer implements AsyncDisposable {
 		});
 	}
 
-	/** Loss on a data set as `run` evaluates it: the NELBO per token and the mean cross-entropy of masked tokens, nats. */
-	async evaluate(data: TokenDataset): Promise<{ loss: number; unweighted: number }> {
+	/**
+	 * Loss on a data set as `run` evaluates it: the NELBO per token and the mean cross-entropy of masked tokens, nats.
+	 * @throws `signal.reason`
+	 */
+	async evaluate(data: TokenDataset, options: StepOptions = {}): Promise<{ loss: number; unweighted: number }> {
+		checkOptions('evaluate', options, ['signal']);
 		check(data instanceof TokenDataset, 'evaluate needs a TokenDataset');
 		if (this.model.tokenizer) data.checkTokenizer(this.model.tokenizer);
-		return this.#alone(() => this.#validate(data));
+		return this.#alone(() => this.#validate(data, options.signal));
 	}
 
 	/** Writes a checkpoint into `dir`, replacing what is there. @throws `ERR_DN_CHECKPOINT` */
@@ -263,6 +296,12 @@ export class Trainer implements AsyncDisposable {
 
 	[Symbol.asyncDispose](): Promise<void> {
 		return this.dispose();
+	}
+
+	/** Closes all of them, whichever fails. */
+	async #closeLoggers(): Promise<void> {
+		const closed = await Promise.allSettled(this.#loggers.map(async (logger) => logger.close?.()));
+		for (const outcome of closed) if (outcome.status === 'rejected') throw outcome.reason;
 	}
 
 	async #advance(
@@ -325,7 +364,7 @@ export class Trainer implements AsyncDisposable {
 		this.#stopped = earlyStop !== undefined && this.#worse >= earlyStop.patience;
 	}
 
-	#validate(data: TokenDataset): Promise<{ loss: number; unweighted: number }> {
+	#validate(data: TokenDataset, signal: AbortSignal | undefined): Promise<{ loss: number; unweighted: number }> {
 		const { objective, block, evalSequences, batchSize, batchTokens, padding, precision } = this.#options;
 		const { engine, config } = this.model;
 		return validate(
@@ -342,7 +381,7 @@ export class Trainer implements AsyncDisposable {
 				padId: this.#padId(data),
 				precision,
 			},
-			undefined,
+			signal,
 		);
 	}
 

@@ -389,6 +389,41 @@ test.serial("the original project's configuration file runs, and what it was map
 	]);
 });
 
+test.serial('a run by epochs, with a share held out, continues to where it would have ended', async (t) => {
+	const text = Array.from({ length: 150 }, (_, i) => `Sentence ${i} follows sentence ${i - 1}.\n`).join('');
+	const prepared = { tokenizer: Tokenizer.gpt2(), out: join(root, 'epochs.bin'), context: 64 } as const;
+	const data = await prepare([{ text }], prepared);
+	const { tokens } = data;
+	data.close();
+	const config = {
+		scratch: { layers: 1, heads: 2, channels: 8, vocab: 50258, context: 16, maskId: 50257 },
+		data: 'epochs.bin',
+		validation: 0.25,
+		epochs: 2,
+		maxSteps: 5000,
+		batchTokens: 160,
+		device: 'cpu',
+		threads: 1,
+		seed: 3,
+		checkpoint: { dir: 'epochs', every: 1, keep: 100 },
+	};
+	writeFileSync(join(root, 'epochs.json'), JSON.stringify(config));
+	const whole = await run(['train', '--config', 'epochs.json', '--json']);
+	t.is(whole.code, 0, whole.stderr);
+	const folders = (): string[] => readdirSync(join(root, 'epochs')).filter((name) => name.startsWith('step-'));
+	const windows = Math.floor(tokens / 16);
+	const kept = windows - Math.round(0.25 * windows);
+	t.is(folders().length, Math.ceil((2 * tokens * kept) / windows / 160), 'epochs of what is not held out');
+	const last = folders().at(-1) as string;
+	const weights = (): Buffer => readFileSync(join(root, 'epochs', last, 'model.safetensors'));
+	const expected = weights();
+	for (const name of folders().slice(2)) rmSync(join(root, 'epochs', name), { recursive: true });
+	const resumed = await run(['train', '--config', 'epochs.json', '--resume', 'epochs', '--json']);
+	t.is(resumed.code, 0, resumed.stderr);
+	t.is(folders().at(-1), last);
+	t.true(weights().equals(expected), 'bit for bit the run that was not interrupted');
+});
+
 test.serial('wrong use is told', async (t) => {
 	writeFileSync(join(root, 'typo.json'), '{"maxStep":3}');
 	const typo = await run(['train', '--config', 'typo.json']);

@@ -285,3 +285,130 @@ test('a damaged newest checkpoint is passed over; with none left the reasons are
 	});
 	await model.dispose();
 });
+
+test('an override that is undefined is one that was not given', async (t) => {
+	const data = await documents(50);
+	const model = await tiny();
+	const dir = fresh();
+	const trainer = new Trainer(model, { data, maxSteps: 4, learningRate: 1e-3, seed: 9, objective: 'autoregressive' });
+	await collect(trainer, 2);
+	await trainer.save(dir);
+	await trainer.dispose();
+	const given = {
+		objective: undefined,
+		learningRate: undefined,
+		seed: undefined,
+		maxSteps: undefined,
+		data: undefined,
+	};
+	const resumed = await Trainer.resume(dir, { device: 'cpu', ...(given as object) });
+	t.like(resumed.options, { objective: 'autoregressive', learningRate: 1e-3, seed: 9n, maxSteps: 4 });
+	t.is((await collect(resumed)).length, 2);
+	await resumed.dispose();
+	await resumed.model.dispose();
+	await model.dispose();
+});
+
+test('an abort reaches a validation; the step before it stands and is logged', async (t) => {
+	const data = await documents(600);
+	const model = await tiny();
+	const dir = fresh();
+	const stop = new AbortController();
+	const reason = new Error('enough');
+	const logged: number[] = [];
+	await using trainer = new Trainer(model, {
+		data,
+		validation: data,
+		maxSteps: 4,
+		evalEvery: 2,
+		evalSequences: 600,
+		batchSize: 1,
+		checkpoint: { dir },
+		loggers: [{ log: ({ step }) => void logged.push(step) }],
+	});
+	// Once the second step is done, its validation runs: 600 calls of the model.
+	const counter = setInterval(() => {
+		if (trainer.steps === 2) stop.abort(reason);
+	}, 1);
+	const running = (async () => {
+		for await (const _ of trainer.run({ signal: stop.signal }));
+	})();
+	t.is(await t.throwsAsync(running), reason);
+	clearInterval(counter);
+	t.is(trainer.steps, 2);
+	t.deepEqual(logged, [1, 2]);
+	t.deepEqual(
+		(await collect(trainer)).map(({ step }) => step),
+		[3, 4],
+	);
+	await model.dispose();
+});
+
+test('one run at a time; every logger is closed, whichever fails', async (t) => {
+	const data = await documents(50);
+	const model = await tiny();
+	const events: string[] = [];
+	const bad = new Error('cannot start');
+	let failing = false;
+	const logger = (name: string) => ({
+		start: () => {
+			events.push(`${name} starts`);
+			if (failing && name === 'b') throw bad;
+		},
+		log: () => {},
+		close: () => {
+			events.push(`${name} ends`);
+			if (failing && name === 'a') throw new Error('cannot close');
+		},
+	});
+	await using trainer = new Trainer(model, { data, maxSteps: 6, loggers: [logger('a'), logger('b')] });
+	const first = trainer.run();
+	const { value } = await first.next();
+	t.is((value as TrainMetrics).step, 1);
+	await t.throwsAsync(trainer.run().next(), { code: 'ERR_DN_BUSY', message: /is running/ });
+	t.deepEqual(events, ['a starts', 'b starts'], 'the second run touched nothing');
+	t.is(((await first.next()).value as TrainMetrics).step, 2);
+	await first.return();
+	t.deepEqual(events.splice(0), ['a starts', 'b starts', 'a ends', 'b ends']);
+	failing = true;
+	await t.throwsAsync(trainer.run().next(), { message: 'cannot close' });
+	t.deepEqual(events.splice(0), ['a starts', 'b starts', 'a ends', 'b ends']);
+	failing = false;
+	t.is((await collect(trainer)).length, 4);
+	await model.dispose();
+});
+
+test('numbers of AdamW that fp32 cannot hold are refused', async (t) => {
+	const model = await tiny();
+	for (const eps of [0, 1e-50, -1, Number.NaN])
+		t.throws(() => new Trainer(model, { eps }), {
+			code: 'ERR_DN_ARGUMENT',
+			message: /eps is .*, expected a number > 0/,
+		});
+	for (const beta of [1, 0.99999999])
+		t.throws(() => new Trainer(model, { betas: [0.9, beta] }), { code: 'ERR_DN_ARGUMENT', message: /betas is/ });
+	await model.dispose();
+});
+
+test('a signal that is aborted stops a single step, gradients and an evaluation', async (t) => {
+	const data = await documents(20);
+	const model = await tiny();
+	await using trainer = new Trainer(model, { data });
+	const batch = { tokens: [data.get(0).tokens] };
+	const enough = new Error('enough');
+	const signal = AbortSignal.abort(enough);
+	const before = weights(model);
+	for (const call of [
+		() => trainer.step(batch, { signal }),
+		() => trainer.gradients(batch, { signal }),
+		() => trainer.evaluate(data, { signal }),
+		() => model.loss(batch, { signal }),
+	])
+		t.is(await t.throwsAsync(call()), enough);
+	t.is(nearly(weights(model), before), 0);
+	t.is((await trainer.step(batch)).step, 1);
+	const dir = fresh();
+	await trainer.save(dir);
+	t.is(await t.throwsAsync(Trainer.resume(dir, { signal, device: 'cpu' })), enough);
+	await model.dispose();
+});

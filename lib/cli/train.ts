@@ -4,6 +4,7 @@ import { join } from 'node:path';
 
 import type { Command } from 'commander';
 
+import { readDeclaredConfig } from '../checkpoint-config.js';
 import { TokenDataset } from '../data/dataset.js';
 import type { Device } from '../device.js';
 import { check, DiffusionNativeError } from '../errors.js';
@@ -12,7 +13,9 @@ import { TensorBoardLogger } from '../loggers/tensorboard.js';
 import { DiffuGPT } from '../model.js';
 import { Tokenizer } from '../tokenizer.js';
 import { type ResumeOptions, Trainer } from '../trainer.js';
+import { findCheckpoint } from '../training/checkpoint.js';
 import type { MetricLogger, TrainOptions } from '../training/options.js';
+import { reopen } from '../training/stored-run.js';
 import { exitStatus, Interrupted } from './terminal.js';
 import { parseRunConfig, type RunConfig } from './train-config.js';
 
@@ -152,14 +155,24 @@ async function begin(config: RunConfig, loggers: readonly MetricLogger[]): Promi
 	}
 }
 
+/** The data of the configuration is cut as `begin` cuts it: where it is that of the run, the run goes on where it was. */
 async function resume(config: RunConfig, from: string, loggers: readonly MetricLogger[]): Promise<Trainer> {
-	const { device, threads, data, validation, context, epochs, ...rest } = config;
-	check(epochs === undefined || rest.maxSteps !== undefined, 'a resumed run takes maxSteps, not epochs alone');
-	const open = context === undefined ? {} : { context };
+	const { device, threads, data: path, validation: held, epochs } = config;
+	const { directory, state } = findCheckpoint(from);
+	check(path !== undefined || typeof held !== 'number', 'validation is a share of data: the configuration needs data');
+	const { context } = readDeclaredConfig(directory);
+	let data: TokenDataset | undefined;
+	let validation: TokenDataset | undefined;
+	if (path !== undefined) ({ data, validation } = await openData(config, path, context));
+	else {
+		if (epochs !== undefined && state.data) data = await reopen(state.data);
+		if (typeof held === 'string') validation = await TokenDataset.open(held, { context: config.context ?? context });
+	}
 	const overrides: ResumeOptions = {
-		...trainerKeys(rest),
-		...(data !== undefined && typeof validation !== 'number' ? { data: await TokenDataset.open(data, open) } : {}),
-		...(typeof validation === 'string' ? { validation: await TokenDataset.open(validation, open) } : {}),
+		...trainerKeys(config),
+		...(epochs === undefined || !data ? {} : { maxSteps: await stepsOf(config, data) }),
+		...(data ? { data } : {}),
+		...(validation ? { validation } : {}),
 		...(device === undefined ? {} : { device: device as Device }),
 		...(threads === undefined ? {} : { threads }),
 		loggers,
@@ -168,37 +181,51 @@ async function resume(config: RunConfig, from: string, loggers: readonly MetricL
 }
 
 async function trainOptions(config: RunConfig, model: DiffuGPT): Promise<TrainOptions> {
-	const path = config.data as string;
-	let data = await TokenDataset.open(path, config.context === undefined ? {} : { context: config.context });
-	if (data.format === 'packed' && data.context > model.config.context) {
-		data.close();
-		data = await TokenDataset.open(path, { context: model.config.context });
-	}
-	const windows = data.format === 'packed' ? { context: data.context } : {};
-	let validation: TokenDataset | undefined;
-	if (typeof config.validation === 'string') validation = await TokenDataset.open(config.validation, windows);
-	else if (config.validation !== undefined && config.validation > 0) {
-		const share = config.validation < 1 ? config.validation : config.validation / data.tokens;
-		const held = Math.max(1, Math.round(share * data.sequences));
-		check(held < data.sequences, `validation takes all of the ${data.sequences} sequences of ${path}`);
-		const cut = data.sequences - held;
-		validation = await TokenDataset.open(path, { ...windows, range: [cut, data.sequences] });
-		data.close();
-		data = await TokenDataset.open(path, { ...windows, range: [0, cut] });
-	}
+	const { data, validation } = await openData(config, config.data as string, model.config.context);
 	return {
 		...trainerKeys(config),
-		...(config.epochs === undefined ? {} : { maxSteps: stepsOf(config, data) }),
+		...(config.epochs === undefined ? {} : { maxSteps: await stepsOf(config, data) }),
 		data,
 		...(validation ? { validation } : {}),
 	};
 }
 
+/** The token file and what is held out of it or lies in another one; windows of packed data fit the model's context. */
+async function openData(
+	config: RunConfig,
+	path: string,
+	longest: number,
+): Promise<{ data: TokenDataset; validation: TokenDataset | undefined }> {
+	let data = await TokenDataset.open(path, config.context === undefined ? {} : { context: config.context });
+	if (data.format === 'packed' && data.context > longest) {
+		data.close();
+		data = await TokenDataset.open(path, { context: longest });
+	}
+	const windows = windowsOf(data);
+	const { validation: held } = config;
+	if (typeof held === 'string') return { data, validation: await TokenDataset.open(held, windows) };
+	if (held === undefined || held <= 0) return { data, validation: undefined };
+	const share = held < 1 ? held : held / data.tokens;
+	const count = Math.max(1, Math.round(share * data.sequences));
+	check(count < data.sequences, `validation takes all of the ${data.sequences} sequences of ${path}`);
+	const cut = data.sequences - count;
+	const validation = await TokenDataset.open(path, { ...windows, range: [cut, data.sequences] });
+	data.close();
+	return { data: await TokenDataset.open(path, { ...windows, range: [0, cut] }), validation };
+}
+
+function windowsOf(data: TokenDataset): { context?: number } {
+	return data.format === 'packed' ? { context: data.context } : {};
+}
+
 /** Steps of so many epochs, at most `maxSteps`. */
-function stepsOf(config: RunConfig, data: TokenDataset): number {
+async function stepsOf(config: RunConfig, data: TokenDataset): Promise<number> {
 	const { epochs = 1, accumulate = 1, batchTokens, batchSize = 8, maxSteps = Number.POSITIVE_INFINITY } = config;
+	const whole = await TokenDataset.open(data.path, windowsOf(data));
+	const tokens = (data.tokens * data.sequences) / whole.sequences;
+	whole.close();
 	const perEpoch =
-		batchTokens === undefined ? data.sequences / (batchSize * accumulate) : data.tokens / (batchTokens * accumulate);
+		batchTokens === undefined ? data.sequences / (batchSize * accumulate) : tokens / (batchTokens * accumulate);
 	return Math.min(maxSteps, Math.max(1, Math.ceil(epochs * perEpoch)));
 }
 

@@ -184,7 +184,6 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 	positive('earlyStop.patience', earlyStop?.patience);
 	notNegative('weightDecay', options.weightDecay);
 	notNegative('gradClip', options.gradClip);
-	notNegative('eps', options.eps);
 	notNegative('earlyStop.minDelta', earlyStop?.minDelta);
 	notNegative('checkpoint.keepBest', checkpoint?.keepBest);
 	check(!checkpoint || (typeof checkpoint.dir === 'string' && checkpoint.dir), 'checkpoint.dir is missing');
@@ -192,9 +191,12 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 	check(!earlyStop || validation, 'earlyStop needs validation data');
 	const betas = options.betas ?? ([0.9, 0.95] as const);
 	check(
-		betas.length === 2 && betas.every((beta) => beta >= 0 && beta < 1),
-		`betas is ${JSON.stringify(betas)}, expected two numbers from 0 to below 1`,
+		betas.length === 2 && betas.every((beta) => beta >= 0 && Math.fround(beta) < 1),
+		`betas is ${JSON.stringify(betas)}, expected two numbers from 0 to below 1, in fp32 too`,
 	);
+	const eps = options.eps ?? 1e-8;
+	// Where gradients and moments are 0, the update is 0 / eps.
+	check(Number.isFinite(eps) && Math.fround(eps) > 0, `eps is ${String(eps)}, expected a number > 0, in fp32 too`);
 	const precision = options.precision ?? 'fp32';
 	check(
 		precision === 'fp32' || precision === 'bf16',
@@ -244,7 +246,7 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 		learningRate,
 		weightDecay: options.weightDecay ?? 0.01,
 		betas,
-		eps: options.eps ?? 1e-8,
+		eps,
 		gradClip: options.gradClip ?? 1,
 		padding,
 		maskEnds,
