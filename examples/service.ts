@@ -4,6 +4,7 @@
  *
  * Run: node dist/examples/service.js [model directory or hub id] [port]
  */
+import { once } from 'node:events';
 import { createServer } from 'node:http';
 
 import { DiffuGPT, DiffusionNativeError } from 'diffusion-native';
@@ -20,7 +21,7 @@ const server = createServer(async (request, response) => {
 		const { prompt, length = 24 } = JSON.parse(body) as { prompt: string; length?: number };
 		for await (const { step, steps, text } of model.stream(prompt, { length, signal: abort.signal })) {
 			if (!response.write(`${JSON.stringify({ step, steps, text })}\n`)) {
-				await new Promise((resolve) => response.once('drain', resolve));
+				await once(response, 'drain', { signal: abort.signal });
 			}
 		}
 		response.end();

@@ -6,6 +6,9 @@
 /** What a canvas position is. */
 export const State = { given: 0, open: 1, committed: 2 } as const;
 
+/** The count of how often a position was reopened ends here. */
+export const mostReopened = 255;
+
 /** Positions taken out of a canvas and open positions put in at the same place, in that order. */
 export interface Resize {
 	/** First position concerned. */
@@ -98,7 +101,7 @@ export class Canvas {
 		this.tokens[position] = this.maskId;
 		this.state[position] = State.open;
 		this.tentative[position] = 0;
-		this.reopened[position] = Math.min(255, (this.reopened[position] as number) + 1);
+		this.reopened[position] = Math.min(mostReopened, (this.reopened[position] as number) + 1);
 		this.#open++;
 	}
 

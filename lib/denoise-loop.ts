@@ -146,7 +146,8 @@ export class Loop {
 		const tokens = this.#canvas.tokens.slice();
 		const reopened = this.#canvas.reopened.slice();
 		for (;;) {
-			const last = !isPlanned && this.#blockStep + 1 >= window.steps;
+			// With an exact length a mask may have been drawn: a plan that is spent goes on until nothing is open.
+			const last = (!isPlanned || this.#rule?.exact === true) && this.#blockStep + 1 >= window.steps;
 			const view: CanvasView = {
 				step: this.#step,
 				tokens,

@@ -4,10 +4,11 @@ import { randomBytes } from 'node:crypto';
 import { toSeed } from './batch.js';
 import type { NativeSampler } from './binding.js';
 import type { CacheKind } from './block-cache.js';
+import { mostReopened } from './canvas.js';
 import { checkMask, type ModelConfig } from './config.js';
 import { check } from './errors.js';
 import { type LengthOptions, resolveLength } from './length/method.js';
-import { suggest } from './option-checks.js';
+import { mostInt32, suggest } from './option-checks.js';
 import { checkPolicy } from './policy-gate.js';
 import { ancestral } from './samplers/ancestral.js';
 import { autoregressive } from './samplers/autoregressive.js';
@@ -88,7 +89,7 @@ export interface GenerateOptions {
 	readonly stableSteps?: number;
 	/** Of 'revocable': a draft is kept at this probability or above. @default 0.9 */
 	readonly verify?: number;
-	/** Of 'revocable': how often one position may be opened again. @default 2 */
+	/** Of 'revocable': how often one position may be opened again, at most 255. @default 2 */
 	readonly attempts?: number;
 	/**
 	 * 0: always the most probable token.
@@ -353,7 +354,7 @@ function checkValues(options: GenerateOptions): void {
 	if (typeof attention === 'object' && attention !== null) {
 		const { blockCausal, ...rest } = attention;
 		check(
-			Number.isSafeInteger(blockCausal) && blockCausal >= 1 && Object.keys(rest).length === 0,
+			Number.isInteger(blockCausal) && blockCausal >= 1 && blockCausal <= mostInt32 && Object.keys(rest).length === 0,
 			`option attention is ${JSON.stringify(attention)}, expected 'full' or { blockCausal: positions per block }`,
 		);
 	} else oneOf('attention', ['full']);
@@ -363,10 +364,10 @@ function checkValues(options: GenerateOptions): void {
 	);
 	whole('steps', 1, mostSteps);
 	whole('stepsPerCall', 1);
-	whole('block', 1);
-	whole('topK', 0);
+	whole('block', 1, mostInt32);
+	whole('topK', 0, mostInt32);
 	whole('stableSteps', 1);
-	whole('attempts', 0);
+	whole('attempts', 0, mostReopened);
 	for (const key of ['threshold', 'factor', 'entropyBound', 'divergence', 'verify', 'temperature', 'guidance'] as const)
 		real(key);
 	check(

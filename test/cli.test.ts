@@ -1,6 +1,7 @@
 /** The command line, run as a child process: output, files, exit status, interruption. */
 import { spawn } from 'node:child_process';
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { once } from 'node:events';
+import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
@@ -171,6 +172,28 @@ test('a failure ends with 1 and its code', async (t) => {
 	const unwritable = await run(['generate', modelPath, 'A', '--trace', join(folder, 'no', 'trace')]);
 	t.is(unwritable.code, 1);
 	t.regex(unwritable.stderr, /trace/);
+});
+
+test('a file that fills the disk ends with 1 and says which, without a stack trace', async (t) => {
+	if (!existsSync('/dev/full')) return t.pass('there is no /dev/full here');
+	const { code, stderr, stdout } = await run(['generate', modelPath, 'A', ...options, '--trace', '/dev/full']);
+	t.is(code, 1, stdout);
+	t.regex(stderr, /^error ERR_DN_CHECKPOINT: \/dev\/full: cannot write: .*ENOSPC/m);
+	t.notRegex(stderr, /\n\s+at /);
+});
+
+test('a reader of stdout that leaves interrupts the command', async (t) => {
+	const long = ['--length', '256', '--sampler', 'ancestral', '--steps', '256'];
+	const parameters = [join(root, 'dist', 'lib', 'cli', 'main.js'), 'generate', modelPath, 'A', ...long, '--json'];
+	const child = spawn(process.execPath, parameters, { stdio: ['ignore', 'pipe', 'pipe'] });
+	let stderr = '';
+	child.stderr.setEncoding('utf8').on('data', (chunk: string) => {
+		stderr += chunk;
+	});
+	child.stdout.once('data', () => child.stdout.destroy());
+	const [code] = (await once(child, 'close')) as [number];
+	t.is(code, 1, stderr);
+	t.is(stderr, 'interrupted\n');
 });
 
 test('--help and --version end with 0 and say everything', async (t) => {

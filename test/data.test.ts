@@ -345,6 +345,8 @@ test('bad input is named', async (t) => {
 	await bad(file('far.txt', far), /byte 1200002/);
 	await bad(file('cut.txt', Buffer.from([65, 0xe2, 0x82])), /byte 1 /);
 	await bad(file('line.txt', 'x'.repeat(200_000)), /line longer than 1000 characters/, { maxLine: 1000 });
+	const lines = `${'forty characters in every line of this on'}\n`.repeat(3000);
+	(await prepare(file('lines.txt', lines), options({ maxLine: 1000 }))).close();
 	await bad(file('line.jsonl', `{"text":"${'x'.repeat(5000)}"}`), /line 1: longer than 1000/, { maxLine: 1000 });
 	await bad(file('bad.jsonl', '{"text":"a"}\n{"text":\n'), /bad\.jsonl, line 2: not JSON/);
 	await bad(file('number.jsonl', '{"text":5}\n'), /line 1: the column 'text' is 5/);
@@ -503,3 +505,25 @@ function learn(text: string, k: number): [string, string][] {
 	}
 	return merges;
 }
+
+test('records from memory let the event loop turn, and an abort through', async (t) => {
+	const slow = {
+		vocabSize: 300,
+		encode: (text: string): Int32Array => {
+			const end = performance.now() + 1;
+			while (performance.now() < end);
+			return Int32Array.from(Buffer.from(text));
+		},
+	};
+	const records = Array.from({ length: 3000 }, (_, i) => ({ text: `record ${i}` }));
+	const enough = new Error('enough');
+	const stop = new AbortController();
+	let turns = 0;
+	const ticking = setInterval(() => {
+		if (++turns === 10) stop.abort(enough);
+	}, 10);
+	const target = options({ tokenizer: slow, eosId: 256, threads: 1, signal: stop.signal });
+	const error = await t.throwsAsync(prepare(records, target)).finally(() => clearInterval(ticking));
+	t.is(error, enough);
+	t.false(existsSync(target.out));
+});

@@ -37,7 +37,7 @@ test('the conformal quantile keeps its promise on synthetic data', (t) => {
 	}
 });
 
-test('metrics of a hand-worked example', (t) => {
+test('metrics of a hand-worked example', async (t) => {
 	const bounds = [5, 3, 7, 4];
 	const lengths = [5, 4, 2, 6];
 	const found = boundMetrics(bounds, lengths, 10);
@@ -62,9 +62,9 @@ test('metrics of a hand-worked example', (t) => {
 	t.is(wasserstein([1, 2, 3], [2, 3, 4]), 1);
 	t.is(wasserstein([0, 0], [0, 4]), 2);
 	t.true(Math.abs(wasserstein([1], [0, 3]) - 1.5) < 1e-12);
-	const difference = bootstrapDifference([1, 2, 3, 4], [0, 1, 2, 3]);
+	const difference = await bootstrapDifference([1, 2, 3, 4], [0, 1, 2, 3]);
 	t.deepEqual(difference, { mean: 1, interval: [1, 1] });
-	const noisy = bootstrapDifference(
+	const noisy = await bootstrapDifference(
 		sample,
 		sample.map(() => 9.5),
 		{ samples: 400 },

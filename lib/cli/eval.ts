@@ -3,16 +3,14 @@
  * JSON; progress on standard error; every record's outcome in a file when asked.
  */
 
-import { once } from 'node:events';
-import { createWriteStream } from 'node:fs';
 import cliProgress from 'cli-progress';
 import type { Command } from 'commander';
 
 import type { Device, DType } from '../device.js';
-import { DiffusionNativeError } from '../errors.js';
 import type { EvaluationProgress, Metric } from '../eval/options.js';
 import { evaluate, metricNames } from '../evaluate.js';
 import { DiffuGPT } from '../model.js';
+import { JsonLines } from './json-lines.js';
 import { action, exitStatus, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
 
 interface Flags {
@@ -109,7 +107,7 @@ async function run(path: string, data: string | undefined, flags: Flags): Promis
 	const interrupt = interruptible();
 	const { signal } = interrupt;
 	const view = new View(flags.json === true);
-	const records = flags.output === undefined ? undefined : await Records.open(flags.output);
+	const records = flags.output === undefined ? undefined : await JsonLines.open(flags.output);
 	try {
 		const loading = defined({
 			device: flags.device,
@@ -206,41 +204,6 @@ function table(result: object, indent = ''): string {
 function cell(value: unknown): string {
 	if (Array.isArray(value)) return value.map(cell).join(' .. ');
 	return typeof value === 'number' && !Number.isInteger(value) ? value.toPrecision(5) : String(value ?? '-');
-}
-
-/** The file of --output. */
-class Records {
-	#failed: Error | undefined;
-
-	private constructor(private readonly stream: ReturnType<typeof createWriteStream>) {
-		stream.on('error', (error) => {
-			this.#failed = error;
-		});
-	}
-
-	static async open(path: string): Promise<Records> {
-		const stream = createWriteStream(path);
-		try {
-			await once(stream, 'open');
-		} catch (cause) {
-			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path}: cannot write: ${(cause as Error).message}`, {
-				cause,
-			});
-		}
-		return new Records(stream);
-	}
-
-	write(record: object): void {
-		if (this.#failed) {
-			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${String(this.stream.path)}: ${this.#failed.message}`);
-		}
-		this.stream.write(`${toJson(record)}\n`);
-	}
-
-	async close(): Promise<void> {
-		this.stream.end();
-		if (!this.stream.closed) await once(this.stream, 'close');
-	}
 }
 
 /** A bar on a terminal, a line every few seconds elsewhere. */

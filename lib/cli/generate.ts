@@ -3,8 +3,6 @@
  * dim, positions opened again marked; elsewhere only the final text, or with --json every step as a line.
  */
 
-import { once } from 'node:events';
-import { createWriteStream } from 'node:fs';
 import { open } from 'node:fs/promises';
 import type { Command } from 'commander';
 import type { DenoiseStep } from '../denoise-loop.js';
@@ -16,6 +14,7 @@ import { DiffuGPT } from '../model.js';
 import { type GenerateOptions, type SamplerName, samplerNames } from '../options.js';
 import { traceHtml } from '../trace-html.js';
 import { printable, Redraw, renderStep, style, type ViewOptions } from './denoise-view.js';
+import { JsonLines } from './json-lines.js';
 import { action, exitStatus, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
 
 interface Flags {
@@ -147,7 +146,7 @@ async function generate(path: string, text: string | undefined, flags: Flags): P
 async function show(model: DiffuGPT, prompt: string | Gap, options: GenerateOptions, flags: Flags): Promise<void> {
 	const out = process.stdout;
 	const live = !flags.json && isTerminal(out);
-	const trace = flags.trace === undefined ? undefined : await Trace.open(flags.trace);
+	const trace = flags.trace === undefined ? undefined : await JsonLines.open(flags.trace);
 	const html = flags.html === undefined ? undefined : await Page.open(flags.html);
 	const gap = typeof prompt === 'string' ? { prefix: prompt } : prompt;
 	const shown = viewOptions(model, gap);
@@ -162,12 +161,12 @@ async function show(model: DiffuGPT, prompt: string | Gap, options: GenerateOpti
 				break;
 			}
 			if (flags.json) out.write(`${toJson({ type: 'step', ...value })}\n`);
-			await trace?.write({ type: 'step', ...value });
+			trace?.write({ type: 'step', ...value });
 			html?.events.push(value);
 			view?.draw(`${renderStep(value, shown)}\n${style.dim(`step ${value.step} of at most ${value.steps}`)}`);
 		}
 		if (flags.json) out.write(`${toJson({ type: 'result', ...result })}\n`);
-		await trace?.write({ type: 'result', ...result });
+		trace?.write({ type: 'result', ...result });
 		await html?.write(model, result);
 		if (view) {
 			const { forwards, tokensPerSecond, tokensPerForward, generatedTokens, drift } = result.stats;
@@ -180,8 +179,8 @@ async function show(model: DiffuGPT, prompt: string | Gap, options: GenerateOpti
 		}
 	} finally {
 		view?.end();
-		await trace?.close();
 		await html?.close();
+		await trace?.close();
 	}
 }
 
@@ -194,32 +193,6 @@ interface Gap {
 function viewOptions({ tokenizer, config: { maskId } }: DiffuGPT, { prefix = '', suffix = '' }: Gap): ViewOptions {
 	const count = (text: string): number => (text === '' || !tokenizer ? 0 : tokenizer.encode(text).length);
 	return { maskId, decode: (ids) => tokenizer?.decode(ids) ?? '', before: count(prefix), after: count(suffix) };
-}
-
-/** A file of JSON lines. Errors of the file system reject the write or the close after them. */
-class Trace {
-	private constructor(private readonly stream: ReturnType<typeof createWriteStream>) {}
-
-	static async open(path: string): Promise<Trace> {
-		const stream = createWriteStream(path);
-		try {
-			await once(stream, 'open');
-		} catch (cause) {
-			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path}: cannot write: ${(cause as Error).message}`, {
-				cause,
-			});
-		}
-		return new Trace(stream);
-	}
-
-	async write(event: object): Promise<void> {
-		if (!this.stream.write(`${toJson(event)}\n`)) await once(this.stream, 'drain');
-	}
-
-	async close(): Promise<void> {
-		this.stream.end();
-		await once(this.stream, 'close');
-	}
 }
 
 /** The playback, written at the end into a file that is opened at the beginning, where a wrong path should be noticed. */

@@ -8,7 +8,7 @@ import * as evaluateLength from './eval-length.js';
 import * as generate from './generate.js';
 import * as info from './info.js';
 import * as prepare from './prepare.js';
-import { fail } from './terminal.js';
+import { fail, stopWhenNobodyReads } from './terminal.js';
 import * as train from './train.js';
 
 const program = new Command()
@@ -25,6 +25,7 @@ evaluateLength.register(evaluate.register(program));
 info.register(program);
 for (const command of program.commands) command.exitOverride();
 
+stopWhenNobodyReads();
 try {
 	await program.parseAsync();
 } catch (error) {

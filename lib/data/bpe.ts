@@ -17,6 +17,7 @@ import { check, DiffusionNativeError } from '../errors.js';
 import { fileError, readJsonObject, reasonOf } from '../files.js';
 import { checkOptions } from '../option-checks.js';
 import { Tokenizer } from '../tokenizer.js';
+import { Turns } from '../turns.js';
 import type { DataRecord, PrepareInput } from './prepare-options.js';
 import { fileKind, listFiles, type ReadOptions, readCsv, readJsonLines, readText } from './readers.js';
 import { checkInput, isPaths } from './records.js';
@@ -138,7 +139,9 @@ async function writeCorpus(path: string, input: PrepareInput, options: TrainToke
 	const fd = openSync(path, 'w');
 	let characters = 0;
 	try {
+		const turns = new Turns();
 		for await (const text of texts(input, options)) {
+			await turns.next();
 			options.signal?.throwIfAborted();
 			characters += text.trim().length;
 			try {

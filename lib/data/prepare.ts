@@ -5,6 +5,7 @@
 import { createHash } from 'node:crypto';
 
 import { check } from '../errors.js';
+import { Turns } from '../turns.js';
 import { TokenDataset } from './dataset.js';
 import { type EncodedItem, encodeItems } from './encode.js';
 import { concatenate } from './pack.js';
@@ -47,7 +48,9 @@ export async function prepare(input: PrepareInput, options: PrepareOptions): Pro
 		if (validation > 0) held = new TokenWriter({ ...settings, path: settings.validationOut });
 		let target = train;
 		let lastReport = 0;
+		const turns = new Turns();
 		for await (const encoded of encodeItems(items, settings)) {
+			await turns.next();
 			signal?.throwIfAborted();
 			const { item } = encoded;
 			if (item.begins) target = held && falls(splitKey(item.record), settings.splitSeed) < validation ? held : train;

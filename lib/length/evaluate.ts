@@ -124,6 +124,13 @@ export async function evaluateLength(
 		Array.isArray(coverage) && coverage.length > 0 && coverage.every((c) => c > 0 && c < 1),
 		`option coverage is ${JSON.stringify(coverage)}, expected numbers between 0 and 1`,
 	);
+	for (const name of ['limit', 'calibrationLimit'] as const) {
+		const value = options[name];
+		check(
+			value === undefined || (Number.isSafeInteger(value) && value >= 1),
+			`option ${name} is ${String(value)}, expected a whole number >= 1`,
+		);
+	}
 	const own = lengthExtras(model.engine);
 	const candidates = candidatesOf(options.methods, own, max);
 	const read = await readPairs(model, data, max, options);
@@ -181,7 +188,7 @@ export async function evaluateLength(
 	const calibrations: LengthCalibration[] = [];
 	const bounds: BoundRow[] = [];
 	const frontier: { method: string; coverage: number; correct: number; slack: number }[] = [];
-	const row = (name: string, all: readonly number[], target: number | null): void => {
+	const row = async (name: string, all: readonly number[], target: number | null): Promise<void> => {
 		for (const [kind, list] of groups) {
 			const mine = list.map((i) => all[i] as number);
 			const truth = list.map((i) => lengths[i] as number);
@@ -199,7 +206,7 @@ export async function evaluateLength(
 				);
 				versus = {
 					pinball: losses.reduce((a, b) => a + b, 0) / losses.length,
-					versusConstant: bootstrapDifference(losses, baseline),
+					versusConstant: await bootstrapDifference(losses, baseline, { signal }),
 				};
 			}
 			bounds.push({ method: name, coverage: target, kind, ...boundMetrics(mine, truth, max), ...versus });
@@ -209,7 +216,7 @@ export async function evaluateLength(
 		const { name, method, options: given } = candidate;
 		const looks = await looksOf(pairs, 'scored', candidate);
 		const rule = resolveLength({ ...given, max }, method, { extras: own, infilling: false });
-		row(
+		await row(
 			name,
 			looks.map((look) => boundWithout(rule.predict?.(look, 0) ?? -1, max)),
 			null,
@@ -233,7 +240,7 @@ export async function evaluateLength(
 		}
 		for (const { coverage: target } of fitted.levels) {
 			const all = looks.map((look) => boundOf(fitted, target, look));
-			if (coverage.includes(target)) row(name, all, target);
+			if (coverage.includes(target)) await row(name, all, target);
 			const { correct } = boundMetrics(all, lengths, max);
 			const slack = all.reduce((sum, bound, i) => sum + bound - (lengths[i] as number), 0) / all.length;
 			frontier.push({ method: name, coverage: target, correct, slack });

@@ -108,6 +108,14 @@ export async function compareGenerations(
 			`option ${name} is ${String(value)}, expected a whole number >= 1`,
 		);
 	}
+	check(
+		Number.isSafeInteger(likelihoods) && likelihoods >= 0,
+		`option likelihoods is ${String(likelihoods)}, expected a whole number >= 0`,
+	);
+	check(
+		options.seeds === undefined || Array.isArray(options.seeds),
+		`option seeds is ${String(options.seeds)}, expected a list of seeds`,
+	);
 	if (judge) checkJudge(model, judge);
 	const seeds = (options.seeds ?? [1, 2, 3]).map((seed) => toSeed(seed));
 	check(seeds.length > 0, 'option seeds is empty');
@@ -165,12 +173,12 @@ export async function compareGenerations(
 		const judged = judge ? await Promise.all(mine.map((list) => judgedOf(judge, pairs, list, signal))) : null;
 		judgedFixed ??= judged;
 		/** Difference of a figure of single answers to the fixed canvas; figures are means over the seeds. */
-		const versus = (
+		const versus = async (
 			list: readonly number[],
 			figure: (c: number, s: number, i: number) => number,
-		): Difference | null => {
+		): Promise<Difference | null> => {
 			const over = (of: number) => list.map((i) => mean(seeds.map((_, s) => figure(of, s, i))));
-			return c === 0 ? null : bootstrapDifference(over(c), over(0));
+			return c === 0 ? null : bootstrapDifference(over(c), over(0), { signal });
 		};
 		const perToken = (list: readonly Judged[], i: number): number => {
 			const { nats, tokens } = list[i] as Judged;
@@ -196,7 +204,7 @@ export async function compareGenerations(
 				exactMatch: each((found) =>
 					mean(found.map((result, k) => Number(equal(result.tokens, (references[k] as LengthPair).answer)))),
 				),
-				exactMatchVersusFixed: versus(list, (of, s, i) => {
+				exactMatchVersusFixed: await versus(list, (of, s, i) => {
 					const found = results[of]?.[s]?.[i];
 					return Number(found !== undefined && equal(found.tokens, (pairs[i] as LengthPair).answer));
 				}),
@@ -216,7 +224,7 @@ export async function compareGenerations(
 						})
 					: null,
 				judgedVersusFixed:
-					judged && versus(list, (of, s, i) => perToken((of === 0 ? judgedFixed : judged)?.[s] as Judged[], i)),
+					judged && (await versus(list, (of, s, i) => perToken((of === 0 ? judgedFixed : judged)?.[s] as Judged[], i))),
 				nelbo: fitting.length > 0 ? mean(fitting) : null,
 				fits: nats.length > 0 ? fitting.length / nats.length : null,
 			});

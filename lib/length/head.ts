@@ -14,6 +14,7 @@ import type { DiffuGPT } from '../model.js';
 import { checkOptions } from '../option-checks.js';
 import { makeCanvas } from '../prompt.js';
 import { permutation, Stream, uniform } from '../random.js';
+import { Turns } from '../turns.js';
 import { Dense } from './dense.js';
 import { lengthExtras } from './extras.js';
 import { hiddenAt } from './look.js';
@@ -175,12 +176,14 @@ export async function trainLengthHead(
 	const batch = 16;
 	// The regressors see one row per pair where the token head sees K: they get more passes.
 	const passes = { token: epochs, regressors: epochs * 8 };
+	const turns = new Turns();
 	for (let epoch = 0; epoch < passes.regressors; epoch++) {
 		const order = permutation(n, seed, Stream.order, epoch);
 		losses.pooled = 0;
 		losses.quantile = 0;
 		if (epoch < passes.token) losses.token = 0;
 		for (let from = 0; from < n; from += batch) {
+			await turns.next();
 			signal?.throwIfAborted();
 			const list = Array.from(order.subarray(from, from + batch));
 			const mean = gather(means, C, list);
@@ -194,8 +197,6 @@ export async function trainLengthHead(
 				token.step(gather(states, C, rows), slope, schedule((epoch + from / n) / passes.token));
 			}
 		}
-		// Long loops must let timers and aborts through.
-		await new Promise((resolve) => setImmediate(resolve));
 		onProgress?.({ stage: 'training', fraction: (epoch + 1) / passes.regressors });
 	}
 	lengthExtras(engine).head = new LengthHead({ token, pooled, quantile }, { levels, max, pairs: n });

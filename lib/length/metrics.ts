@@ -3,6 +3,7 @@
  * when it is at least the true length. Means are over all rows unless a field says otherwise.
  */
 import { Stream, uniform } from '../random.js';
+import { Turns } from '../turns.js';
 
 /** Of the bounds of one method on one set of pairs. */
 export interface BoundMetrics {
@@ -83,16 +84,19 @@ export interface Difference {
 	readonly interval: readonly [number, number];
 }
 
-/** Mean difference of two losses of the same rows. */
-export function bootstrapDifference(
+/** Mean difference of two losses of the same rows. @throws `signal.reason` */
+export async function bootstrapDifference(
 	a: readonly number[],
 	b: readonly number[],
-	{ samples = 1000, seed = 0n }: { samples?: number; seed?: bigint } = {},
-): Difference {
+	{ samples = 1000, seed = 0n, signal }: { samples?: number; seed?: bigint; signal?: AbortSignal | undefined } = {},
+): Promise<Difference> {
 	const n = a.length;
 	const gaps = a.map((value, i) => value - (b[i] as number));
 	const means = new Float64Array(samples);
+	const turns = new Turns();
 	for (let s = 0; s < samples; s++) {
+		await turns.next();
+		signal?.throwIfAborted();
 		let sum = 0;
 		for (let i = 0; i < n; i++) sum += gaps[Math.floor(uniform(seed, Stream.data, s, i) * n)] as number;
 		means[s] = sum / n;

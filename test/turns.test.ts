@@ -1,0 +1,54 @@
+/** Long loops of the library let timers and aborts through. */
+import test from 'ava';
+import { trainLengthHead } from 'diffusion-native';
+
+import { bootstrapDifference } from '../lib/length/metrics.js';
+import { Turns } from '../lib/turns.js';
+import { toyLengthModel, toyPairs } from './helpers/lengths.js';
+
+const enough = new Error('enough');
+
+test('a loop that takes its turns lets a timer fire, and does not wait in every round', async (t) => {
+	const turns = new Turns();
+	let fired = 0;
+	const timer = setInterval(() => fired++, 5);
+	let waited = 0;
+	let rounds = 0;
+	for (const begin = performance.now(); performance.now() - begin < 200; rounds++) {
+		const turn = turns.next();
+		if (turn) waited++;
+		await turn;
+	}
+	clearInterval(timer);
+	t.true(fired >= 3, `${fired} times`);
+	t.true(waited <= 10 && rounds > 100 * waited, `${waited} waits in ${rounds} rounds`);
+});
+
+test('a bootstrap of many rows ends at an abort', async (t) => {
+	const rows = Array.from({ length: 50_000 }, (_, i) => i % 7);
+	const begin = performance.now();
+	const stop = new AbortController();
+	setTimeout(() => stop.abort(enough), 50);
+	const resampling = bootstrapDifference(rows, [...rows].reverse(), { signal: stop.signal });
+	t.is(await t.throwsAsync(resampling), enough);
+	t.true(performance.now() - begin < 1500);
+});
+
+test('training a length head ends at an abort within a pass', async (t) => {
+	const model = await toyLengthModel();
+	const stop = new AbortController();
+	let begin = Number.POSITIVE_INFINITY;
+	const training = trainLengthHead(model, toyPairs(1200, 3n), {
+		max: 14,
+		epochs: 2000,
+		signal: stop.signal,
+		onProgress: ({ stage, fraction }) => {
+			if (stage !== 'states' || fraction < 1) return;
+			begin = performance.now();
+			setTimeout(() => stop.abort(enough), 50);
+		},
+	});
+	t.is(await t.throwsAsync(training), enough);
+	t.true(performance.now() - begin < 1000, `${performance.now() - begin} ms`);
+	await model.dispose();
+});
