@@ -1,5 +1,10 @@
 {
   'includes': ['native/sources.gypi'],
+  'variables': {
+    'avx2_flags': ['-mavx2', '-mfma', '-mf16c'],
+    'avx512_flags': ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma', '-mprefer-vector-width=512'],
+    'amx_flags': ['-mavx512bf16', '-mamx-tile', '-mamx-bf16', '-mamx-int8']
+  },
   'target_defaults': {
     'include_dirs': ['native'],
     'cflags': ['-Wall', '-Wextra', '-Wshadow'],
@@ -23,14 +28,18 @@
       'target_name': 'dn_cpu_avx2',
       'type': 'static_library',
       'sources': ['<@(cpu_avx2_sources)'],
-      'conditions': [['target_arch=="x64" and OS!="win"', { 'cflags_cc': ['-mavx2', '-mfma', '-mf16c'] }]]
+      'conditions': [['target_arch=="x64" and OS!="win"', {
+        'cflags_cc': ['<@(avx2_flags)'],
+        'xcode_settings': { 'OTHER_CPLUSPLUSFLAGS': ['<@(avx2_flags)'] }
+      }]]
     },
     {
       'target_name': 'dn_cpu_avx512',
       'type': 'static_library',
       'sources': ['<@(cpu_avx512_sources)'],
       'conditions': [['target_arch=="x64" and OS!="win"', {
-        'cflags_cc': ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma', '-mprefer-vector-width=512']
+        'cflags_cc': ['<@(avx512_flags)'],
+        'xcode_settings': { 'OTHER_CPLUSPLUSFLAGS': ['<@(avx512_flags)'] }
       }]]
     },
     {
@@ -38,8 +47,8 @@
       'type': 'static_library',
       'sources': ['<@(cpu_amx_sources)'],
       'conditions': [['target_arch=="x64" and OS!="win"', {
-        'cflags_cc': ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma', '-mavx512bf16', '-mamx-tile',
-                      '-mamx-bf16', '-mamx-int8', '-mprefer-vector-width=512']
+        'cflags_cc': ['<@(avx512_flags)', '<@(amx_flags)'],
+        'xcode_settings': { 'OTHER_CPLUSPLUSFLAGS': ['<@(avx512_flags)', '<@(amx_flags)'] }
       }]]
     },
     {

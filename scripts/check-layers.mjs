@@ -1,6 +1,6 @@
 // Checks who may include or import whom (docs/architecture.md): core <- cpu, cuda <- addon on the native side, the façade's
 // one door to the addon, and benchmarks, examples and recipes that use the package by its public name. Tests do too, except
-// where they test an internal module.
+// where they test an internal module. And that vector code stands behind the machine it is for.
 import { execFileSync } from 'node:child_process';
 import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
@@ -50,6 +50,11 @@ for (const file of files) {
 			problems.push(`${file}: napi.h belongs to native/addon`);
 		if (/#\s*include\s+<(cuda|cublas|mma)/.test(text) && !owner?.startsWith('cuda'))
 			problems.push(`${file}: CUDA headers belong to cuda/`);
+		// Other machines compile the same list of sources: what needs x86-64 says so before it includes it.
+		const vectors = text.search(/#\s*include\s+(<immintrin\.h>|"[^"]+\.inl")/);
+		const guard = text.search(/#\s*if\s+defined\(__x86_64__\)/);
+		if (/^native\/.*\.cpp$/.test(file) && vectors >= 0 && (guard < 0 || guard > vectors))
+			problems.push(`${file}: includes vector code outside #if defined(__x86_64__)`);
 		continue;
 	}
 	const imports = [...text.matchAll(/(?:from|import)\s*\(?\s*'([^']+)'/g)].map((match) => match[1]);
