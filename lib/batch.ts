@@ -100,7 +100,7 @@ export function toNativeMask(attention: AttentionOption): NativeMask {
 			const block = attention.blockCausal;
 			check(
 				Number.isInteger(block) && block > 0 && block <= mostInt32,
-				`attention.blockCausal is ${String(block)}, expected a positive whole number`,
+				`attention.blockCausal is ${String(block)}, expected a whole number from 1 to ${mostInt32}`,
 			);
 			return { kind: 'block-causal', block };
 		}
@@ -136,7 +136,7 @@ export function toNativeNoise(config: ModelConfig, options: LossOptions = {}): N
 	const block = objective === 'block-diffusion' ? (options.block ?? 0) : 0;
 	check(
 		objective !== 'block-diffusion' || (Number.isInteger(block) && block > 0 && block <= mostInt32),
-		"the objective 'block-diffusion' needs the option block: tokens per block, a positive whole number",
+		`the objective 'block-diffusion' needs the option block, tokens per block: it is ${String(block)}, expected 1 to ${mostInt32}`,
 	);
 	const shift = options.shift ?? config.shift;
 	check(typeof shift === 'boolean', `shift is ${JSON.stringify(shift)}, expected true or false`);

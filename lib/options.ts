@@ -355,7 +355,7 @@ function checkValues(options: GenerateOptions): void {
 		const { blockCausal, ...rest } = attention;
 		check(
 			Number.isInteger(blockCausal) && blockCausal >= 1 && blockCausal <= mostInt32 && Object.keys(rest).length === 0,
-			`option attention is ${JSON.stringify(attention)}, expected 'full' or { blockCausal: positions per block }`,
+			`option attention is ${JSON.stringify(attention)}, expected 'full' or { blockCausal: 1 to ${mostInt32} }`,
 		);
 	} else oneOf('attention', ['full']);
 	check(

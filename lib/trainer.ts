@@ -167,7 +167,8 @@ export class Trainer implements AsyncDisposable {
 	 * Trains until `maxSteps`, early stop, or the end of the loop around it; metrics of each step. Leaving the loop ends the
 	 * run after the current step; another `run` goes on from there. An abort during a validation leaves the step done and
 	 * its validation out.
-	 * @throws `signal.reason` when aborted; `ERR_DN_BUSY` while another `run` of this trainer is not over; `ERR_DN_DIVERGED` naming step and batch, with the weights as they were before
+	 * @throws `signal.reason` when aborted; `ERR_DN_BUSY` while another `run` of this trainer is not over;
+	 * `ERR_DN_DIVERGED` naming step and batch, with the weights as they were before
 	 * that step; `ERR_DN_CHECKPOINT` when a checkpoint cannot be written (earlier ones stay).
 	 */
 	async *run(options: { readonly signal?: AbortSignal } = {}): AsyncGenerator<TrainMetrics, void, void> {
@@ -197,25 +198,32 @@ export class Trainer implements AsyncDisposable {
 				}
 				const last = this.#step === maxSteps;
 				this.#validationLoss = null;
+				let stop: { reason: unknown } | undefined;
 				if (validation && (last || (evalEvery !== undefined && this.#step % evalEvery === 0))) {
 					try {
 						const { loss, unweighted } = await this.#validate(validation, signal);
 						this.#judge(loss);
 						metrics = { ...metrics, validation: loss, validationUnweighted: unweighted };
-					} catch (error) {
-						// The step stands: its metrics are not lost with the evaluation.
-						for (const logger of this.#loggers) await logger.log(metrics);
-						throw error;
+					} catch (reason) {
+						stop = { reason }; // the step stands, with its checkpoint and its metrics
 					}
 				}
 				const due = last || this.#stopped || (checkpoint?.every !== undefined && this.#step % checkpoint.every === 0);
-				if (checkpoint && due) metrics = { ...metrics, checkpoint: await this.checkpoint() };
-				for (const logger of this.#loggers) await logger.log(metrics);
+				try {
+					if (checkpoint && due) metrics = { ...metrics, checkpoint: await this.checkpoint() };
+					for (const logger of this.#loggers) await logger.log(metrics);
+				} catch (error) {
+					stop ??= { reason: error };
+				}
+				if (stop) throw stop.reason;
 				yield metrics;
 			}
 		} finally {
-			this.#running = false;
-			await this.#closeLoggers();
+			try {
+				await this.#closeLoggers();
+			} finally {
+				this.#running = false;
+			}
 		}
 	}
 

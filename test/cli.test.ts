@@ -190,7 +190,7 @@ test('a reader of stdout that leaves interrupts the command', async (t) => {
 	child.stderr.setEncoding('utf8').on('data', (chunk: string) => {
 		stderr += chunk;
 	});
-	child.stdout.once('data', () => child.stdout.destroy());
+	child.stdout.destroy();
 	const [code] = (await once(child, 'close')) as [number];
 	t.is(code, 1, stderr);
 	t.is(stderr, 'interrupted\n');

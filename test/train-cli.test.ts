@@ -1,4 +1,5 @@
 import { execFileSync, spawn } from 'node:child_process';
+import { once } from 'node:events';
 import { createWriteStream, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -422,6 +423,31 @@ test.serial('a run by epochs, with a share held out, continues to where it would
 	t.is(resumed.code, 0, resumed.stderr);
 	t.is(folders().at(-1), last);
 	t.true(weights().equals(expected), 'bit for bit the run that was not interrupted');
+	// More of them, with the sizes that the run has.
+	writeFileSync(join(root, 'more.json'), JSON.stringify({ epochs: 3, device: 'cpu' }));
+	const longer = await run(['train', '--config', 'more.json', '--resume', 'epochs', '--json']);
+	t.is(longer.code, 0, longer.stderr);
+	t.is(folders().length, 2 + Math.ceil((3 * tokens * kept) / windows / 160) - 2);
+});
+
+test.serial('when nobody reads what a run prints, it stops with a checkpoint', async (t) => {
+	const config = {
+		scratch: { layers: 1, heads: 2, channels: 8, vocab: 50258, context: 16, maskId: 50257 },
+		data: 'epochs.bin',
+		maxSteps: 100000,
+		batchSize: 1,
+		device: 'cpu',
+		threads: 1,
+		checkpoint: { dir: 'unread' },
+	};
+	writeFileSync(join(root, 'unread.json'), JSON.stringify(config));
+	const parameters = [program, 'train', '--config', 'unread.json', '--json'];
+	const child = spawn(process.execPath, parameters, { cwd: root, stdio: ['ignore', 'pipe', 'pipe'] });
+	child.stdout.destroy();
+	child.stderr.destroy();
+	const [code] = (await once(child, 'close')) as [number];
+	t.is(code, 0);
+	t.is(readdirSync(join(root, 'unread')).filter((name) => name.startsWith('step-')).length, 1);
 });
 
 test.serial('wrong use is told', async (t) => {

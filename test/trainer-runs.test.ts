@@ -315,7 +315,7 @@ test('an abort reaches a validation; the step before it stands and is logged', a
 	const dir = fresh();
 	const stop = new AbortController();
 	const reason = new Error('enough');
-	const logged: number[] = [];
+	const logged: [number, boolean][] = [];
 	await using trainer = new Trainer(model, {
 		data,
 		validation: data,
@@ -324,7 +324,7 @@ test('an abort reaches a validation; the step before it stands and is logged', a
 		evalSequences: 600,
 		batchSize: 1,
 		checkpoint: { dir },
-		loggers: [{ log: ({ step }) => void logged.push(step) }],
+		loggers: [{ log: ({ step, validation }) => void logged.push([step, validation !== undefined]) }],
 	});
 	// Once the second step is done, its validation runs: 600 calls of the model.
 	const counter = setInterval(() => {
@@ -333,14 +333,35 @@ test('an abort reaches a validation; the step before it stands and is logged', a
 	const running = (async () => {
 		for await (const _ of trainer.run({ signal: stop.signal }));
 	})();
-	t.is(await t.throwsAsync(running), reason);
-	clearInterval(counter);
+	t.is(await t.throwsAsync(running).finally(() => clearInterval(counter)), reason);
 	t.is(trainer.steps, 2);
-	t.deepEqual(logged, [1, 2]);
+	t.deepEqual(logged, [
+		[1, false],
+		[2, false],
+	]);
 	t.deepEqual(
 		(await collect(trainer)).map(({ step }) => step),
 		[3, 4],
 	);
+	await model.dispose();
+});
+
+test('an abort of the last validation leaves the last checkpoint', async (t) => {
+	const data = await documents(600);
+	const model = await tiny();
+	const dir = fresh();
+	const stop = new AbortController();
+	const enough = new Error('enough');
+	const options = { data, validation: data, maxSteps: 2, evalSequences: 600, batchSize: 1, checkpoint: { dir } };
+	await using trainer = new Trainer(model, options);
+	const counter = setInterval(() => {
+		if (trainer.steps === 2) stop.abort(enough);
+	}, 1);
+	const running = (async () => {
+		for await (const _ of trainer.run({ signal: stop.signal }));
+	})();
+	t.is(await t.throwsAsync(running).finally(() => clearInterval(counter)), enough);
+	t.deepEqual(readdirSync(dir).sort(), ['metrics.jsonl', 'step-00000002']);
 	await model.dispose();
 });
 

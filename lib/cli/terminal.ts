@@ -28,14 +28,19 @@ export class Interrupted extends Error {
 	}
 }
 
-/** When the reader of stdout has left (`| head -1`), the command is interrupted as by Ctrl-C; what it still prints is lost. */
+/**
+ * When the reader of what a command prints has left (`| head -1`), the command is interrupted as by Ctrl-C; what it still
+ * prints is lost.
+ */
 export function stopWhenNobodyReads(): void {
 	let left = false;
-	process.stdout.on('error', (error: NodeJS.ErrnoException) => {
-		if (error.code !== 'EPIPE') throw error;
-		if (!left) process.emit('SIGINT');
-		left = true;
-	});
+	for (const stream of [process.stdout, process.stderr]) {
+		stream.on('error', (error: NodeJS.ErrnoException) => {
+			if (error.code !== 'EPIPE') throw error;
+			if (!left) process.emit('SIGINT');
+			left = true;
+		});
+	}
 }
 
 /** Prints an error and sets the exit status: 2 wrong usage, 1 anything else, an interruption too. */

@@ -13,7 +13,7 @@ import { TensorBoardLogger } from '../loggers/tensorboard.js';
 import { DiffuGPT } from '../model.js';
 import { Tokenizer } from '../tokenizer.js';
 import { type ResumeOptions, Trainer } from '../trainer.js';
-import { findCheckpoint } from '../training/checkpoint.js';
+import { findCheckpoint, type RunState } from '../training/checkpoint.js';
 import type { MetricLogger, TrainOptions } from '../training/options.js';
 import { reopen } from '../training/stored-run.js';
 import { exitStatus, Interrupted } from './terminal.js';
@@ -170,7 +170,9 @@ async function resume(config: RunConfig, from: string, loggers: readonly MetricL
 	}
 	const overrides: ResumeOptions = {
 		...trainerKeys(config),
-		...(epochs === undefined || !data ? {} : { maxSteps: await stepsOf(config, data) }),
+		...(epochs === undefined || !data
+			? {}
+			: { maxSteps: await stepsOf({ ...storedSizes(config, state), ...config }, data) }),
 		...(data ? { data } : {}),
 		...(validation ? { validation } : {}),
 		...(device === undefined ? {} : { device: device as Device }),
@@ -178,6 +180,17 @@ async function resume(config: RunConfig, from: string, loggers: readonly MetricL
 		loggers,
 	};
 	return Trainer.resume(from, overrides);
+}
+
+/** What a step of the run takes where the configuration does not say. */
+function storedSizes({ batchSize, batchTokens }: RunConfig, state: RunState): Partial<RunConfig> {
+	const { accumulate, ...sizes } = state.options as RunConfig;
+	const isRenewed = batchSize !== undefined || batchTokens !== undefined;
+	return {
+		...(accumulate === undefined ? {} : { accumulate }),
+		...(isRenewed || sizes.batchSize === undefined ? {} : { batchSize: sizes.batchSize }),
+		...(isRenewed || sizes.batchTokens === undefined ? {} : { batchTokens: sizes.batchTokens }),
+	};
 }
 
 async function trainOptions(config: RunConfig, model: DiffuGPT): Promise<TrainOptions> {

@@ -216,7 +216,7 @@ async function* readWhole(path: string, options: ReadOptions): AsyncGenerator<Te
 			begins = false;
 		}
 		check(
-			held.length <= options.maxLine + pieceCharacters || longestLine(held) <= options.maxLine,
+			held.length <= Math.max(options.maxLine, pieceCharacters) + pieceCharacters,
 			`${path} has a line longer than ${options.maxLine} characters; break it, or raise maxLine and have the memory for it`,
 		);
 	}
@@ -229,16 +229,6 @@ function safeCut(text: string, from: number): number {
 		if (/[\p{L}\p{N}.,;:!?)"']/u.test(text.charAt(at - 1))) return at;
 	}
 	return -1;
-}
-
-function longestLine(text: string): number {
-	let longest = 0;
-	for (let begin = 0; begin <= text.length; ) {
-		const end = text.indexOf('\n', begin);
-		longest = Math.max(longest, (end < 0 ? text.length : end) - begin);
-		begin = end < 0 ? text.length + 1 : end + 1;
-	}
-	return longest;
 }
 
 /** Objects of a JSONL file. */

@@ -39,7 +39,7 @@ export interface MetricLogger {
 	/** Called when a run starts or continues: `step` steps are done of `maxSteps`. */
 	start?(run: { readonly step: number; readonly maxSteps: number }): void | Promise<void>;
 	log(metrics: TrainMetrics): void | Promise<void>;
-	/** Called when a run ends for whatever reason; another run may follow. */
+	/** Called when a run ends for whatever reason, also where `start` failed; another run may follow. */
 	close?(): void | Promise<void>;
 }
 
