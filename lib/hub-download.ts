@@ -143,6 +143,7 @@ class Transfer {
 				return;
 			} catch (error) {
 				this.request.signal?.throwIfAborted();
+				if (error instanceof ListenerError) throw error.cause;
 				if (error instanceof WrongBytes) {
 					await rm(part, { force: true });
 					// A part from an earlier run may have been wrong; bytes fetched in one go are what the server has.
@@ -224,7 +225,18 @@ class Transfer {
 		const now = performance.now();
 		if (!always && now - this.lastEvent < progressMs) return;
 		this.lastEvent = now;
-		this.request.onProgress?.({ status: 'download', file: this.file.path, loaded, total: this.file.size });
+		try {
+			this.request.onProgress?.({ status: 'download', file: this.file.path, loaded, total: this.file.size });
+		} catch (error) {
+			throw new ListenerError(error);
+		}
+	}
+}
+
+/** What the caller's `onProgress` threw. */
+class ListenerError extends Error {
+	constructor(cause: unknown) {
+		super('onProgress threw', { cause });
 	}
 }
 

@@ -6,6 +6,7 @@ import {
 	readdirSync,
 	readFileSync,
 	rmSync,
+	symlinkSync,
 	truncateSync,
 	writeFileSync,
 } from 'node:fs';
@@ -24,6 +25,7 @@ import {
 } from 'diffusion-native';
 
 import { padSequence } from '../lib/data/pack.js';
+import { readDocuments } from '../lib/data/readers.js';
 import { root as repository } from './helpers/fixtures.js';
 import { runScript } from './helpers/fork.js';
 
@@ -526,4 +528,72 @@ test('records from memory let the event loop turn, and an abort through', async 
 	const error = await t.throwsAsync(prepare(records, target)).finally(() => clearInterval(ticking));
 	t.is(error, enough);
 	t.false(existsSync(target.out));
+});
+
+test('a long document in pieces is one document: split, truncated, dropped or refused as a whole', async (t) => {
+	const text = story(9000);
+	t.true(text.length > 4 * 65536, 'several pieces');
+	const path = file('long.txt', text);
+	const ids = [...gpt2.encode(text), eos];
+	const settings = { format: 'documents', context: 256 } as const;
+	const split = await prepare(path, options(settings));
+	t.is(split.documents, 1);
+	t.is(split.sequences, Math.ceil(ids.length / 255));
+	t.deepEqual(
+		all(split).flatMap((tokens) => tokens.slice(1)),
+		ids,
+	);
+	const cut = await prepare(path, options({ ...settings, overlong: 'truncate' }));
+	t.deepEqual(all(cut), [[eos, ...ids.slice(0, 255)]]);
+	t.is(cut.documents, 1);
+	const error = options({ ...settings, context: 40_000, overlong: 'error' });
+	await t.throwsAsync(prepare(path, error), { message: /a document has \d+ tokens or more, more than the 39999/ });
+	const both = [path, file('short.txt', 'A short text.')];
+	const dropped: number[] = [];
+	const kept = options({ ...settings, overlong: 'drop', onProgress: (progress) => dropped.push(progress.dropped) });
+	t.deepEqual(all(await prepare(both, kept)), [[eos, ...gpt2.encode('A short text.'), eos]]);
+	t.is(dropped.at(-1), 1);
+	await t.throwsAsync(prepare(path, options({ ...settings, overlong: 'drop' })), {
+		message: /left with nothing: all 1 records are longer/,
+	});
+});
+
+test('lines that end in CRLF or in punctuation of any script are places to cut', async (t) => {
+	for (const [name, line] of [
+		['crlf', 'The quick brown fox jumps over the lazy dog.\r\n'],
+		['cjk', '\u5929\u5730\u7384\u9ec4\u5b87\u5b99\u6d2a\u8352\u3002\n'],
+		['markup', '<row id="1">value</row>\n'],
+	] as const) {
+		const text = line.repeat(Math.ceil(400_000 / line.length));
+		const pieces: string[] = [];
+		for await (const piece of readDocuments(file(`${name}.txt`, text), 'file', { maxLine: 1000, onBytes: () => {} }))
+			pieces.push(piece.text);
+		t.true(
+			pieces.length >= 4 && pieces.every((piece) => piece.length <= 3 * 65536),
+			`${name}: ${pieces.length} pieces`,
+		);
+		t.is(pieces.join(''), text);
+		t.deepEqual(
+			pieces.flatMap((piece) => [...gpt2.encode(piece)]),
+			[...gpt2.encode(text)],
+			name,
+		);
+	}
+});
+
+test('records and columns of a wrong kind are named', async (t) => {
+	const wrong = async (records: unknown, more: object, message: RegExp): Promise<void> => {
+		await t.throwsAsync(prepare(records as never, options({ ...more, eosId: eos } as never)), {
+			code: 'ERR_DN_ARGUMENT',
+			message,
+		});
+	};
+	await wrong([{ tokens: [1.7, 'x', 3] }], { format: 'documents' }, /record 0: tokens is no Int32Array/);
+	await wrong([{ text: 'a', split: 3 }], { validation: 0.5 }, /record 0: split is 3, expected text/);
+	await wrong([{ text: 'a' }], { separator: 5 }, /separator is 5/);
+	await wrong([{ text: 'a' }], { columns: { txt: 'body' } }, /columns\.txt is not known, did you mean 'text'/);
+	await wrong([{ text: 'a' }], { columns: { text: 7 } }, /columns\.text is 7/);
+	mkdirSync(join(root, 'linked'));
+	symlinkSync(join(root, 'nowhere'), join(root, 'linked', 'b.txt'));
+	await t.throwsAsync(prepare(join(root, 'linked'), options()), { code: 'ERR_DN_CHECKPOINT', message: /b\.txt/ });
 });

@@ -2,7 +2,7 @@
 import { availableParallelism } from 'node:os';
 
 import { check } from '../errors.js';
-import { checkOptions } from '../option-checks.js';
+import { checkOptions, suggest } from '../option-checks.js';
 import { checkPadding, type DataFormat, type Padding } from './format.js';
 import type { TextSplit } from './readers.js';
 
@@ -123,6 +123,8 @@ const prepareOptionNames = [
 	'signal',
 ] as const satisfies readonly (keyof PrepareOptions)[];
 
+const columnRoles: readonly string[] = ['text', 'prompt', 'answer', 'split'];
+
 /** Options with their defaults. */
 export type PrepareSettings = ReturnType<typeof resolvePrepareOptions>;
 
@@ -133,6 +135,15 @@ export function resolvePrepareOptions(options: PrepareOptions) {
 	const { tokenizer, out } = options;
 	check(tokenizer && typeof tokenizer.encode === 'function', 'prepare needs the option tokenizer');
 	check(typeof out === 'string' && out.length > 0, 'prepare needs the option out, the path of the token file');
+	const { separator = ' ', splitText = 'file', columns = {} } = options;
+	check(typeof separator === 'string', `separator is ${JSON.stringify(separator)}, expected text`);
+	for (const [role, name] of Object.entries(columns)) {
+		check(columnRoles.includes(role), () => `columns.${role} is not known${suggest(role, columnRoles)}`);
+		check(
+			name === undefined || (typeof name === 'string' && name !== ''),
+			`columns.${role} is ${JSON.stringify(name)}, expected the name of a column`,
+		);
+	}
 	const format = options.format ?? 'packed';
 	check(
 		['packed', 'documents', 'pairs'].includes(format),
@@ -196,10 +207,10 @@ export function resolvePrepareOptions(options: PrepareOptions) {
 		overlong,
 		padding,
 		container: options.container ?? ('own' as const),
-		separator: options.separator ?? ' ',
-		splitText: options.splitText ?? ('file' as const),
+		separator,
+		splitText,
 		splitSeed,
-		columns: options.columns ?? {},
+		columns,
 		threads,
 		vocab: tokenizer.vocabSize,
 		fingerprint: tokenizer.dataFingerprint?.() ?? tokenizer.fingerprint ?? '',

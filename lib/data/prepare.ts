@@ -49,12 +49,13 @@ export async function prepare(input: PrepareInput, options: PrepareOptions): Pro
 		let target = train;
 		let lastReport = 0;
 		const turns = new Turns();
+		const open = new OpenDocument();
 		for await (const encoded of encodeItems(items, settings)) {
 			await turns.next();
 			signal?.throwIfAborted();
 			const { item } = encoded;
 			if (item.begins) target = held && falls(splitKey(item.record), settings.splitSeed) < validation ? held : train;
-			dropped += write(target, encoded, settings);
+			dropped += write(target, encoded, settings, open);
 			const now = performance.now();
 			if (options.onProgress && now - lastReport > 100) {
 				lastReport = now;
@@ -63,7 +64,12 @@ export async function prepare(input: PrepareInput, options: PrepareOptions): Pro
 		}
 		signal?.throwIfAborted();
 		const source = paths ? paths.join(', ') : 'the input';
-		check(train.documents + (held?.documents ?? 0) > 0, `${source} is empty: no text was found`);
+		check(
+			train.documents + (held?.documents ?? 0) > 0,
+			dropped > 0
+				? `${source} is left with nothing: all ${dropped} records are longer than the context of ${context}`
+				: `${source} is empty: no text was found`,
+		);
 		for (const [name, writer] of [
 			['training', train],
 			['validation', held],
@@ -117,11 +123,11 @@ function falls(key: string | Uint8Array, seed: number): number {
 }
 
 /** Appends one item; returns how many records were left out. */
-function write(writer: TokenWriter, encoded: EncodedItem, settings: PrepareSettings): number {
+function write(writer: TokenWriter, encoded: EncodedItem, settings: PrepareSettings, open: OpenDocument): number {
 	const { item, tokens } = encoded;
 	const { format, eosId, bosId } = settings;
 	if (format === 'pairs') return writePair(writer, encoded, settings);
-	if (format === 'documents') return writeDocument(writer, encoded, settings);
+	if (format === 'documents') return open.write(writer, encoded, settings);
 	if (item.begins && bosId !== false) writer.append(Int32Array.of(bosId));
 	writer.append(tokens);
 	if (item.ends) {
@@ -131,26 +137,45 @@ function write(writer: TokenWriter, encoded: EncodedItem, settings: PrepareSetti
 	return 0;
 }
 
-function writeDocument(writer: TokenWriter, { item, tokens }: EncodedItem, settings: PrepareSettings): number {
-	const { context, bosId, eosId, overlong } = settings;
-	const front = bosId === false ? [] : [bosId];
-	const room = context - front.length;
-	// The end token closes a document only where it really ends, not where it was cut.
-	const whole = item.ends ? concatenate([tokens, [eosId]]) : tokens;
-	if (whole.length > room && overlong !== 'split') {
-		check(
-			overlong !== 'error',
-			`${item.where}: a document has ${whole.length} tokens, more than the ${room} that fit a context of ${context}`,
-		);
-		if (overlong === 'drop') return 1;
+/** A document that comes in pieces: what has not been written of it. */
+class OpenDocument {
+	#held = new Int32Array(0);
+	/** Its end was cut off, or it is left out: further pieces are passed over. */
+	#isClosed = false;
+
+	/** Adds a piece and writes what is complete; returns how many documents were left out. */
+	write(writer: TokenWriter, { item, tokens }: EncodedItem, settings: PrepareSettings): number {
+		const { context, bosId, eosId, overlong } = settings;
+		if (item.begins) {
+			this.#held = new Int32Array(0);
+			this.#isClosed = false;
+		}
+		if (this.#isClosed) return 0;
+		const front = bosId === false ? [] : [bosId];
+		const room = context - front.length;
+		// The end token closes a document only where it really ends, not where it was cut.
+		const whole = concatenate([this.#held, tokens, item.ends ? [eosId] : []]);
+		let end = item.ends ? whole.length : 0;
+		if (whole.length > room) {
+			check(
+				overlong !== 'error',
+				`${item.where}: a document has ${whole.length} tokens${item.ends ? '' : ' or more'}, more than the ${room} that fit ` +
+					`a context of ${context}`,
+			);
+			this.#isClosed = overlong !== 'split';
+			if (overlong === 'drop') return 1;
+			if (overlong === 'truncate') end = room;
+			else if (!item.ends) end = Math.floor((whole.length - 1) / room) * room;
+		}
+		for (let from = 0; from < end; from += room) {
+			const first = writer.tokens;
+			writer.append(concatenate([front, whole.subarray(from, Math.min(end, from + room))]));
+			const isLast = this.#isClosed || (item.ends && from + room >= end);
+			writer.endSequence(first, front.length, isLast);
+		}
+		this.#held = whole.slice(end);
+		return 0;
 	}
-	const end = overlong === 'split' ? whole.length : Math.min(whole.length, room);
-	for (let from = 0; from < end; from += room) {
-		const first = writer.tokens;
-		writer.append(concatenate([front, whole.subarray(from, Math.min(end, from + room))]));
-		writer.endSequence(first, front.length);
-	}
-	return 0;
 }
 
 function writePair(

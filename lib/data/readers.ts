@@ -11,6 +11,7 @@ import { pipeline, Readable } from 'node:stream';
 import { CsvError, parse } from 'csv-parse';
 
 import { check, DiffusionNativeError } from '../errors.js';
+import { fileError } from '../files.js';
 
 /** Where one document ends and the next begins in a text file; any other string: a line that equals it. */
 export type TextSplit = 'file' | 'line' | 'paragraph' | (string & {});
@@ -73,13 +74,22 @@ export async function listFiles(paths: readonly string[]): Promise<{ path: strin
 }
 
 async function walk(folder: string, files: { path: string; bytes: number }[]): Promise<void> {
-	const entries = await readdir(folder, { withFileTypes: true });
+	const entries = await readdir(folder, { withFileTypes: true }).catch((error) => {
+		throw fileError('read', folder, error);
+	});
 	entries.sort((a, b) => (a.name < b.name ? -1 : a.name > b.name ? 1 : 0));
 	for (const entry of entries) {
 		const path = join(folder, entry.name);
 		if (entry.isDirectory()) await walk(path, files);
 		else if (folderExtensions.has(extname(entry.name).toLowerCase()))
-			files.push({ path, bytes: (await stat(path)).size });
+			files.push({
+				path,
+				bytes: (
+					await stat(path).catch((error) => {
+						throw fileError('read', path, error);
+					})
+				).size,
+			});
 	}
 }
 
@@ -87,7 +97,7 @@ async function walk(folder: string, files: { path: string; bytes: number }[]): P
 export async function* readText(path: string, options: ReadOptions): AsyncGenerator<string, void> {
 	let carry: Buffer = Buffer.alloc(0);
 	let offset = 0;
-	for await (const chunk of createReadStream(path, { highWaterMark: readBytes }) as AsyncIterable<Buffer>) {
+	for await (const chunk of chunks(path)) {
 		options.onBytes(chunk.length);
 		const zero = chunk.indexOf(0);
 		check(zero < 0, `${path} looks binary: byte ${offset + carry.length + zero} is zero; expected UTF-8 text`);
@@ -101,6 +111,15 @@ export async function* readText(path: string, options: ReadOptions): AsyncGenera
 		offset += end;
 	}
 	if (carry.length > 0) throw notUtf8(path, offset);
+}
+
+/** The file's bytes. @throws `ERR_DN_CHECKPOINT` with the system's reason */
+async function* chunks(path: string): AsyncGenerator<Buffer, void> {
+	try {
+		yield* createReadStream(path, { highWaterMark: readBytes }) as AsyncIterable<Buffer>;
+	} catch (error) {
+		throw fileError('read', path, error);
+	}
 }
 
 /** Where the last, perhaps incomplete, character begins; the length when the last one is complete. */
@@ -223,12 +242,20 @@ async function* readWhole(path: string, options: ReadOptions): AsyncGenerator<Te
 	if (held.trim() || !begins) yield { text: held, begins, ends: true };
 }
 
-/** The first line end at or after `from` that follows a letter or digit: no pre-token of a byte-level BPE crosses it. */
+/**
+ * Where to cut at or after `from`, -1: nowhere. Before the first line end that follows a letter or digit: no pre-token of a
+ * byte-level BPE crosses it. Where none comes in a piece, before one that follows anything but white space.
+ */
 function safeCut(text: string, from: number): number {
+	let other = -1;
 	for (let at = text.indexOf('\n', from); at >= 0; at = text.indexOf('\n', at + 1)) {
-		if (/[\p{L}\p{N}.,;:!?)"']/u.test(text.charAt(at - 1))) return at;
+		const end = text[at - 1] === '\r' ? at - 1 : at;
+		const before = text.charAt(end - 1);
+		if (/[\p{L}\p{N}]/u.test(before)) return end;
+		if (other < 0 && /\S/.test(before)) other = end;
+		if (other >= 0 && at - from >= pieceCharacters) break;
 	}
-	return -1;
+	return other;
 }
 
 /** Objects of a JSONL file. */

@@ -66,6 +66,16 @@ export async function* recordItems(
 			typeof record === 'object' && record !== null && (!('text' in record) || typeof record.text === 'string'),
 			`record ${number}: expected text, { text }, { tokens } or { prompt, answer }`,
 		);
+		if (!(record instanceof Int32Array)) {
+			check(
+				!('tokens' in record) || (record.tokens as unknown) instanceof Int32Array,
+				`record ${number}: tokens is no Int32Array of ids`,
+			);
+			check(
+				record.split === undefined || typeof record.split === 'string',
+				`record ${number}: split is ${JSON.stringify(record.split)}, expected text`,
+			);
+		}
 		const where = `record ${number++}`;
 		if (!isBlank(record)) yield { record, begins: true, ends: true, where, file: '' };
 	}

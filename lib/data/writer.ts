@@ -113,9 +113,9 @@ export class TokenWriter {
 		this.#count += ids.length;
 	}
 
-	/** Ends a document; with an index, the ids since `first` become one sequence. */
-	endSequence(first: number, promptLength: number): void {
-		this.#documents++;
+	/** Ends a document, or a part of one; with an index, the ids since `first` become one sequence. */
+	endSequence(first: number, promptLength: number, isDocument = true): void {
+		if (isDocument) this.#documents++;
 		if (!this.#index) return;
 		const length = this.#count - first;
 		this.#longest = Math.max(this.#longest, length);

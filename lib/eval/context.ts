@@ -8,6 +8,7 @@ import { fileKind, type Row, readDocuments, readJsonLines } from '../data/reader
 import type { Engine } from '../engine.js';
 import { check, DiffusionNativeError } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
+import { suggest } from '../option-checks.js';
 import type { Tokenizer } from '../tokenizer.js';
 import type { EvaluationData, EvaluationOptions, Metric, TextOrIds } from './options.js';
 
@@ -23,6 +24,9 @@ const usual: Readonly<Record<string, readonly string[]>> = {
 	endings: ['choices', 'options'],
 	label: ['gold', 'answer_index'],
 };
+
+/** Fields that `columns` may name. */
+const roles: readonly string[] = [...Object.keys(usual), 'prefix', 'middle', 'suffix'];
 
 export class EvaluationContext {
 	readonly metric: Metric;
@@ -45,6 +49,7 @@ export class EvaluationContext {
 		check(typeof this.separator === 'string', `option separator is ${typeof this.separator}, expected text`);
 		if (options.limit !== undefined) wholeNumber('limit', options.limit, 1);
 		for (const [role, name] of Object.entries(options.columns ?? {})) {
+			check(roles.includes(role), () => `option columns.${role} is not known${suggest(role, roles)}`);
 			check(typeof name === 'string', `option columns.${role} is ${shorten(name)}, expected the name of a field`);
 		}
 		check(options.signal === undefined || options.signal instanceof AbortSignal, 'option signal is not an AbortSignal');

@@ -113,7 +113,7 @@ async function* jobs(
 
 function isMatch(generated: string, answer: string, extract: NonNullable<ExactMatchOptions['extract']>): boolean {
 	if (extract === 'all') return generated.trim() === answer.trim();
-	const wanted = afterHashes(answer) ?? answer.trim();
+	const wanted = afterHashes(answer) ?? answer.replaceAll(',', '').trim();
 	return afterHashes(generated) === wanted;
 }
 

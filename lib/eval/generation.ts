@@ -20,13 +20,16 @@ export interface GenerationJob<K> {
 	readonly key: K;
 }
 
+/** Of the requests that an engine lets wait: others may be using the model. */
+const mostTogether = 512;
+
 /** Runs the jobs; yields in their order. When one fails, the others stop. */
 export async function* generateAll<K>(
 	context: EvaluationContext,
 	jobs: AsyncIterable<GenerationJob<K>>,
 	options: GenerationOptions,
 ): AsyncGenerator<{ key: K; index: number; result: GenerateResult }, void> {
-	const width = wholeNumber('concurrency', options.concurrency ?? 64, 1);
+	const width = wholeNumber('concurrency', options.concurrency ?? 64, 1, mostTogether);
 	const stop = new AbortController();
 	const signal = context.signal ? AbortSignal.any([context.signal, stop.signal]) : stop.signal;
 	const running: Promise<{ key: K; index: number; result: GenerateResult }>[] = [];

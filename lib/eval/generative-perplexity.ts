@@ -109,10 +109,11 @@ async function* jobs(
 		// Position 0 is never predicted under the shift: a text begins behind the beginning-of-text token (trap 27).
 		const tokens = Int32Array.of(config.bosId);
 		const length = given.length ?? Math.min(64, config.context - 1);
-		for (; index < samples; index++) {
+		const count = Math.min(samples, context.limit);
+		for (; index < count; index++) {
 			const prompt = { tokens, open: new Uint8Array(1) };
 			yield { prompt, options: { ...given, length }, index, where: `text ${index}`, key: { prompt: undefined } };
-			context.progress((index + 1) / samples);
+			context.progress((index + 1) / count);
 		}
 		return;
 	}

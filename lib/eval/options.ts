@@ -85,7 +85,7 @@ export type PerplexityOptions = SequenceOptions;
 export interface GenerationOptions extends EvaluationOptions {
 	/** How to generate. The seed of a record is a function of `seed` and its number. */
 	readonly generate?: Omit<GenerateOptions, 'seed' | 'signal'>;
-	/** Generations in flight at once; changes no result. @default 64 */
+	/** Generations in flight at once, 1 to 512; changes no result. @default 64 */
 	readonly concurrency?: number;
 }
 

@@ -108,6 +108,7 @@ export async function compareGenerations(
 			`option ${name} is ${String(value)}, expected a whole number >= 1`,
 		);
 	}
+	check(batch <= 512, `option batch is ${batch}, expected at most 512`);
 	check(
 		Number.isSafeInteger(likelihoods) && likelihoods >= 0,
 		`option likelihoods is ${String(likelihoods)}, expected a whole number >= 0`,
