@@ -103,6 +103,7 @@ class Transfer {
 			// Owner 0: the next download may continue with this part.
 			await rename(part, this.partName(0)).catch(() => undefined);
 			this.request.signal?.throwIfAborted();
+			if (error instanceof ListenerError) throw error.cause;
 			if (error instanceof DiffusionNativeError) throw error;
 			throw fileError('write', part, error);
 		}
@@ -143,7 +144,7 @@ class Transfer {
 				return;
 			} catch (error) {
 				this.request.signal?.throwIfAborted();
-				if (error instanceof ListenerError) throw error.cause;
+				if (error instanceof ListenerError) throw error;
 				if (error instanceof WrongBytes) {
 					await rm(part, { force: true });
 					// A part from an earlier run may have been wrong; bytes fetched in one go are what the server has.

@@ -79,10 +79,11 @@ test('exact-match: texts, and what follows the hashes', async (t) => {
 	const records = [
 		{ question: 'Q:', answer: 'It is <<1200+34>> #### 1234' },
 		{ question: 'Q:', answer: '#### 1,234' },
+		{ question: 'Q:', answer: '1,234' },
 	];
 	const generate = { length: { max: 10 } };
 	t.is((await evaluate(model, records, { metric: 'exact-match', generate })).correct, 1);
-	t.is((await evaluate(model, records, { metric: 'exact-match', generate, extract: 'after-hashes' })).correct, 2);
+	t.is((await evaluate(model, records, { metric: 'exact-match', generate, extract: 'after-hashes' })).correct, 3);
 	await model.dispose();
 });
 
@@ -271,6 +272,17 @@ test('generative perplexity: the judge, entropy and distinct-2 by hand', async (
 	t.true(Math.abs(result.entropy - Math.log(2)) < 1e-12);
 	// The pairs 7 8 and 8 7, of three in each of three texts.
 	t.true(Math.abs(result.distinct2 - 2 / 9) < 1e-12);
+	const shares: (number | undefined)[] = [];
+	const onProgress = ({ fraction }: { fraction?: number | undefined }) => void shares.push(fraction);
+	const few = { metric: 'generative-perplexity', judge: uniform, limit: 2, generate, onProgress } as const;
+	t.is((await evaluate(model, null, few)).records, 2);
+	t.deepEqual([shares.at(-1), shares.every((share) => (share as number) <= 1)], [1, true]);
+	await t.throwsAsync(evaluate(model, null, { ...few, concurrency: 1200 }), {
+		message: /concurrency is 1200, expected .* to 512/,
+	});
+	await t.throwsAsync(evaluate(model, [{ prompt: [3] }], { ...few, columns: { promt: 'q' } }), {
+		message: /columns\.promt is not known, did you mean 'prompt'/,
+	});
 
 	// A judge with opinions: by hand, behind the prompt, which is not scored.
 	const judge = await sharpModel({ attention: 'causal' }, 4, 16);

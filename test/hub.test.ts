@@ -256,6 +256,20 @@ test.serial('an aborted download rejects with the reason and is resumed later', 
 	t.regex(hub.bodyRequests('model.safetensors')[0] ?? '', /bytes=[1-9]\d+-/);
 });
 
+test.serial('what onProgress throws ends the download at once', async (t) => {
+	const reason = new Error('a mistake of the caller');
+	hub.requests.length = 0;
+	const onProgress = ({ status }: LoadProgress): void => {
+		if (status === 'download') throw reason;
+	};
+	await t.throwsAsync(resolveModelDirectory('owner/model', { onProgress }), { is: reason });
+	const bodies = ['config.json', 'model.safetensors'].map((name) => hub.bodyRequests(name).length);
+	t.true(
+		bodies.every((count) => count <= 1),
+		`${bodies}`,
+	);
+});
+
 test.serial('concurrent downloads of one model fetch its weights once', async (t) => {
 	hub.faults = { slowMs: 2 };
 	const directories = await Promise.all(Array.from({ length: 4 }, () => resolveModelDirectory('owner/model')));

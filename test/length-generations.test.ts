@@ -93,3 +93,34 @@ test('exact match, truncation, distance, judged likelihood and NELBO of a method
 	});
 	for (const model of [toy, judge, other]) await model.dispose();
 });
+
+test('margins are applied with the settings that they were fitted with', async (t) => {
+	const toy = await toyLengthModel();
+	const common = { max, coverage: [0.8], calibration: toyPairs(60, 92n), seeds: [1], generate: sampler } as const;
+	const methods = [
+		{ method: 'daedal', initial: 12, low: 0 },
+		{ method: 'daedal', initial: 4, low: 0 },
+		'daedal',
+	] as const;
+	const together = await evaluateLength(toy, pairs, { ...common, methods, generations: 6, likelihoods: 0 });
+	for (const choice of methods) {
+		const alone = await evaluateLength(toy, pairs, { ...common, methods: [choice], generations: 6, likelihoods: 0 });
+		const name = alone.bounds[0]?.method;
+		const rows = (list: readonly { method: string }[]) => list.filter(({ method }) => method === name);
+		t.true(rows(alone.bounds).length > 1);
+		t.deepEqual(rows(together.bounds), rows(alone.bounds), name);
+		const figures = (list: readonly GenerationRow[] = []) =>
+			list
+				.filter(({ method }) => method === name)
+				.map(({ canvas, exactMatch, meanLength }) => ({ canvas, exactMatch, meanLength }));
+		t.deepEqual(figures(together.generations?.rows), figures(alone.generations?.rows), name);
+	}
+	// Stored margins of other settings are none of this method's.
+	const stored = { max, coverage: [0.8], methods: [methods[0]], generations: 0 } as const;
+	await evaluateLength(toy, pairs, { ...stored, calibration: toyPairs(60, 92n), keep: true });
+	const own = await evaluateLength(toy, pairs, { ...stored, calibration: 'stored' });
+	t.true(own.bounds.some(({ coverage }) => coverage === 0.8));
+	const other = await evaluateLength(toy, pairs, { ...stored, methods: [methods[1]], calibration: 'stored' });
+	t.deepEqual([...new Set(other.bounds.map(({ coverage }) => coverage))], [null]);
+	await toy.dispose();
+});

@@ -10,9 +10,16 @@ import { check } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
 import { checkOptions } from '../option-checks.js';
 import { boundOf, type EndSignal, endSignal, fitMargins, lookOf, warningsOf } from './calibrate.js';
-import { type LengthCalibration, type LengthExtras, lengthExtras, storeCalibration } from './extras.js';
+import {
+	calibrationSettings,
+	isCalibrationOf,
+	type LengthCalibration,
+	type LengthExtras,
+	lengthExtras,
+	storeCalibration,
+} from './extras.js';
 import { type CompareOptions, compareGenerations, type GenerationComparison } from './generations.js';
-import { type HeadKind, type LengthMethod, type LengthOptions, resolveLength } from './method.js';
+import { type LengthMethod, type LengthOptions, resolveLength } from './method.js';
 import {
 	type BoundMetrics,
 	bestConstant,
@@ -221,16 +228,14 @@ export async function evaluateLength(
 			looks.map((look) => boundWithout(rule.predict?.(look, 0) ?? -1, max)),
 			null,
 		);
-		const stored = storedSettings(candidate);
+		const settings = calibrationSettings(method, given);
 		const targets = [...new Set([...coverage, ...frontierCoverages])].sort((a, b) => a - b);
 		const fitted = fromStored
-			? own.calibrations.find(
-					(entry) => entry.method === method && entry.max === max && entry.settings.head === stored.head,
-				)
+			? own.calibrations.find((entry) => isCalibrationOf(entry, method, given, max))
 			: fitMargins(
 					await looksOf(fitting, 'fitting', candidate),
 					fitting.map((pair) => pair.answer.length),
-					{ method, max, settings: stored, coverages: targets },
+					{ method, max, settings, coverages: targets },
 				);
 		if (!fitted) continue;
 		calibrations.push(fitted);
@@ -294,14 +299,6 @@ export async function evaluateLength(
 /** Room that an uncalibrated prediction leaves. */
 function boundWithout(end: number, max: number): number {
 	return end < 0 ? max : Math.min(end, max);
-}
-
-function storedSettings({ method, options }: Candidate): LengthCalibration['settings'] {
-	const settings: Record<string, unknown> = {};
-	for (const key of ['initial', 'grow', 'window', 'low', 'high'] as const) {
-		if (method === 'daedal' && options[key] !== undefined) settings[key] = options[key];
-	}
-	return method === 'head' ? { head: options.head ?? ('token' satisfies HeadKind) } : settings;
 }
 
 /** The methods asked for, checked; by default all but those that need what the model has not. */

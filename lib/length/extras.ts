@@ -4,7 +4,7 @@
  */
 import type { Engine } from '../engine.js';
 import type { LengthHead } from './head.js';
-import type { HeadKind, LengthMethod } from './method.js';
+import type { HeadKind, LengthMethod, LengthOptions } from './method.js';
 
 /** A fitted safety margin; see `calibrateLength`. */
 export interface LengthCalibration {
@@ -43,6 +43,31 @@ export interface LengthExtras {
 }
 
 const extras = new WeakMap<Engine, LengthExtras>();
+
+/** Options of a method that a margin depends on, as a calibration holds them. */
+export function calibrationSettings(
+	method: LengthMethod,
+	options: Omit<LengthOptions, 'max' | 'coverage'>,
+): LengthCalibration['settings'] {
+	if (method === 'head') return { head: options.head ?? 'token' };
+	const settings: Record<string, unknown> = {};
+	for (const key of ['initial', 'grow', 'window', 'low', 'high'] as const) {
+		if (method === 'daedal' && options[key] !== undefined) settings[key] = options[key];
+	}
+	return settings;
+}
+
+/** Whether margins were fitted for the method with these very options. */
+export function isCalibrationOf(
+	{ method, max, settings }: LengthCalibration,
+	wanted: LengthMethod,
+	options: Omit<LengthOptions, 'max' | 'coverage'>,
+	size: number,
+): boolean {
+	if (method !== wanted || max !== size) return false;
+	const own = calibrationSettings(wanted, options);
+	return (['head', 'initial', 'grow', 'window', 'low', 'high'] as const).every((key) => settings[key] === own[key]);
+}
 
 /** Adds a calibration; it replaces an earlier one of the same method, head and `max`. */
 export function storeCalibration(extras: LengthExtras, fitted: LengthCalibration): void {

@@ -13,7 +13,7 @@ import type { DiffuGPT } from '../model.js';
 import type { GenerateOptions } from '../options.js';
 import { philox, Stream } from '../random.js';
 import type { Candidate } from './evaluate.js';
-import type { LengthExtras } from './extras.js';
+import { isCalibrationOf, type LengthExtras } from './extras.js';
 import { firstCanvas } from './look.js';
 import type { LengthRule } from './method.js';
 import { resolveLength } from './method.js';
@@ -241,22 +241,17 @@ function contendersOf(
 	coverage: number,
 	max: number,
 ): Contender[] {
-	const scene = { extras, infilling: false };
 	const list: Contender[] = [
 		{ name: 'fixed', rule: null, coverage: null },
-		{ name: 'early cut', rule: resolveLength({ max }, 'constant', scene), coverage: null },
+		{ name: 'early cut', rule: resolveLength({ max }, 'constant', { extras, infilling: false }), coverage: null },
 	];
 	for (const { name, method, options } of candidates) {
 		const { quantile: _, probability: __, ...kept } = options;
-		const calibrated = extras.calibrations.some(
-			(entry) =>
-				entry.method === method &&
-				entry.max === max &&
-				(method !== 'head' || entry.settings.head === (options.head ?? 'token')) &&
-				entry.levels.some((level) => level.coverage === coverage),
-		);
+		const calibrations = extras.calibrations.filter((entry) => isCalibrationOf(entry, method, options, max));
+		const calibrated = calibrations.some(({ levels }) => levels.some((level) => level.coverage === coverage));
 		if (!calibrated && method === 'constant') continue;
-		const rule = resolveLength(calibrated ? { ...kept, max, coverage } : { ...options, max }, method, scene);
+		const asked = calibrated ? { ...kept, max, coverage } : { ...options, max };
+		const rule = resolveLength(asked, method, { extras: { ...extras, calibrations }, infilling: false });
 		list.push({ name, rule, coverage: calibrated ? coverage : null });
 	}
 	return list;
