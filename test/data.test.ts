@@ -597,3 +597,20 @@ test('records and columns of a wrong kind are named', async (t) => {
 	symlinkSync(join(root, 'nowhere'), join(root, 'linked', 'b.txt'));
 	await t.throwsAsync(prepare(join(root, 'linked'), options()), { code: 'ERR_DN_CHECKPOINT', message: /b\.txt/ });
 });
+
+test('the seam of a pair follows what the tokenizer makes of the text', async (t) => {
+	const json = JSON.parse(gpt2.toJSON()) as Record<string, unknown>;
+	const spaced = { type: 'ByteLevel', add_prefix_space: true, trim_offsets: true, use_regex: true };
+	const composed = 'caf\u00e9 caf\u00e9 caf\u00e9';
+	for (const [changes, prompt, expected] of [
+		[{ pre_tokenizer: spaced }, 'He went', ' He went'],
+		[{ normalizer: { type: 'NFC' } }, `He ate ${composed.normalize('NFD')}`, `He ate ${composed}`],
+		[{}, 'He went', 'He went'],
+	] as const) {
+		const tokenizer = Tokenizer.fromString(JSON.stringify({ ...json, ...changes }));
+		const data = await prepare([{ prompt, answer: 'to the X' }], options({ tokenizer, format: 'pairs', context: 32 }));
+		const { tokens, promptLength } = data.get(0);
+		t.is(tokenizer.decode(tokens.subarray(0, promptLength)), expected);
+		t.is(tokenizer.decode(tokens.subarray(promptLength)), ' to the X<|endoftext|>');
+	}
+});

@@ -11,6 +11,34 @@ export function encodeDocument(text: string, tokenizer: DataTokenizer): Int32Arr
 }
 
 /**
+ * Where the parts of a text end among its tokens: a token belongs to the part that its last byte lies in. The bytes are those
+ * of the tokens, which differ from the text's where a tokenizer normalises it or puts a space in front.
+ */
+export function seams(
+	parts: readonly string[],
+	tokens: Int32Array,
+	tokenizer: { encode(text: string): Int32Array; decodeBytes(ids: Int32Array): Uint8Array },
+): number[] {
+	const isPlain = Buffer.from(parts.join('')).equals(tokenizer.decodeBytes(tokens));
+	const ends: number[] = [];
+	let before = '';
+	let bytes = 0;
+	let end = 0;
+	for (const part of parts) {
+		before += part;
+		const size = isPlain ? Buffer.byteLength(before) : tokenizer.decodeBytes(tokenizer.encode(before)).length;
+		for (; end < tokens.length; end++) {
+			const own = tokenizer.decodeBytes(tokens.subarray(end, end + 1)).length;
+			if (bytes + own > size) break;
+			bytes += own;
+		}
+		ends.push(end);
+	}
+	ends[ends.length - 1] = tokens.length;
+	return ends;
+}
+
+/**
  * Ids of prompt and answer, tokenised together as a reader of the whole text would (separate tokenisation gives other ids
  * where a token spans the seam). The prompt is the tokens that lie wholly inside it; a token across the seam is answer.
  */
@@ -20,17 +48,13 @@ export function encodePair(
 	tokenizer: DataTokenizer,
 ): { tokens: Int32Array; promptLength: number } {
 	const tokens = tokenizer.encode(prompt + answer);
-	let promptLength = 0;
 	if (tokenizer.decodeBytes) {
-		const promptBytes = Buffer.byteLength(prompt);
-		let bytes = 0;
-		for (; promptLength < tokens.length; promptLength++) {
-			bytes += tokenizer.decodeBytes(tokens.subarray(promptLength, promptLength + 1)).length;
-			if (bytes > promptBytes) break;
-		}
-		return { tokens, promptLength };
+		const { decodeBytes } = tokenizer;
+		const own = { encode: (text: string) => tokenizer.encode(text), decodeBytes: decodeBytes.bind(tokenizer) };
+		return { tokens, promptLength: seams([prompt, answer], tokens, own)[0] as number };
 	}
 	const alone = tokenizer.encode(prompt);
+	let promptLength = 0;
 	while (promptLength < alone.length && alone[promptLength] === tokens[promptLength]) promptLength++;
 	return { tokens, promptLength };
 }

@@ -4,6 +4,7 @@ import { stat } from 'node:fs/promises';
 import { toSeed } from '../batch.js';
 import { checkMask, type ModelConfig } from '../config.js';
 import type { TokenDataset } from '../data/dataset.js';
+import { seams } from '../data/pack.js';
 import { fileKind, type Row, readDocuments, readJsonLines } from '../data/readers.js';
 import type { Engine } from '../engine.js';
 import { check, DiffusionNativeError } from '../errors.js';
@@ -178,23 +179,10 @@ export class EvaluationContext {
 			return { tokens, ends: lists.map((list) => (end += list.length)) };
 		}
 		const tokenizer = this.tokenizer();
-		const tokens = tokenizer.encode(parts.join(''));
+		const texts = parts as readonly string[];
+		const tokens = tokenizer.encode(texts.join(''));
 		this.#checkIds(tokens, where);
-		const ends: number[] = [];
-		let text = 0;
-		let bytes = 0;
-		let i = 0;
-		for (const part of parts) {
-			text += Buffer.byteLength(part);
-			for (; i < tokens.length; i++) {
-				const size = tokenizer.decodeBytes(tokens.subarray(i, i + 1)).length;
-				if (bytes + size > text) break;
-				bytes += size;
-			}
-			ends.push(i);
-		}
-		ends[ends.length - 1] = tokens.length;
-		return { tokens, ends };
+		return { tokens, ends: seams(texts, tokens, tokenizer) };
 	}
 
 	/** Throws unless so many tokens fit the context. */

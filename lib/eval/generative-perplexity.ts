@@ -9,6 +9,7 @@
  * pairs of neighbouring tokens by all such pairs, over all texts (Li et al., arXiv 1510.03055).
  */
 import { TokenDataset } from '../data/dataset.js';
+import { seams } from '../data/pack.js';
 import { check } from '../errors.js';
 import { endIds } from '../evaluator.js';
 import type { DiffuGPT } from '../model.js';
@@ -167,13 +168,9 @@ function judgeTokens(
 	if (own && judge.tokenizer) {
 		const before =
 			prompt === undefined ? '' : typeof prompt === 'string' ? prompt : own.decode(Int32Array.from(prompt));
-		const size = Buffer.byteLength(before);
-		const tokens = judge.tokenizer.encode(before + own.decode(generated));
-		let from = 0;
-		for (let bytes = 0; from < tokens.length; from++) {
-			bytes += judge.tokenizer.decodeBytes(tokens.subarray(from, from + 1)).length;
-			if (bytes > size) break;
-		}
+		const after = own.decode(generated);
+		const tokens = judge.tokenizer.encode(before + after);
+		const from = seams([before, after], tokens, judge.tokenizer)[0] as number;
 		return { tokens: Int32Array.from([bosId, ...tokens]), from: from + 1 };
 	}
 	check(
