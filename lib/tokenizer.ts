@@ -52,6 +52,8 @@ export class Tokenizer {
 	private madeBpe: ByteBpe | undefined;
 	private readonly vocab: ReadonlyMap<string, number>;
 	private readonly merges: readonly (readonly [string, string])[];
+	/** How text is prepared, where that is not GPT-2's way; part of the fingerprint. */
+	private readonly manner: readonly unknown[];
 	private readonly added: readonly AddedToken[];
 	private readonly specialIds: ReadonlySet<number>;
 	/** Entries of the vocabulary by id. */
@@ -125,14 +127,16 @@ export class Tokenizer {
 		this.ordinary = new AddedTokenMatcher(this.added.filter((token) => !token.special));
 		this.all = new AddedTokenMatcher(this.added);
 		this.merges = merges;
+		const isPlain = !file.normalizer && isGpt2Words(file.pre_tokenizer) && model.ignore_merges !== true;
+		this.manner = isPlain ? [] : [[file.normalizer ?? null, file.pre_tokenizer ?? null, model.ignore_merges === true]];
 	}
 
 	/**
-	 * SHA-256 (hex) of vocabulary and merges: equal for tokenizers that give the same ids to plain text. Tokens added beyond
+	 * SHA-256 (hex) of vocabulary and merges, and of how text is prepared where that is not GPT-2's way: equal for tokenizers that give the same ids to plain text. Tokens added beyond
 	 * the vocabulary (a mask token, say) change nothing.
 	 */
 	get fingerprint(): string {
-		this.digest ??= sha256([this.entries(), this.merges]);
+		this.digest ??= sha256([this.entries(), this.merges, ...this.manner]);
 		return this.digest;
 	}
 
@@ -366,6 +370,7 @@ function textOf(path: string): string {
 
 interface TokenizerFile {
 	added_tokens?: AddedToken[];
+	normalizer?: unknown;
 	pre_tokenizer?: PreTokenizerJson | null;
 	model: {
 		type?: string;

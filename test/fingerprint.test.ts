@@ -135,3 +135,21 @@ test('token files with the older digest of everything still fit whom they fitted
 			message: /prepare it again/,
 		});
 });
+
+test('how text is prepared is part of the fingerprint, where it is not as in GPT-2', (t) => {
+	const { fingerprint } = gpt2;
+	const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: true };
+	const seen = new Set([fingerprint]);
+	for (const changes of [
+		{ pre_tokenizer: { ...byteLevel, add_prefix_space: true } },
+		{ normalizer: { type: 'NFC' } },
+		{ model: { ...json.model, ignore_merges: true } },
+	]) {
+		const other = Tokenizer.fromString(JSON.stringify({ ...json, ...changes }));
+		t.false(seen.has(other.fingerprint), JSON.stringify(changes).slice(0, 60));
+		t.is(other.fingerprint, Tokenizer.fromString(other.toJSON()).fingerprint);
+		seen.add(other.fingerprint);
+	}
+	const same = { ...json, normalizer: null, pre_tokenizer: byteLevel };
+	t.is(Tokenizer.fromString(JSON.stringify(same)).fingerprint, fingerprint);
+});
