@@ -132,8 +132,8 @@ export class Tokenizer {
 	}
 
 	/**
-	 * SHA-256 (hex) of vocabulary and merges, and of how text is prepared where that is not GPT-2's way: equal for tokenizers that give the same ids to plain text. Tokens added beyond
-	 * the vocabulary (a mask token, say) change nothing.
+	 * SHA-256 (hex) of vocabulary and merges, and of how text is prepared where that is not GPT-2's way: equal for tokenizers
+	 * that give the same ids to plain text. Tokens added beyond the vocabulary (a mask token, say) change nothing.
 	 */
 	get fingerprint(): string {
 		this.digest ??= sha256([this.entries(), this.merges, ...this.manner]);
@@ -226,8 +226,8 @@ export class Tokenizer {
 	}
 
 	/**
-	 * Whether ids below `vocab`, made with the tokenizer of this `dataFingerprint`, mean the same here: the same vocabulary
-	 * and merges, and the same added tokens below `vocab`. Further added tokens of this tokenizer do no harm.
+	 * Whether ids below `vocab`, made with the tokenizer of this `dataFingerprint`, mean the same here: the same
+	 * {@link Tokenizer.fingerprint}, and the same added tokens below `vocab`. Further added tokens of this tokenizer do no harm.
 	 */
 	acceptsData(fingerprint: string, vocab: number): boolean {
 		if (vocab > this.vocabSize) return false;

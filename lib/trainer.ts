@@ -198,24 +198,28 @@ export class Trainer implements AsyncDisposable {
 				}
 				const last = this.#step === maxSteps;
 				this.#validationLoss = null;
-				let stop: { reason: unknown } | undefined;
+				let failure: { reason: unknown } | undefined;
 				if (validation && (last || (evalEvery !== undefined && this.#step % evalEvery === 0))) {
 					try {
 						const { loss, unweighted } = await this.#validate(validation, signal);
 						this.#judge(loss);
 						metrics = { ...metrics, validation: loss, validationUnweighted: unweighted };
 					} catch (reason) {
-						stop = { reason }; // the step stands, with its checkpoint and its metrics
+						failure = { reason };
 					}
 				}
+				// A step whose validation is aborted stands, with its checkpoint; one whose validation fails has its metrics only.
+				const stands = !failure || signal?.aborted === true;
 				const due = last || this.#stopped || (checkpoint?.every !== undefined && this.#step % checkpoint.every === 0);
-				try {
-					if (checkpoint && due) metrics = { ...metrics, checkpoint: await this.checkpoint() };
-					for (const logger of this.#loggers) await logger.log(metrics);
-				} catch (error) {
-					stop ??= { reason: error };
+				if (checkpoint && due && stands) {
+					try {
+						metrics = { ...metrics, checkpoint: await this.checkpoint() };
+					} catch (reason) {
+						failure = { reason };
+					}
 				}
-				if (stop) throw stop.reason;
+				for (const logger of this.#loggers) await logger.log(metrics);
+				if (failure) throw failure.reason;
 				yield metrics;
 			}
 		} finally {

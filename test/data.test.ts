@@ -563,6 +563,7 @@ test('lines that end in CRLF or in punctuation of any script are places to cut',
 		['crlf', 'The quick brown fox jumps over the lazy dog.\r\n'],
 		['cjk', '\u5929\u5730\u7384\u9ec4\u5b87\u5b99\u6d2a\u8352\u3002\n'],
 		['markup', '<row id="1">value</row>\n'],
+		['spaces', 'Words apart , as in some corpora . \n'],
 	] as const) {
 		const text = line.repeat(Math.ceil(400_000 / line.length));
 		const pieces: string[] = [];
@@ -591,6 +592,8 @@ test('records and columns of a wrong kind are named', async (t) => {
 	await wrong([{ tokens: [1.7, 'x', 3] }], { format: 'documents' }, /record 0: tokens is no Int32Array/);
 	await wrong([{ text: 'a', split: 3 }], { validation: 0.5 }, /record 0: split is 3, expected text/);
 	await wrong([{ text: 'a' }], { separator: 5 }, /separator is 5/);
+	await wrong([{ text: 'a' }], { splitText: 5 }, /splitText is 5/);
+	await wrong([{ text: 'a' }], { columns: 'text' }, /columns is "text"/);
 	await wrong([{ text: 'a' }], { columns: { txt: 'body' } }, /columns\.txt is not known, did you mean 'text'/);
 	await wrong([{ text: 'a' }], { columns: { text: 7 } }, /columns\.text is 7/);
 	mkdirSync(join(root, 'linked'));

@@ -122,5 +122,17 @@ test('margins are applied with the settings that they were fitted with', async (
 	t.true(own.bounds.some(({ coverage }) => coverage === 0.8));
 	const other = await evaluateLength(toy, pairs, { ...stored, methods: [methods[1]], calibration: 'stored' });
 	t.deepEqual([...new Set(other.bounds.map(({ coverage }) => coverage))], [null]);
+	const plain = await evaluateLength(toy, pairs, { ...stored, methods: ['daedal'], calibration: 'stored' });
+	t.deepEqual(
+		plain.bounds.map(({ method: _, ...row }) => row),
+		own.bounds.map(({ method: _, ...row }) => row),
+		'a method without options has those of its margins',
+	);
+	const alike = [
+		{ method: 'daedal', initial: 4 },
+		{ method: 'daedal', grow: 4 },
+	] as const;
+	const told = await evaluateLength(toy, pairs, { ...common, methods: alike, generations: 0 });
+	t.deepEqual([...new Set(told.bounds.map(({ method }) => method))], ['daedal initial 4', 'daedal grow 4']);
 	await toy.dispose();
 });

@@ -365,6 +365,27 @@ test('an abort of the last validation leaves the last checkpoint', async (t) => 
 	await model.dispose();
 });
 
+test('a validation that is not finite leaves no checkpoint of its step', async (t) => {
+	const data = await documents(50);
+	const model = await tiny();
+	const dir = fresh();
+	const logged: number[] = [];
+	await using trainer = new Trainer(model, {
+		data,
+		validation: data,
+		maxSteps: 4,
+		evalEvery: 1,
+		checkpoint: { dir, every: 1 },
+		// After step 2 its weights are spoilt, before they are validated.
+		learningRate: (step) => (step === 1 ? 1e30 : 1e-3),
+		loggers: [{ log: ({ step }) => void logged.push(step) }],
+	});
+	await t.throwsAsync(collect(trainer), { code: 'ERR_DN_DIVERGED' });
+	t.deepEqual(readdirSync(dir).sort(), ['metrics.jsonl', 'step-00000001']);
+	t.deepEqual(logged, [1, 2]);
+	await model.dispose();
+});
+
 test('one run at a time; every logger is closed, whichever fails', async (t) => {
 	const data = await documents(50);
 	const model = await tiny();

@@ -37,8 +37,7 @@ export function stopWhenNobodyReads(): void {
 	for (const stream of [process.stdout, process.stderr]) {
 		stream.on('error', (error: NodeJS.ErrnoException) => {
 			if (error.code !== 'EPIPE') throw error;
-			if (!left) process.emit('SIGINT');
-			left = true;
+			if (!left) left = process.emit('SIGINT');
 		});
 	}
 }

@@ -166,7 +166,8 @@ async function resume(config: RunConfig, from: string, loggers: readonly MetricL
 	if (path !== undefined) ({ data, validation } = await openData(config, path, context));
 	else {
 		if (epochs !== undefined && state.data) data = await reopen(state.data);
-		if (typeof held === 'string') validation = await TokenDataset.open(held, { context: config.context ?? context });
+		if (typeof held === 'string')
+			validation = await TokenDataset.open(held, { context: config.context ?? (state.data?.context || context) });
 	}
 	const overrides: ResumeOptions = {
 		...trainerKeys(config),

@@ -135,8 +135,14 @@ export function resolvePrepareOptions(options: PrepareOptions) {
 	const { tokenizer, out } = options;
 	check(tokenizer && typeof tokenizer.encode === 'function', 'prepare needs the option tokenizer');
 	check(typeof out === 'string' && out.length > 0, 'prepare needs the option out, the path of the token file');
-	const { separator = ' ', splitText = 'file', columns = {} } = options;
+	const { separator = ' ', splitText = 'file' } = options;
+	const columns = options.columns ?? {};
 	check(typeof separator === 'string', `separator is ${JSON.stringify(separator)}, expected text`);
+	check(
+		typeof splitText === 'string',
+		`splitText is ${JSON.stringify(splitText)}, expected 'file', 'paragraph', 'line' or a separator`,
+	);
+	check(typeof columns === 'object', `columns is ${JSON.stringify(columns)}, expected names of columns by role`);
 	for (const [role, name] of Object.entries(columns)) {
 		check(columnRoles.includes(role), () => `columns.${role} is not known${suggest(role, columnRoles)}`);
 		check(

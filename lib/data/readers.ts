@@ -243,16 +243,17 @@ async function* readWhole(path: string, options: ReadOptions): AsyncGenerator<Te
 }
 
 /**
- * Where to cut at or after `from`, -1: nowhere. Before the first line end that follows a letter or digit: no pre-token of a
- * byte-level BPE crosses it. Where none comes in a piece, before one that follows anything but white space.
+ * Where to cut at or after `from`, -1: nowhere. Before the white space that a line ends with, the first that follows a letter
+ * or digit: no pre-token of a byte-level BPE crosses from another character into white space. Where none comes in a piece,
+ * the first that follows any other character, which some pre-tokenizers join with a line end.
  */
 function safeCut(text: string, from: number): number {
 	let other = -1;
 	for (let at = text.indexOf('\n', from); at >= 0; at = text.indexOf('\n', at + 1)) {
-		const end = text[at - 1] === '\r' ? at - 1 : at;
-		const before = text.charAt(end - 1);
-		if (/[\p{L}\p{N}]/u.test(before)) return end;
-		if (other < 0 && /\S/.test(before)) other = end;
+		let end = at;
+		while (end > 0 && /\s/.test(text.charAt(end - 1))) end--;
+		if (end > 0 && /[\p{L}\p{N}]/u.test(text.charAt(end - 1))) return end;
+		if (end > 0 && other < 0) other = end;
 		if (other >= 0 && at - from >= pieceCharacters) break;
 	}
 	return other;

@@ -67,8 +67,9 @@ export async function* recordItems(
 			`record ${number}: expected text, { text }, { tokens } or { prompt, answer }`,
 		);
 		if (!(record instanceof Int32Array)) {
+			const read = 'prompt' in record || !('tokens' in record) ? undefined : record.tokens;
 			check(
-				!('tokens' in record) || (record.tokens as unknown) instanceof Int32Array,
+				read === undefined || (read as unknown) instanceof Int32Array,
 				`record ${number}: tokens is no Int32Array of ids`,
 			);
 			check(

@@ -139,11 +139,12 @@ export async function evaluateLength(
 		);
 	}
 	const own = lengthExtras(model.engine);
-	const candidates = candidatesOf(options.methods, own, max);
+	let candidates = candidatesOf(options.methods, own, max);
 	const read = await readPairs(model, data, max, options);
 	const source = options.calibration ?? (own.calibrations.some((entry) => entry.max === max) ? 'stored' : 'split');
 	const fromStored = source === 'stored';
 	const fromSplit = source === 'split';
+	if (fromStored) candidates = candidates.map((candidate) => withStored(candidate, own, max));
 	check(
 		!(options.keep && fromStored),
 		"option keep stores the margins that are fitted here, and calibration: 'stored' fits none",
@@ -165,7 +166,11 @@ export async function evaluateLength(
 	const looksOf = async (list: readonly LengthPair[], name: string, candidate: Candidate): Promise<LengthLook[]> => {
 		// Methods that read the same probabilities share one look.
 		const { method, options: given } = candidate;
-		const groups: Partial<Record<LengthMethod, string>> = { daedal: candidate.name, head: 'head', constant: 'none' };
+		const groups: Partial<Record<LengthMethod, string>> = {
+			daedal: settingsKey(candidate),
+			head: 'head',
+			constant: 'none',
+		};
 		const group = groups[method] ?? 'end';
 		const known = shared.get(`${name} ${group}`);
 		done += list.length;
@@ -301,6 +306,20 @@ function boundWithout(end: number, max: number): number {
 	return end < 0 ? max : Math.min(end, max);
 }
 
+/** A method of which nothing is said has the options that its stored margins were fitted with, as in a generation. */
+function withStored(candidate: Candidate, { calibrations }: LengthExtras, max: number): Candidate {
+	const { method, options } = candidate;
+	if (method !== 'daedal' || settingsKey(candidate) !== settingsKey({ method, options: {} })) return candidate;
+	const stored = calibrations.find((entry) => entry.method === method && entry.max === max);
+	const { form: _, ...settings } = stored?.settings ?? {};
+	return { ...candidate, options: { ...options, ...settings } };
+}
+
+/** Equal for candidates that margins and looks do not tell apart. */
+function settingsKey({ method, options }: Pick<Candidate, 'method' | 'options'>): string {
+	return JSON.stringify([method, calibrationSettings(method, options)]);
+}
+
 /** The methods asked for, checked; by default all but those that need what the model has not. */
 function candidatesOf(methods: readonly MethodChoice[] | undefined, extras: LengthExtras, max: number): Candidate[] {
 	const plain: MethodChoice[] = [
@@ -316,14 +335,17 @@ function candidatesOf(methods: readonly MethodChoice[] | undefined, extras: Leng
 	const heads = (['token', 'pooled', 'quantile'] as const).map((head) => ({ method: 'head' as const, head }));
 	const wanted = methods ?? [...plain, ...(extras.head ? heads : [])];
 	check(Array.isArray(wanted) && wanted.length > 0, 'option methods is not a list of length methods');
-	return wanted.map((choice) => {
+	const named = wanted.map((choice) => {
 		const { method = 'constant', ...options } = typeof choice === 'string' ? { method: choice } : choice;
 		resolveLength({ ...options, max, method }, method, { extras, infilling: false });
-		const facts = Object.values(options).filter((value) => value !== undefined);
-		return {
-			name: facts.length > 0 ? `${method} ${facts.join(' ')}` : method,
-			method,
-			options: { ...options, method },
-		};
+		const facts = Object.entries(options).filter(([, value]) => value !== undefined);
+		const short = [method, ...facts.map(([, value]) => value)].join(' ');
+		const long = [method, ...facts.map(([key, value]) => `${key} ${value}`)].join(' ');
+		return { short, long, method, options: { ...options, method } };
+	});
+	// Names say which option it is where the value alone would not tell choices apart.
+	return named.map(({ short, long, ...rest }) => {
+		const isAmbiguous = named.some((other) => other.short === short && other.long !== long);
+		return { name: isAmbiguous ? long : short, ...rest };
 	});
 }
