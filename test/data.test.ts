@@ -574,6 +574,10 @@ test('lines that end in CRLF or in punctuation of any script are places to cut',
 			`${name}: ${pieces.length} pieces`,
 		);
 		t.is(pieces.join(''), text);
+		t.true(
+			pieces.slice(0, -1).every((piece) => /\S$/.test(piece)),
+			`${name}: white space stays together`,
+		);
 		t.deepEqual(
 			pieces.flatMap((piece) => [...gpt2.encode(piece)]),
 			[...gpt2.encode(text)],
