@@ -80,7 +80,7 @@ test('packed: text and end token, end to end, in windows without overlap', async
 });
 
 test('a long text file read in pieces has the tokens of the whole', async (t) => {
-	const text = story(9000);
+	const text = story(7000);
 	t.true(text.length > 300_000);
 	const data = await prepare(file('story.txt', text), options({ context: 64 }));
 	t.deepEqual(all(data).flat(), [...gpt2.encode(text), eos].slice(0, data.sequences * 64));
@@ -531,7 +531,7 @@ test('records from memory let the event loop turn, and an abort through', async 
 });
 
 test('a long document in pieces is one document: split, truncated, dropped or refused as a whole', async (t) => {
-	const text = story(9000);
+	const text = story(7000);
 	t.true(text.length > 4 * 65536, 'several pieces');
 	const path = file('long.txt', text);
 	const ids = [...gpt2.encode(text), eos];
@@ -565,12 +565,12 @@ test('lines that end in CRLF or in punctuation of any script are places to cut',
 		['markup', '<row id="1">value</row>\n'],
 		['spaces', 'Words apart , as in some corpora . \n'],
 	] as const) {
-		const text = line.repeat(Math.ceil(400_000 / line.length));
+		const text = line.repeat(Math.ceil(300_000 / line.length));
 		const pieces: string[] = [];
 		for await (const piece of readDocuments(file(`${name}.txt`, text), 'file', { maxLine: 1000, onBytes: () => {} }))
 			pieces.push(piece.text);
 		t.true(
-			pieces.length >= 4 && pieces.every((piece) => piece.length <= 3 * 65536),
+			pieces.length >= 3 && pieces.every((piece) => piece.length <= 3 * 65536),
 			`${name}: ${pieces.length} pieces`,
 		);
 		t.is(pieces.join(''), text);

@@ -172,10 +172,11 @@ test.serial('ancestral reproduces its exact distribution, which tends to the any
 		t.log(`${steps} steps: p = ${p}`);
 		t.true(p > 1e-4, `${steps} steps: p = ${p}`);
 	}
-	// Of 256 steps the any-order distribution is 0.0013 away: less than these draws can see.
-	const p = chiSquare(await draw(made.model, draws, { sampler: 'ancestral', steps: 256 }), anyOrder);
-	t.log(`256 steps: p = ${p}`);
-	t.true(p > 1e-4, `256 steps: p = ${p}`);
+	// Of 128 steps the any-order distribution is 0.003 away: less than these draws can see.
+	t.true((distances.at(-1) as number) < 0.003, `${distances}`);
+	const p = chiSquare(await draw(made.model, draws, { sampler: 'ancestral', steps: 128 }), anyOrder);
+	t.log(`128 steps: p = ${p}`);
+	t.true(p > 1e-4, `128 steps: p = ${p}`);
 	const few = chiSquare(await draw(made.model, draws / 10, { sampler: 'ancestral', steps: 2 }), anyOrder);
 	t.true(few < 1e-6, `2 steps are not many: p = ${few}`);
 	await made.model.dispose();
