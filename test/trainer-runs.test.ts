@@ -309,11 +309,23 @@ test('an override that is undefined is one that was not given', async (t) => {
 	await model.dispose();
 });
 
+/** A run that is aborted once so many steps are done: while the last of them is validated. */
+async function abortedAt(trainer: Trainer, steps: number, reason: Error): Promise<void> {
+	const stop = new AbortController();
+	const watch = setInterval(() => {
+		if (trainer.steps === steps) stop.abort(reason);
+	}, 1);
+	try {
+		for await (const _ of trainer.run({ signal: stop.signal }));
+	} finally {
+		clearInterval(watch);
+	}
+}
+
 test('an abort reaches a validation; the step before it stands and is logged', async (t) => {
 	const data = await documents(600);
 	const model = await tiny();
 	const dir = fresh();
-	const stop = new AbortController();
 	const reason = new Error('enough');
 	const logged: [number, boolean][] = [];
 	await using trainer = new Trainer(model, {
@@ -326,14 +338,7 @@ test('an abort reaches a validation; the step before it stands and is logged', a
 		checkpoint: { dir },
 		loggers: [{ log: ({ step, validation }) => void logged.push([step, validation !== undefined]) }],
 	});
-	// Once the second step is done, its validation runs: 600 calls of the model.
-	const counter = setInterval(() => {
-		if (trainer.steps === 2) stop.abort(reason);
-	}, 1);
-	const running = (async () => {
-		for await (const _ of trainer.run({ signal: stop.signal }));
-	})();
-	t.is(await t.throwsAsync(running).finally(() => clearInterval(counter)), reason);
+	t.is(await t.throwsAsync(abortedAt(trainer, 2, reason)), reason);
 	t.is(trainer.steps, 2);
 	t.deepEqual(logged, [
 		[1, false],
@@ -350,17 +355,10 @@ test('an abort of the last validation leaves the last checkpoint', async (t) => 
 	const data = await documents(600);
 	const model = await tiny();
 	const dir = fresh();
-	const stop = new AbortController();
 	const enough = new Error('enough');
 	const options = { data, validation: data, maxSteps: 2, evalSequences: 600, batchSize: 1, checkpoint: { dir } };
 	await using trainer = new Trainer(model, options);
-	const counter = setInterval(() => {
-		if (trainer.steps === 2) stop.abort(enough);
-	}, 1);
-	const running = (async () => {
-		for await (const _ of trainer.run({ signal: stop.signal }));
-	})();
-	t.is(await t.throwsAsync(running).finally(() => clearInterval(counter)), enough);
+	t.is(await t.throwsAsync(abortedAt(trainer, 2, enough)), enough);
 	t.deepEqual(readdirSync(dir).sort(), ['metrics.jsonl', 'step-00000002']);
 	await model.dispose();
 });

@@ -249,12 +249,16 @@ async function* readWhole(path: string, options: ReadOptions): AsyncGenerator<Te
  */
 function safeCut(text: string, from: number): number {
 	let other = -1;
+	let before = -1; // the line end before
 	for (let at = text.indexOf('\n', from); at >= 0; at = text.indexOf('\n', at + 1)) {
 		let end = at;
-		while (end > 0 && /\s/.test(text.charAt(end - 1))) end--;
-		if (end > 0 && /[\p{L}\p{N}]/u.test(text.charAt(end - 1))) return end;
-		if (end > 0 && other < 0) other = end;
-		if (other >= 0 && at - from >= pieceCharacters) break;
+		while (end > before + 1 && /\s/.test(text.charAt(end - 1))) end--;
+		const isSame = end === before + 1; // nothing but white space since
+		before = at;
+		if (isSame) continue;
+		if (/[\p{L}\p{N}]/u.test(text.charAt(end - 1))) return end;
+		if (other < 0) other = end;
+		if (at - from >= pieceCharacters) break;
 	}
 	return other;
 }

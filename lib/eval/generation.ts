@@ -21,7 +21,7 @@ export interface GenerationJob<K> {
 }
 
 /** Of the requests that an engine lets wait: others may be using the model. */
-const mostTogether = 512;
+export const mostTogether = 512;
 
 /** Runs the jobs; yields in their order. When one fails, the others stop. */
 export async function* generateAll<K>(

@@ -7,6 +7,7 @@
  * No figure is fitted on the pairs that are scored: margins come from other pairs.
  */
 import { check } from '../errors.js';
+import { wholeNumber } from '../eval/context.js';
 import type { DiffuGPT } from '../model.js';
 import { checkOptions } from '../option-checks.js';
 import { boundOf, type EndSignal, endSignal, fitMargins, lookOf, warningsOf } from './calibrate.js';
@@ -131,13 +132,8 @@ export async function evaluateLength(
 		Array.isArray(coverage) && coverage.length > 0 && coverage.every((c) => c > 0 && c < 1),
 		`option coverage is ${JSON.stringify(coverage)}, expected numbers between 0 and 1`,
 	);
-	for (const name of ['limit', 'calibrationLimit'] as const) {
-		const value = options[name];
-		check(
-			value === undefined || (Number.isSafeInteger(value) && value >= 1),
-			`option ${name} is ${String(value)}, expected a whole number >= 1`,
-		);
-	}
+	for (const name of ['limit', 'calibrationLimit'] as const)
+		if (options[name] !== undefined) wholeNumber(name, options[name], 1);
 	const own = lengthExtras(model.engine);
 	let candidates = candidatesOf(options.methods, own, max);
 	const read = await readPairs(model, data, max, options);

@@ -5,7 +5,8 @@
  */
 import { toSeed } from '../batch.js';
 import { check } from '../errors.js';
-import { EvaluationContext } from '../eval/context.js';
+import { EvaluationContext, wholeNumber } from '../eval/context.js';
+import { mostTogether } from '../eval/generation.js';
 import { autoregressive, bounds } from '../eval/likelihood.js';
 import { endIds } from '../evaluator.js';
 import { denoise, type GenerateResult, prepareRequest } from '../generate.js';
@@ -102,17 +103,10 @@ export async function compareGenerations(
 	options: CompareOptions & { readonly max: number },
 ): Promise<GenerationComparison> {
 	const { max, generations = 256, batch = 32, judge, likelihoods = 64, samples = 8, signal, onProgress } = options;
-	for (const [name, value] of Object.entries({ generations, batch, samples })) {
-		check(
-			Number.isSafeInteger(value) && value >= 1,
-			`option ${name} is ${String(value)}, expected a whole number >= 1`,
-		);
-	}
-	check(batch <= 512, `option batch is ${batch}, expected at most 512`);
-	check(
-		Number.isSafeInteger(likelihoods) && likelihoods >= 0,
-		`option likelihoods is ${String(likelihoods)}, expected a whole number >= 0`,
-	);
+	wholeNumber('generations', generations, 1);
+	wholeNumber('samples', samples, 1);
+	wholeNumber('batch', batch, 1, mostTogether);
+	wholeNumber('likelihoods', likelihoods, 0);
 	check(
 		options.seeds === undefined || Array.isArray(options.seeds),
 		`option seeds is ${String(options.seeds)}, expected a list of seeds`,
