@@ -21,9 +21,11 @@
 namespace dn::cpu {
 namespace {
 
-constexpr int64_t kMaxQueryBlock = 264;  // of any kernels
-constexpr int64_t kMinQueryBlock = 33;
-constexpr int64_t kMaskedHeadGroup = 4;  // heads that share the words of masks that are costly to evaluate
+constexpr int64_t kMinQueryBlock = 32;
+// Heads that share the words of masks that are costly to evaluate, and how many queries they may have in all:
+// beyond it their sums leave L2 between two blocks of keys.
+constexpr int64_t kMaskedHeadGroup = 4;
+constexpr int64_t kMaskedHeadQueries = 1056;
 // Rows of q, k and v (or of their gradients) that the heads of a task share, at most: half of L2. A task of
 // several heads finishes whole rows of memory while they are near, and makes the words of a mask once.
 constexpr int64_t kTaskFloats = int64_t{256} << 10;
@@ -127,7 +129,7 @@ int64_t heads_together(const Cpu& cpu, int64_t T, int64_t HS, int64_t NH, int64_
 void plan_forward(const Cpu& cpu, const AttentionSequence* sequences, int64_t S, const int32_t* positions,
                   int64_t NH, int64_t HS, std::vector<ForwardTask>* tasks) {
   const auto block_of = [&](const AttentionSequence& s, int64_t halvings) {
-    return forward_kernels(cpu, s, HS).most_rows >> halvings;
+    return std::max(forward_kernels(cpu, s, HS).most_rows >> halvings, kMinQueryBlock);
   };
   int64_t halvings = 0, count = 0;
   for (;; ++halvings) {
@@ -145,7 +147,8 @@ void plan_forward(const Cpu& cpu, const AttentionSequence* sequences, int64_t S,
     for (int64_t q = sequence.q_begin; q < sequence.q_end; q += block) {
       const int64_t rows = std::min(block, sequence.q_end - q);
       int64_t group = heads_together(cpu, std::max(rows, sequence.k_len), HS, NH, count);
-      if (costly_mask) group = std::max(group, kMaskedHeadGroup);
+      if (costly_mask)
+        group = std::max(group, std::min(kMaskedHeadGroup, std::max<int64_t>(1, kMaskedHeadQueries / rows)));
       if (rows <= kFewQueries) group = blocks_of(NH, cpu.threads);
       const int64_t seen = keys_seen(sequence, positions[q + rows - 1]);
       for (int64_t head = 0; head < NH; head += group) {

@@ -3,7 +3,8 @@
 //
 // All of it lies turned: scores are (keys, queries) and sums (HS, queries), keys and values are the A of
 // their products. A softmax over keys is then a loop over vectors whose lanes are queries, without a
-// reduction inside a vector, and probabilities of two keys join into what tiles want of B. The unit is a pair
+// reduction inside a vector, and probabilities of two keys join into what tiles want of B: numbers in pairs.
+// A pair is a number of the lower and one of the upper half of a step, sixteen apart. The unit is a pair
 // of strips of 16 queries. While the vector units turn the scores of a pair into probabilities, tiles
 // multiply the keys for the next pair and the values for the one before; in between the next block of keys is
 // packed.
@@ -21,7 +22,8 @@
 namespace dn::cpu {
 namespace {
 
-constexpr int64_t kMostPairs = 8;
+constexpr int64_t kMostPairs = 32;  // of a task: they share the packing of keys
+static_assert(kMostPairs * kPair <= kMaxQueryBlock, "callers have words for kMaxQueryBlock queries");
 constexpr int64_t kScores = kKeyBlock * kPair;                 // floats: scores of a pair
 constexpr int64_t kProbabilities = kKeySteps * kPairStep / 2;  // floats: probabilities of a pair, packed
 
@@ -124,22 +126,25 @@ void forward_begin(const ForwardTile& t, const float* q, int64_t q_stride, const
   }
   const __m512 scale = _mm512_set1_ps(t.scale * kLog2E);
   const int64_t all_rows = (t.rows + kPair - 1) / kPair * kPair;
-  alignas(64) float scaled[kHalf][kBf16Step];
-  const float* rows[kHalf];
-  for (int64_t r = 0; r < kHalf; ++r) rows[r] = scaled[r];
+  __m512i tiles[kParts][kHalf], row[kParts];
   for (int64_t first = 0; first < all_rows; first += kHalf) {
     const int64_t count = t.rows - first < kHalf ? t.rows - first : kHalf;
     uint16_t* to =
         numbers(t.q) + first / kPair * (t.HS / kBf16Step * kPairStep) + first / kHalf % 2 * kBf16Tile;
     for (int64_t d = 0; d < t.HS; d += kBf16Step, to += kPairStep) {
-      for (int64_t r = 0; r < count; ++r) {
-        const float* const from = q + (first + r) * q_stride + d;
-        simd::prefetch(from + kPair * q_stride);
-        simd::prefetch(from + kPair * q_stride + kHalf);
-        _mm512_store_ps(scaled[r], _mm512_mul_ps(_mm512_loadu_ps(from), scale));
-        _mm512_store_ps(scaled[r] + kHalf, _mm512_mul_ps(_mm512_loadu_ps(from + kHalf), scale));
+      for (int64_t r = 0; r < kHalf; ++r) {
+        __m512 lower = _mm512_setzero_ps(), upper = _mm512_setzero_ps();
+        if (r < count) {
+          const float* const from = q + (first + r) * q_stride + d;
+          simd::prefetch(from + kPair * q_stride);
+          simd::prefetch(from + kPair * q_stride + kHalf);
+          lower = _mm512_mul_ps(_mm512_loadu_ps(from), scale);
+          upper = _mm512_mul_ps(_mm512_loadu_ps(from + kHalf), scale);
+        }
+        join_pairs<kParts>(row, lower, upper);
+        for (int i = 0; i < kParts; ++i) tiles[i][r] = row[i];
       }
-      pack_rows<kParts>(to, 2 * kBf16Tile, rows, count, kBf16Step, true);
+      store_tiles<kParts>(to, 2 * kBf16Tile, tiles, true);
     }
   }
   memset(t.acc, 0, static_cast<size_t>(all_rows * t.HS) * sizeof(float));

@@ -19,18 +19,19 @@ constexpr int64_t kKeySteps = kKeyBlock / kBf16Step;  // of the reduction over a
 struct Pair {
   const uint16_t* q;  // B: [step of HS][part][half]
   float* acc;         // (HS, kPair)
-  float* max;         // (kPair)
-  float* sum;         // (2, kPair), of even and odd keys
+  float* max;         // (kPair): what scores are taken relative to
+  float* sum;         // (2, kPair), of the lower and the upper keys of a step
   float* scores;      // (kKeyBlock, kPair)
   uint16_t* p;        // B: [step of keys][part][half]
 };
 
 // The softmax of a pair over a block of keys, `columns` of them with those past the end, which nobody sees.
 // First pieces that find the maxima (kMaxKeys keys each), then settle(), then pieces that turn scores into
-// probabilities (two keys each).
+// probabilities (two keys each, which lie half a step apart).
 class Softmax {
  public:
   static constexpr int64_t kMaxKeys = 8;
+  static constexpr float kSlack = 8;
 
   // words: of the pair's queries, or null when every query sees all keys.
   Softmax(const Pair& pair, int64_t columns, const uint64_t* words)
@@ -62,24 +63,27 @@ class Softmax {
     ++max_done_;
   }
 
-  // After the last max_piece(): the running maximum, and what earlier sums must be multiplied with.
+  // After the last max_piece(): the running maximum, and what earlier sums must be multiplied with. The
+  // maximum of a query stays while a block exceeds it by kSlack at most: its probabilities then reach
+  // 2^kSlack, which costs no accuracy in floating point, and sums are rarely rescaled after the first block.
   __attribute__((noinline)) void settle(int64_t HS) {
     const __m512 none = _mm512_set1_ps(-simd::kInfinity);
     __m512 factors[2];
     bool rescale = false;
     for (int half = 0; half < 2; ++half) {
       const __m512 before = _mm512_load_ps(pair_.max + half * kHalf);
-      const __m512 max = _mm512_max_ps(before, max_[half]);
+      // Not at most: also the first maximum, and NaN, which stays.
+      const __mmask16 raised =
+          _mm512_cmp_ps_mask(max_[half], _mm512_add_ps(before, _mm512_set1_ps(kSlack)), _CMP_NLE_UQ);
+      const __m512 max = _mm512_mask_mov_ps(before, raised, max_[half]);
       _mm512_store_ps(pair_.max + half * kHalf, max);
       // Nothing visible so far: 2^(-inf - 0) = 0.
       max_[half] = _mm512_mask_mov_ps(max, _mm512_cmp_ps_mask(max, none, _CMP_EQ_OQ), _mm512_setzero_ps());
       factors[half] = simd::softmax_exp2(_mm512_sub_ps(before, max_[half]));
-      for (int odd = 0; odd < 2; ++odd)
-        sum_[odd][half] =
-            _mm512_mul_ps(_mm512_load_ps(pair_.sum + odd * kPair + half * kHalf), factors[half]);
+      for (int i = 0; i < 2; ++i)
+        sum_[i][half] = _mm512_mul_ps(_mm512_load_ps(pair_.sum + i * kPair + half * kHalf), factors[half]);
       // Sums of queries that have seen nothing are 0.
-      const __mmask16 changed = _mm512_cmp_ps_mask(before, max, _CMP_NEQ_UQ);
-      rescale |= _mm512_mask_cmp_ps_mask(changed, before, none, _CMP_NEQ_UQ) != 0;
+      rescale |= _mm512_mask_cmp_ps_mask(raised, before, none, _CMP_NEQ_UQ) != 0;
     }
     if (!rescale) return;
     for (float* acc = pair_.acc; acc < pair_.acc + HS * kPair; acc += kPair) {
@@ -89,18 +93,21 @@ class Softmax {
   }
 
   __attribute__((noinline)) void piece() {
-    const float* const scores = pair_.scores + done_ * 2 * kPair;
-    uint16_t* const p = pair_.p + done_ / kHalf * kPairStep + done_ % kHalf * 32;
+    const uint64_t step = done_ / kHalf, row = done_ % kHalf;
+    const float* const lower_scores = pair_.scores + (step * kBf16Step + row) * kPair;
+    const float* const upper_scores = lower_scores + kHalf * kPair;
+    uint16_t* const p = pair_.p + step * kPairStep + row * kBf16Step;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const __m512 max = max_[half];
-      const __m512 even = simd::softmax_exp2(_mm512_sub_ps(_mm512_load_ps(scores + half * kHalf), max));
-      const __m512 odd =
-          simd::softmax_exp2(_mm512_sub_ps(_mm512_load_ps(scores + kPair + half * kHalf), max));
-      sum_[0][half] = _mm512_add_ps(sum_[0][half], even);
-      sum_[1][half] = _mm512_add_ps(sum_[1][half], odd);
+      const __m512 lower =
+          simd::softmax_exp2(_mm512_sub_ps(_mm512_load_ps(lower_scores + half * kHalf), max));
+      const __m512 upper =
+          simd::softmax_exp2(_mm512_sub_ps(_mm512_load_ps(upper_scores + half * kHalf), max));
+      sum_[0][half] = _mm512_add_ps(sum_[0][half], lower);
+      sum_[1][half] = _mm512_add_ps(sum_[1][half], upper);
       __m512i parts[kParts];
-      join_pairs<kParts>(parts, even, odd);
+      join_pairs<kParts>(parts, lower, upper);
       for (int i = 0; i < kParts; ++i) _mm512_store_si512(p + (2 * i + half) * kBf16Tile, parts[i]);
     }
     ++done_;
@@ -109,8 +116,7 @@ class Softmax {
   // After the last piece().
   void end() const {
     for (int half = 0; half < 2; ++half) {
-      for (int odd = 0; odd < 2; ++odd)
-        _mm512_store_ps(pair_.sum + odd * kPair + half * kHalf, sum_[odd][half]);
+      for (int i = 0; i < 2; ++i) _mm512_store_ps(pair_.sum + i * kPair + half * kHalf, sum_[i][half]);
     }
   }
 
@@ -136,8 +142,8 @@ class Softmax {
 
 // Packs a block of keys and values as A of their products, K (keys, HS) as [strip of 16 keys][step of
 // HS][part] and V turned, (HS, keys), as [strip of 16 numbers of the head][step of keys][part]; zeros past
-// the last key of a step. And asks the caches for the block after that, and for the rows of the result that
-// will be written soon.
+// the last key of a step. Numbers pair up as those of queries and probabilities do. And asks the caches for
+// the block after that, and for the rows of the result that will be written soon.
 class Ahead {
  public:
   Ahead(const ForwardTile& t, const ForwardAhead& ahead, uint16_t* keys, uint16_t* values)
@@ -166,8 +172,8 @@ class Ahead {
 
   __attribute__((always_inline)) void store_row(uint16_t* tiles, const float* row, bool is) {
     __m512i parts[kParts];
-    join_row<kParts>(parts, is ? _mm512_loadu_ps(row) : _mm512_setzero_ps(),
-                     is ? _mm512_loadu_ps(row + kHalf) : _mm512_setzero_ps());
+    join_pairs<kParts>(parts, is ? _mm512_loadu_ps(row) : _mm512_setzero_ps(),
+                       is ? _mm512_loadu_ps(row + kHalf) : _mm512_setzero_ps());
     for (int i = 0; i < kParts; ++i) _mm512_store_si512(tiles + i * kBf16Tile, parts[i]);
   }
 

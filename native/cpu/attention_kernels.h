@@ -16,8 +16,9 @@ namespace dn::cpu {
 constexpr int64_t kKeyBlock = 64;
 constexpr int64_t kHeadPad = 16;  // head rows in scratch are padded with zeros to a multiple of this: HSp
 constexpr int64_t kSumLanes = 16;
-constexpr int64_t kFewQueries = 4;  // up to here a task waits for memory rather than for arithmetic
-constexpr int64_t kScoreRows = 16;  // queries whose scores the vector kernels hold at once
+constexpr int64_t kMaxQueryBlock = 1024;  // most_rows of any kernels
+constexpr int64_t kFewQueries = 4;        // up to here a task waits for memory rather than for arithmetic
+constexpr int64_t kScoreRows = 16;        // queries whose scores the vector kernels hold at once
 // What the vector kernels want of scratch (AttentionForward); 264 is a multiple of their 12 and 6 rows.
 constexpr int64_t kVectorRows = 264;
 constexpr int64_t kVectorScores = kScoreRows * kKeyBlock;

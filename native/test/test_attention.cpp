@@ -428,7 +428,7 @@ DN_TEST(attention_with_growing_scores) {
 // Root mean square errors of the result against double: three parts of bf16 are fp32, not less.
 DN_TEST(attention_errors_are_those_of_fp32) {
   if (dn::test::kSanitized) return;  // the same calls as above
-  for (const int64_t T : {40, 256, 700}) {
+  for (const int64_t T : {40, 256, 700, 1100}) {
     Batch b(2, 64, {T}, mask_of(MaskKind::kFull));
     const Reference r = reference(b);
     const auto error_of = [&](Isa isa) {
