@@ -31,12 +31,12 @@ DN_DEVICE Spans spans_of(const AttentionMask& mask, int q, int k_len) {
   return {0, 0, 0, 0};
 }
 
-// Whether keys beyond the spans may be seen too.
 // A tile of queries with nothing to do: lists that were captured have room for more than there is.
 DN_DEVICE bool is_idle(const AttentionCall& call, const AttentionItem& item, const AttentionTile& tile) {
   return tile.first >= item.q_end - item.q_begin || beyond(call.live, item.q_begin + tile.first);
 }
 
+// Whether keys beyond the spans may be seen too.
 DN_DEVICE bool is_open(const AttentionMask& mask) {
   return mask.kind == MaskKind::kAnnealed || mask.kind == MaskKind::kMatrix;
 }

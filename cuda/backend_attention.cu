@@ -112,6 +112,7 @@ AttentionCall CudaBackend::plan_attention(const char* op, const AttentionSequenc
   const bool known = bytes == plan_bytes_;
   if (!known) {
     plan_bytes_.clear();
+    tile_spans_ = nullptr;
     staging_.send(bytes.data(), layout.bytes(), plan);
     plan_bytes_ = std::move(bytes);
   }

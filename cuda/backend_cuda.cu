@@ -101,7 +101,7 @@ std::unique_ptr<Buffer> CudaBackend::alloc(size_t bytes) {
 }
 
 size_t CudaBackend::free_bytes() {
-  state_->use();
+  begin();  // what is queued reads memory that use() may free
   size_t free = 0, total = 0;
   free_memory(&free, &total);
   return free;

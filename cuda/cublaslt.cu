@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <vector>
 
 #include "core/error.h"
@@ -60,13 +61,17 @@ struct CublasLt::Functions {
   }
 };
 
-bool CublasLt::load(Functions* functions, std::string* reason) {
+namespace {
+
+// The files to try, in this order; none when the library is switched off.
+std::vector<std::string> candidates(std::string* reason) {
+  std::vector<std::string> names;
   const char* const setting = std::getenv("DIFFUSION_NATIVE_CUBLASLT");
   if (setting && std::strcmp(setting, "off") == 0) {
     *reason = "switched off by DIFFUSION_NATIVE_CUBLASLT";
-    return false;
+    return names;
   }
-  std::vector<std::string> names;
+  *reason = "libcublasLt was not found";
   if (setting && *setting) names.push_back(setting);
 #ifndef DN_CUDA_EMULATOR  // NVIDIA's library cannot see the emulator's memory
   for (const char* version : {"13", "12"}) {
@@ -74,39 +79,60 @@ bool CublasLt::load(Functions* functions, std::string* reason) {
     names.push_back(std::string("/usr/local/cuda/lib64/libcublasLt.so.") + version);
   }
 #endif
-  Functions& f = *functions;
-  for (const std::string& name : names) {
-    f.library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (f.library) break;
-  }
-  if (!f.library) {
-    *reason = "libcublasLt was not found";
-    return false;
-  }
-  // The library stays loaded for the life of the process: unloading it is not safe.
-  if (!f.find_all()) {
-    *reason = "libcublasLt lacks a function that is needed";
-    return false;
-  }
-  return true;
+  return names;
+}
+
+// What the last open() of this process found.
+std::mutex opened_mutex;
+std::string opened;
+
+void remember(const std::string& description) {
+  const std::lock_guard<std::mutex> lock(opened_mutex);
+  opened = description;
+}
+
+}  // namespace
+
+// A library stays loaded for the life of the process: unloading it is not safe.
+bool CublasLt::load(const std::string& name, Functions* functions, std::string* reason) {
+  functions->library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!functions->library) return false;
+  if (functions->find_all()) return true;
+  *reason = name + " lacks a function that is needed";
+  return false;
 }
 
 std::string CublasLt::describe() {
-  Functions functions;
+  {
+    const std::lock_guard<std::mutex> lock(opened_mutex);
+    if (!opened.empty()) return opened;
+  }
   std::string reason;
-  return load(&functions, &reason) ? "cuBLASLt " + std::to_string(functions.get_version())
-                                   : "own kernels: " + reason;
+  for (const std::string& name : candidates(&reason)) {
+    Functions functions;
+    if (load(name, &functions, &reason)) return "cuBLASLt " + std::to_string(functions.get_version());
+  }
+  return "own kernels: " + reason;
 }
 
 std::unique_ptr<CublasLt> CublasLt::open() {
   std::unique_ptr<CublasLt> result(new CublasLt);
   result->functions_ = std::make_unique<Functions>();
+  Functions& f = *result->functions_;
   std::string reason;
-  if (!load(result->functions_.get(), &reason)) return nullptr;
-  const Functions& f = *result->functions_;
-  if (f.create(&result->handle_) != 0) return nullptr;
-  result->workspace_ = device_alloc(kWorkspaceBytes);
-  return result;
+  for (const std::string& name : candidates(&reason)) {
+    if (!load(name, &f, &reason)) continue;
+    // Of two versions that are installed, the newer may want another driver.
+    if (f.create(&result->handle_) == 0) {
+      result->workspace_ = device_alloc(kWorkspaceBytes);
+      remember("cuBLASLt " + std::to_string(f.get_version()));
+      return result;
+    }
+    result->handle_ = nullptr;
+    reason = name + " does not work with this driver";
+  }
+  remember("own kernels: " + reason);
+  return nullptr;
 }
 
 CublasLt::~CublasLt() {

@@ -52,7 +52,8 @@ class CublasLt {
   // Null when no library was found or it does not work. DIFFUSION_NATIVE_CUBLASLT names a file to try first,
   // or is "off".
   static std::unique_ptr<CublasLt> open();
-  // What open() will find: "cuBLASLt 130100", or "own kernels" and why.
+  // What the last open() of the process found, or before the first one, what it will probably find:
+  // "cuBLASLt 130100", or "own kernels" and why.
   static std::string describe();
   ~CublasLt();
   CublasLt(const CublasLt&) = delete;
@@ -72,7 +73,7 @@ class CublasLt {
   };
 
   CublasLt() = default;
-  static bool load(Functions* functions, std::string* reason);
+  static bool load(const std::string& name, Functions* functions, std::string* reason);
   Plan choose(const Product& product, lt::MatmulDesc desc, lt::MatrixLayout a, lt::MatrixLayout b,
               lt::MatrixLayout c);
 

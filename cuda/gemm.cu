@@ -17,6 +17,7 @@ constexpr int kStages = 4;
 template <typename T>
 struct GemmParams {
   int64_t M, N, K;
+  int64_t b_rows;  // of B stored (K, N): fewer than K where A is padded along k
   const bf16* a;
   const bf16* b;
   int64_t a_stride, b_stride;
@@ -45,7 +46,6 @@ gemm_kernel(GemmParams<T> p) {
   bf16* const tiles_b = tiles_a + kStages * kTileElements;
   const int thread = thread_index(), warp = thread / kWarp, lane = thread % kWarp;
   const int warp_m = warp % Shape::kWarpsM * Shape::kWarpM, warp_n = warp / Shape::kWarpsM * Shape::kWarpN;
-  // Neighbouring blocks share rows of A and walk over N, in bands that keep B's columns in the cache.
   const int64_t block_n = static_cast<int64_t>(block_x()) * kBlock,
                 block_m = static_cast<int64_t>(block_y()) * kBlock;
   if (beyond(p.live, block_m)) return;
@@ -63,7 +63,7 @@ gemm_kernel(GemmParams<T> p) {
     if constexpr (kTransB) {
       load_tile<kBlock, kSlice, Shape::kThreads>(b, p.b, p.b_stride, block_n, p.N, k, p.K, thread);
     } else {
-      load_tile<kSlice, kBlock, Shape::kThreads>(b, p.b, p.b_stride, k, p.K, block_n, p.N, thread);
+      load_tile<kSlice, kBlock, Shape::kThreads>(b, p.b, p.b_stride, k, p.b_rows, block_n, p.N, thread);
     }
   };
   for (int slice = 0; slice < kStages - 1; ++slice) {
@@ -144,6 +144,7 @@ void run(const Product& p, Stream stream) {
   g.M = p.M;
   g.N = p.N;
   g.K = p.padded_k ? (p.K + kChunk - 1) / kChunk * kChunk : p.K;
+  g.b_rows = p.K;
   g.a = static_cast<const bf16*>(p.a.data);
   g.b = static_cast<const bf16*>(p.b.data);
   g.a_stride = p.a.stride;

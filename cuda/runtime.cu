@@ -39,17 +39,21 @@ std::vector<Device> list_devices(std::string* reason) {
     *reason = status == cudaErrorInsufficientDriver
                   ? "no usable NVIDIA driver was found (the library was built with CUDA " +
                         std::to_string(CUDART_VERSION / 1000) + "." +
-                        std::to_string(CUDART_VERSION % 1000 / 10) + ", which needs driver R580 or newer)"
+                        std::to_string(CUDART_VERSION % 1000 / 10) + ", which needs driver " +
+                        (CUDART_VERSION >= 13000 ? "R580" : "R525") + " or newer)"
                   : std::string("no CUDA device: ") + cudaGetErrorString(status);
     return devices;
   }
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp properties;
+    Device device;
     if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) {
+      // It keeps its number, so that those after it keep theirs; nobody can choose it.
       cudaGetLastError();
+      device.name = "a device that does not answer";
+      devices.push_back(device);
       continue;
     }
-    Device device;
     device.name = properties.name;
     device.memory = properties.totalGlobalMem;
     device.major = properties.major;

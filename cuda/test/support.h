@@ -118,6 +118,16 @@ inline double relative_error(const std::vector<float>& got, const Doubles& expec
 // bf16 keeps 8 bits: a rounding is at most 2^-9 of a number, and a few of them add up.
 inline double tolerance(Dtype dtype) { return dtype == Dtype::kBF16 ? 8e-3 : 1e-5; }
 
+// Whether a row of a product has the same bits in any batch. A library may choose another algorithm for
+// another number of rows.
+inline bool rows_are_exact() {
+#ifdef DN_CUDA_EMULATOR
+  return true;
+#else
+  return cuda_products().rfind("own kernels", 0) == 0;
+#endif
+}
+
 inline const char* dtype_name(Dtype dtype) { return dtype == Dtype::kBF16 ? "bf16" : "fp32"; }
 
 inline void check_error(const char* file, int line, const std::vector<float>& got, const Doubles& expected,

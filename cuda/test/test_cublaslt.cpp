@@ -44,12 +44,18 @@ int64_t products_done() {
 DN_TEST(cuda_cublaslt_is_found_or_says_why) {
   {
     const Setting setting("off");
-    CHECK(cuda::CublasLt::describe().find("switched off") != std::string::npos);
     CHECK(cuda::CublasLt::open() == nullptr);
+    CHECK(cuda::CublasLt::describe().find("switched off") != std::string::npos);
   }
   const Setting setting(DN_FAKE_CUBLASLT);
+  CHECK(cuda::CublasLt::open() != nullptr);
   CHECK(cuda::CublasLt::describe() == "cuBLASLt 999");
   CHECK(cuda_products() == "cuBLASLt 999");
+  // A library that is found and cannot be used, as with a driver that is too old for it.
+  setenv("DN_FAKE_CUBLASLT_FAILS", "1", 1);
+  CHECK(cuda::CublasLt::open() == nullptr);
+  unsetenv("DN_FAKE_CUBLASLT_FAILS");
+  CHECK(cuda_products().find("does not work with this driver") != std::string::npos);
 }
 
 DN_TEST(cuda_cublaslt_products) {

@@ -2,6 +2,7 @@
 // every sampler and whatever else is in the batch; graphs are captured once a shape and replayed; estimates,
 // errors, and that nothing is left behind.
 
+#include <algorithm>
 #include <limits>
 
 #include "cuda/test/loop_case.h"
@@ -114,6 +115,12 @@ DN_TEST(cuda_loop_refuses_bad_requests) {
     r->ids.push_back(0);
     r->open.push_back(0);
   });
+  Model single(make_cuda_backend(0, Dtype::kF32), {1, 1, 8, 16, 1});
+  LoopCase nothing_left;
+  nothing_left.add(6, 2, 6, 3).banned = 0;
+  std::fill(nothing_left.request.ids.begin(), nothing_left.request.ids.end(), 0);
+  nothing_left.request.steps = 1;
+  CHECK_THROWS(single.denoise_steps(nothing_left.request, &log), Code::kArgument, "no id that is not banned");
   CHECK(!cpu.has_device_loop());
   LoopCase c;
   c.add(6, 2, 6, 3);

@@ -151,7 +151,7 @@ Napi::Value ModelWrap::prepare_inference(const Napi::CallbackInfo& info) {
 
 Napi::Value ModelWrap::create_cache(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
-  model(env);
+  idle(env);  // a backend allocates for one thread at a time
   expect(env, info.Length() == 1 && info[0].IsNumber(), "createCache takes a capacity");
   const auto external = Napi::External<std::shared_ptr<Model>>::New(env, &model_);
   return state_->cache_class.New({external, info[0]});
@@ -280,11 +280,7 @@ Napi::Value ModelWrap::forward(const Napi::CallbackInfo& info) {
       [&m, batch, hidden, out, pages, R] {
         m.forward(batch->batch, batch->rows);
         if (hidden) {
-          const Tensor h = m.hidden();
-          for (int64_t r = 0; r < R; ++r) {
-            m.backend().download(out + r * h.cols, h.slice(r, 1).data,
-                                 static_cast<size_t>(h.cols) * sizeof(float));
-          }
+          m.read_hidden(out);
         } else {
           std::vector<int64_t> rows(static_cast<size_t>(R));
           for (int64_t r = 0; r < R; ++r) rows[static_cast<size_t>(r)] = r;

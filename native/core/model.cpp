@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "core/divergence.h"
 #include "core/error.h"
+#include "core/half.h"
 #include "core/workspace.h"
 
 namespace dn {
@@ -348,6 +350,26 @@ StepShape Model::step_shape(int64_t R, bool training) const {
 
 void Model::forward(const Batch& batch, const std::vector<int64_t>& rows) {
   run_forward(batch, rows, MatmulPrecision::kFP32);
+}
+
+void Model::read_hidden(float* out) {
+  if (!hidden_) bad("read_hidden: there are no hidden states, call forward first");
+  const size_t cols = idx(hidden_.cols), count = idx(hidden_.rows) * cols;
+  const size_t bytes = dtype_bytes(hidden_.dtype);
+  // Narrow numbers arrive at the end of `out`, from where each widens to a place not behind it.
+  char* const arrived = reinterpret_cast<char*>(out) + count * (sizeof(float) - bytes);
+  if (hidden_.stride == hidden_.cols) {
+    backend_->download(arrived, hidden_.data, count * bytes);
+  } else {
+    for (int64_t r = 0; r < hidden_.rows; ++r)
+      backend_->download(arrived + idx(r) * cols * bytes, hidden_.slice(r, 1).data, cols * bytes);
+  }
+  if (hidden_.dtype == Dtype::kF32) return;
+  for (size_t i = 0; i < count; ++i) {
+    uint16_t narrow;
+    std::memcpy(&narrow, arrived + i * bytes, sizeof narrow);
+    out[i] = bf16_to_f32(narrow);
+  }
 }
 
 void Model::logits(float* out, const int64_t* rows, int64_t R) {

@@ -126,6 +126,7 @@ class Model {
   // Validates ids, positions, cache capacity and row numbers: Error(kArgument).
   void forward(const Batch& batch, const std::vector<int64_t>& rows);
   Tensor hidden() const { return hidden_; }  // (R, C), valid until the next forward, loss or training call
+  void read_hidden(float* out);              // all of it, host (R, C) fp32 whatever the activations are
   // Of the rows kept by the last forward; DenoiseRow::row and `rows` count within them.
   void logits(float* out, const int64_t* rows, int64_t R);  // host (R, V)
   void denoise(DenoiseStats* stats, float* watched, const DenoiseRow* rows, int64_t R, const int32_t* watch,

@@ -83,6 +83,7 @@ void Model::check_loop(const LoopRequest& request) const {
           std::to_string(q.top_p) + ", top_k " + str(q.top_k) + ", banned " + str(q.banned) + ", parameter " +
           std::to_string(q.parameter) + ", steps spent " + str(q.block_step) + ")");
     }
+    if (config_.vocab == 1 && q.banned == 0) bad(where + ": the vocabulary has no id that is not banned");
     check_windows(request, q, where);
   }
   if (covered != N) bad("the sequences cover " + str(covered) + " of " + str(N) + " rows");

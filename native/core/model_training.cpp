@@ -36,6 +36,8 @@ void Model::begin_training() {
 }
 
 void Model::end_training() {
+  // A backend may still have the last update to do, on memory that is about to go.
+  if (training_) backend_->synchronize();
   training_.reset();
   // The activations of a training step are many times those of inference; the next forward takes what it
   // needs.

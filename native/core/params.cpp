@@ -19,7 +19,7 @@ namespace {
 constexpr int32_t kMaxLayers = 1024;
 constexpr int32_t kMaxChannels = 1 << 16;
 constexpr int32_t kMaxContext = 1 << 20;
-constexpr int32_t kMaxVocab = 1 << 24;
+constexpr int32_t kMaxVocab = 3 << 20;  // of a row, 8 bytes per 256 ids fit a GPU block's shared memory
 
 constexpr int64_t kOffsetStep = 16;  // elements: every parameter starts on a 64-byte line
 
