@@ -277,14 +277,23 @@ function targets() {
 	const exact = ['number', 'spelling'];
 	const pinball = definitions?.bounds.find(is('threshold', 0.95, ''));
 	const constant = definitions?.bounds.find(is('constant', 0.95, ''));
-	const rowsOf = (kind, method = 'threshold') =>
-		traffic?.map(({ rows }) => rows.find((row) => row.method === method && row.kind === kind));
+	const rowsOf = (kind, method = 'threshold', stage = traffic) =>
+		stage?.map(({ rows }) => rows.find((row) => row.method === method && row.kind === kind));
 	const points = exact.map((kind) => rowsOf(kind)?.map((row) => row.exactMatchVersusFixed));
 	const judged = rowsOf('definition')?.map((row) => row.judgedVersusFixed);
 	const distances = (name) => twin?.filter((row) => row.name === name).map((row) => row.wasserstein);
 	const ratio = twin && mean(distances('length drawn')) / mean(distances('twin'));
 	const told = (value, show) =>
 		value === undefined || value?.includes?.(undefined) ? unmeasured.toLowerCase().replace('.', '') : show(value);
+	const speed = (list) =>
+		range(
+			list.map((row) => row.speedup.mean),
+			fixed,
+		);
+	const speeds = [
+		['sampler `threshold`', traffic],
+		["LLaDA's sampler, 64 steps", parts('plain-traffic')],
+	];
 	const rows = [
 		...exact.flatMap((kind) => [
 			[
@@ -312,38 +321,14 @@ function targets() {
 			'less',
 			told(pinball && constant, () => `${fixed(pinball.looseness)} against ${fixed(constant.looseness)}`),
 		],
-		[
-			'mixed traffic, `max` 256: speed against the fixed canvas',
-			'>= 4 times',
-			told(rowsOf(''), (list) =>
-				range(
-					list.map((row) => row.speedup.mean),
-					fixed,
-				),
-			),
-		],
-		[
-			"the same under LLaDA's sampler, 64 steps",
-			'>= 4 times',
-			told(
-				parts('plain-traffic')?.map(({ rows }) => rows.find((row) => row.method === 'threshold' && row.kind === '')),
-				(list) =>
-					range(
-						list.map((row) => row.speedup.mean),
-						fixed,
-					),
-			),
-		],
-		[
-			'of it without a look, by the early cut alone',
-			'',
-			told(rowsOf('', 'early cut'), (list) =>
-				range(
-					list.map((row) => row.speedup.mean),
-					fixed,
-				),
-			),
-		],
+		...speeds.flatMap(([under, stage]) => [
+			[
+				`mixed traffic, \`max\` 256, ${under}: speed against the fixed canvas`,
+				'>= 4 times',
+				told(rowsOf('', 'threshold', stage), speed),
+			],
+			[`${under}: by the early cut alone, without a look`, '', told(rowsOf('', 'early cut', stage), speed)],
+		]),
 		...exact.map((kind, k) => [
 			`mixed traffic: exact match of ${kind} minus the fixed canvas's`,
 			'within 0.5 points',
