@@ -1,6 +1,6 @@
 /**
  * Blocks with key-value caches: a forward computes only the rows near the block that is being filled and reads the keys and
- * values of all others from a cache (algorithms.md 3.5, 3.6).
+ * values of all others from a cache (docs/sampling.md, Caches).
  *
  * Bidirectional attention (Fast-dLLM, arXiv 2505.22618): the first forward of a block computes the whole canvas and stores it.
  * Later ones compute the rows from the block on (`prefix`) or of the block alone (`dual`), overwrite their keys and values and
@@ -28,6 +28,7 @@ import {
 } from './evaluator.js';
 import { divergence } from './samplers/policy.js';
 
+/** What a cached forward computes: from the block to the end ('prefix'), or the block alone ('dual'). */
 export type CacheKind = 'prefix' | 'dual';
 
 export interface BlockCacheOptions {

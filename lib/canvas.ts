@@ -1,6 +1,6 @@
 /**
  * The canvas of one request: token ids and, for each position, whether it is given, open or committed. The state is
- * explicit and never inferred from an id, so a prompt may contain the mask id (algorithms.md, traps 38 and 45).
+ * explicit and never inferred from an id, so a prompt may contain the mask id.
  */
 
 /** What a canvas position is. */

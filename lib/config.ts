@@ -3,6 +3,7 @@ import { check } from './errors.js';
 
 /** What a model is. */
 export interface ModelConfig {
+	/** Architecture. */
 	readonly family: 'gpt2';
 	/** Transformer blocks. */
 	readonly layers: number;
@@ -28,7 +29,12 @@ export interface ModelConfig {
 	readonly attention: 'bidirectional' | 'causal';
 }
 
-/** Input of `DiffuGPT.fromConfig`: sizes are needed, the rest has defaults. */
+/**
+ * Input of `DiffuGPT.fromConfig`: sizes are needed, the rest has defaults.
+ * `family` 'gpt2'; `context` 1024; `eosId` 50256 when it is inside the vocabulary, else `vocab` - 1; `bosId` and `padId` equal
+ * to `eosId`; `maskId` by GPT-2's rule (10541 for a vocabulary of 50257, 50257 for a larger one), else -1; `shift` true;
+ * `attention` 'bidirectional' when there is a mask id, else 'causal'.
+ */
 export type ModelConfigInput = Pick<ModelConfig, 'layers' | 'heads' | 'channels' | 'vocab'> & Partial<ModelConfig>;
 
 const sizes = ['layers', 'heads', 'channels', 'context', 'vocab'] as const;
@@ -36,10 +42,7 @@ const ids = ['maskId', 'eosId', 'bosId', 'padId'] as const;
 const fields: ReadonlySet<string> = new Set(['family', 'shift', 'attention', ...sizes, ...ids]);
 
 /**
- * Fills defaults and checks every field.
- * Defaults: context 1024; eosId 50256 when it is inside the vocabulary, else vocab - 1; bosId and padId = eosId; maskId by
- * GPT-2's rule (10541 for V = 50257, 50257 for larger V), else -1; shift true; attention 'bidirectional' when there is a
- * mask id, else 'causal'.
+ * Fills the defaults of {@link ModelConfigInput} and checks every field.
  * @throws `ERR_DN_ARGUMENT` naming the field.
  */
 export function resolveConfig(input: ModelConfigInput): ModelConfig {

@@ -12,7 +12,10 @@ export type ErrorCode =
 	| 'ERR_DN_ARGUMENT'
 	/** The object was used after `dispose()`. */
 	| 'ERR_DN_DISPOSED'
-	/** The queue of the model is full; try again later. */
+	/**
+	 * Taken just now: the queue of the model is full, the model has a trainer, that trainer is in a run or a step, or a
+	 * parameter was read or set while the model computes. Await what is going on, or try again later.
+	 */
 	| 'ERR_DN_BUSY'
 	/** A loss, gradient or logit is not a finite number: training diverged, or the weights are damaged. */
 	| 'ERR_DN_DIVERGED'

@@ -1,5 +1,6 @@
 /** The public names of the package; nothing is defined here. */
 export type { AttentionOption, DiffusionBatch, LossOptions, Objective, SpindleSchedule, TimeSampler } from './batch.js';
+export type { NativeParameter } from './binding.js';
 export type { CacheKind } from './block-cache.js';
 export type { Resize } from './canvas.js';
 export type { ModelConfig, ModelConfigInput } from './config.js';
@@ -15,10 +16,12 @@ export {
 	type PrepareProgress,
 	validationPath,
 } from './data/prepare-options.js';
+export type { TextSplit } from './data/readers.js';
 export type { DenoiseStep } from './denoise-loop.js';
 export type { Device, DType } from './device.js';
 export { DiffusionNativeError, type ErrorCode } from './errors.js';
 export type * from './eval/options.js';
+export type { Interval } from './eval/statistics.js';
 export { evaluate, metricNames } from './evaluate.js';
 export type { Drift } from './evaluator.js';
 export type { GenerateResult, GenerateStats, PredictOptions } from './generate.js';
@@ -57,7 +60,13 @@ export type { CanvasView, Decision, SamplerPolicy, StepView } from './samplers/p
 export { type DecodeOptions, type EncodeOptions, type TokenDecoder, Tokenizer } from './tokenizer.js';
 export { type Piece, type PieceKind, traceFrames, traceHtml } from './trace-html.js';
 export { type ResumeOptions, type StepOptions, Trainer } from './trainer.js';
-export type { CheckpointOptions, MetricLogger, TrainMetrics, TrainOptions } from './training/options.js';
+export type {
+	CheckpointOptions,
+	MetricLogger,
+	ResolvedTrainOptions,
+	TrainMetrics,
+	TrainOptions,
+} from './training/options.js';
 export {
 	type AttentionAnnealing,
 	annealingRatio,

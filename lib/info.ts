@@ -4,6 +4,7 @@ import { join } from 'node:path';
 
 import { binding, bindingPath, packageRoot } from './binding.js';
 
+/** What `info` returns. */
 export interface Info {
 	/** Of this package. */
 	version: string;

@@ -17,6 +17,7 @@ export interface PretrainedOptions extends DeviceOptions, Omit<ResolveOptions, '
 	readonly config?: Partial<ModelConfig>;
 	/** Told about downloads and loading. */
 	readonly onProgress?: ((progress: LoadProgress) => void) | undefined;
+	/** Aborting rejects with `signal.reason`. */
 	readonly signal?: AbortSignal | undefined;
 }
 

@@ -148,7 +148,7 @@ export class Tokenizer {
 		return new Tokenizer(textOf(path), path);
 	}
 
-	/** Parses the text of a `tokenizer.json`. */
+	/** Parses the text of a `tokenizer.json`. @throws `ERR_DN_CHECKPOINT` when it is malformed or not byte-level BPE. */
 	static fromString(json: string): Tokenizer {
 		return new Tokenizer(json, 'the given tokenizer');
 	}
@@ -246,7 +246,7 @@ export class Tokenizer {
 		return below.map(({ id, content }) => [content, id] as const).sort((a, b) => a[1] - b[1]);
 	}
 
-	/** Writes a `tokenizer.json` that Hugging Face's libraries read as well. The file appears whole or not at all. */
+	/** Writes a `tokenizer.json` that Hugging Face's libraries read as well. The file appears whole or not at all. @throws `ERR_DN_CHECKPOINT` */
 	async save(path: string): Promise<void> {
 		await writeFileAtomic(path, this.json);
 	}
@@ -296,7 +296,7 @@ export class Tokenizer {
 		return new TextDecoder('utf-8', { ignoreBOM: true }).decode(this.decodeBytes(ids, options));
 	}
 
-	/** The bytes that ids stand for; lossless. */
+	/** The bytes that ids stand for; lossless. @throws `ERR_DN_ARGUMENT` for an id that is not in the vocabulary. */
 	decodeBytes(ids: ArrayLike<number>, options: DecodeOptions = {}): Uint8Array {
 		check(
 			typeof ids === 'object' && ids !== null && typeof ids.length === 'number',

@@ -46,12 +46,13 @@ export interface ResumeOptions extends TrainOptions {
 	readonly dtype?: DType;
 	/** CPU threads. @default all cores */
 	readonly threads?: number;
-	/** Of loading. */
+	/** Of loading: aborting rejects with `signal.reason`. */
 	readonly signal?: AbortSignal;
 }
 
 /** Options of the calls of a trainer that compute. */
 export interface StepOptions {
+	/** Aborting rejects with `signal.reason`. */
 	readonly signal?: AbortSignal;
 }
 
@@ -63,6 +64,7 @@ const inTraining = new WeakSet<Engine>();
  * A model has at most one trainer at a time; `dispose` frees gradients and moments and lets go of the model.
  */
 export class Trainer implements AsyncDisposable {
+	/** What is trained. */
 	readonly model: DiffuGPT;
 	readonly #options: ResolvedTrainOptions;
 	readonly #noise: NativeNoise;
@@ -117,7 +119,8 @@ export class Trainer implements AsyncDisposable {
 	 * Continues a run from a checkpoint, or from the newest valid checkpoint in the folder of a run. Options come from the
 	 * checkpoint; `overrides` replace them. The data files are opened again where they were; another data set in
 	 * `overrides` starts from its beginning. Loggers and learning rate functions are not stored: pass them again.
-	 * @throws `ERR_DN_CHECKPOINT` when nothing can be loaded, saying why; `signal.reason`
+	 * @throws `ERR_DN_CHECKPOINT` when nothing can be loaded, saying why; `ERR_DN_ARGUMENT` naming the option; `ERR_DN_DEVICE`;
+	 * `ERR_DN_OUT_OF_MEMORY`; `signal.reason`
 	 */
 	static async resume(dir: string, overrides: ResumeOptions = {}): Promise<Trainer> {
 		check(typeof dir === 'string' && dir !== '', 'Trainer.resume needs the path of a checkpoint or run folder');
@@ -167,9 +170,9 @@ export class Trainer implements AsyncDisposable {
 	 * Trains until `maxSteps`, early stop, or the end of the loop around it; metrics of each step. Leaving the loop ends the
 	 * run after the current step; another `run` goes on from there. An abort during a validation leaves the step done and
 	 * its validation out.
-	 * @throws `signal.reason` when aborted; `ERR_DN_BUSY` while another `run` of this trainer is not over;
-	 * `ERR_DN_DIVERGED` naming step and batch, with the weights as they were before
-	 * that step; `ERR_DN_CHECKPOINT` when a checkpoint cannot be written (earlier ones stay).
+	 * @throws `signal.reason` when aborted; `ERR_DN_ARGUMENT` without `data` or `maxSteps`; `ERR_DN_BUSY` while another `run` or
+	 * step of this trainer is not over; `ERR_DN_DIVERGED` naming step and batch, with the weights as they were before that step,
+	 * or for a validation loss; `ERR_DN_CHECKPOINT` when a checkpoint cannot be written (earlier ones stay).
 	 */
 	async *run(options: { readonly signal?: AbortSignal } = {}): AsyncGenerator<TrainMetrics, void, void> {
 		checkOptions('run', options, ['signal']);
@@ -233,7 +236,8 @@ export class Trainer implements AsyncDisposable {
 
 	/**
 	 * One optimiser step on a given batch, whatever `data` is; `mask` and `t` may be given.
-	 * @throws `ERR_DN_DIVERGED` when the loss or the gradient is not finite, `signal.reason`; nothing is updated then.
+	 * @throws `ERR_DN_ARGUMENT` naming what is wrong with the batch; `ERR_DN_BUSY` while another step is not over;
+	 * `ERR_DN_DIVERGED` when the loss or the gradient is not finite; `signal.reason`. Nothing is updated then.
 	 */
 	async step(batch: DiffusionBatch, options: StepOptions = {}): Promise<TrainMetrics> {
 		checkOptions('step', options, ['signal']);
@@ -242,7 +246,8 @@ export class Trainer implements AsyncDisposable {
 
 	/**
 	 * Gradients of the normalised loss on a batch, before clipping, by parameter name. Nothing is updated.
-	 * @throws `signal.reason`
+	 * @throws `ERR_DN_ARGUMENT` naming what is wrong with the batch; `ERR_DN_BUSY` while another step is not over;
+	 * `signal.reason`
 	 */
 	async gradients(batch: DiffusionBatch, options: StepOptions = {}): Promise<Map<string, Float32Array>> {
 		checkOptions('gradients', options, ['signal']);
@@ -270,7 +275,8 @@ export class Trainer implements AsyncDisposable {
 
 	/**
 	 * Loss on a data set as `run` evaluates it: the NELBO per token and the mean cross-entropy of masked tokens, nats.
-	 * @throws `signal.reason`
+	 * @throws `ERR_DN_ARGUMENT` for data of another tokenizer; `ERR_DN_BUSY` while a step is not over; `ERR_DN_DIVERGED` when the
+	 * loss is not finite; `signal.reason`
 	 */
 	async evaluate(data: TokenDataset, options: StepOptions = {}): Promise<{ loss: number; unweighted: number }> {
 		checkOptions('evaluate', options, ['signal']);
@@ -279,7 +285,7 @@ export class Trainer implements AsyncDisposable {
 		return this.#alone(() => this.#validate(data, options.signal));
 	}
 
-	/** Writes a checkpoint into `dir`, replacing what is there. @throws `ERR_DN_CHECKPOINT` */
+	/** Writes a checkpoint into `dir`, replacing what is there. @throws `ERR_DN_CHECKPOINT`; `ERR_DN_BUSY` while a step is not over */
 	async save(dir: string): Promise<void> {
 		check(typeof dir === 'string' && dir !== '', 'save needs the path of a directory');
 		await this.#alone(() =>
@@ -287,7 +293,10 @@ export class Trainer implements AsyncDisposable {
 		);
 	}
 
-	/** Writes the next checkpoint into the folder of the run and removes those not to be kept; its path. */
+	/**
+	 * Writes the next checkpoint into the folder of the run and removes those not to be kept; its path.
+	 * @throws `ERR_DN_CHECKPOINT`; `ERR_DN_ARGUMENT` without the option `checkpoint`; `ERR_DN_BUSY` while a step is not over
+	 */
 	async checkpoint(): Promise<string> {
 		const { checkpoint, validation } = this.#options;
 		check(checkpoint, 'checkpoint needs the option checkpoint: { dir }');

@@ -22,6 +22,7 @@ import type { DataRecord, PrepareInput } from './prepare-options.js';
 import { fileKind, listFiles, type ReadOptions, readCsv, readJsonLines, readText } from './readers.js';
 import { checkInput, isPaths } from './records.js';
 
+/** Options of {@link trainTokenizer}. */
 export interface TrainTokenizerOptions {
 	/** Entries of the vocabulary, bytes and special tokens included: 256 + specials to 30,000. */
 	readonly vocabSize: number;
@@ -33,6 +34,7 @@ export interface TrainTokenizerOptions {
 	readonly columns?: readonly string[];
 	/** Longest line held in memory, characters. @default 16,777,216 */
 	readonly maxLine?: number;
+	/** Aborting rejects with `signal.reason`, also during the learning. */
 	readonly signal?: AbortSignal;
 }
 
@@ -47,7 +49,9 @@ const optionNames = [
 
 /**
  * Learns a tokenizer. The corpus is read as a stream into a temporary text file, which the trainer counts words of.
- * @throws `ERR_DN_ARGUMENT` when the corpus is empty or too small for that many merges.
+ * @throws `ERR_DN_ARGUMENT` naming the option, or the file and place of a malformed input, or when the corpus is empty or too
+ * small for that many merges; `ERR_DN_CHECKPOINT` when an input cannot be read or `out` not be written; `ERR_DN_INTERNAL` when
+ * the process that learns fails; `signal.reason`
  */
 export async function trainTokenizer(input: PrepareInput, options: TrainTokenizerOptions): Promise<Tokenizer> {
 	check(options !== undefined, 'trainTokenizer needs the option vocabSize, the entries of the vocabulary');

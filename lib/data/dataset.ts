@@ -18,6 +18,7 @@ export interface DataSequence {
 /** What tells whether a tokenizer fits a file. */
 export type TokenizerIdentity = Pick<DataTokenizer, 'fingerprint' | 'vocabSize' | 'acceptsData'>;
 
+/** Options of `TokenDataset.open`. */
 export interface OpenDatasetOptions {
 	/** Window length of a packed file, tokens. @default what the header says; 1024 for files without that */
 	readonly context?: number;
@@ -50,8 +51,8 @@ export class TokenDataset implements Disposable {
 
 	/**
 	 * Opens a token file: this library's, llm.c's (told by its magic), or nanoGPT's headerless uint16.
-	 * @throws `ERR_DN_CHECKPOINT` when the file is missing, truncated or damaged; `ERR_DN_ARGUMENT` when it was prepared
-	 * with another tokenizer.
+	 * @throws `ERR_DN_CHECKPOINT` when the file is missing, truncated or damaged; `ERR_DN_ARGUMENT` naming the option, or when
+	 * it was prepared with another tokenizer.
 	 */
 	static async open(path: string, options: OpenDatasetOptions = {}): Promise<TokenDataset> {
 		check(

@@ -12,7 +12,7 @@ import { check, DiffusionNativeError } from '../errors.js';
 export type DataFormat = 'packed' | 'documents' | 'pairs';
 
 /**
- * How many end tokens follow an answer, so that a model learns where text ends (algorithms.md 2.3).
+ * How many end tokens follow an answer, so that a model learns where text ends (docs/training.md, Data).
  * 'none'; 'context': up to the model's context; 'batch': up to the longest sequence of the micro-batch (LLaDA); `multiple`: up
  * to a multiple of that many tokens; `random` and `logUniform`: 0 to that many, drawn anew for every sequence and epoch, so that the model learns the end and not the size of the canvas.
  * `random` draws every amount alike; `logUniform` every order of magnitude, floor((n + 1)^u) - 1: long canvases are seen at

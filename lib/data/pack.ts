@@ -78,7 +78,7 @@ export interface TrainingSequence {
 }
 
 /**
- * Adds the padding that teaches length: end tokens that are maskable and enter the loss (algorithms.md 2.3).
+ * Adds the padding that teaches length: end tokens that are maskable and enter the loss (docs/training.md, Data).
  * @param draw what 'random' padding is a function of: seed, epoch and number of the sequence in its file.
  */
 export function padSequence(

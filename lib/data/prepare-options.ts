@@ -8,7 +8,9 @@ import type { TextSplit } from './readers.js';
 
 /** What `prepare` needs of a tokenizer; `model.tokenizer` is one. */
 export interface DataTokenizer {
+	/** Ids of a text, without tokens at its ends. */
 	encode(text: string): Int32Array;
+	/** Largest id plus one. */
 	readonly vocabSize: number;
 	/** Tells tokenizers apart; stored in the file and compared when training. */
 	readonly fingerprint?: string;
@@ -33,11 +35,14 @@ export type DataRecord =
 /** A path, an array of paths (files or folders: .txt, .md, .jsonl, .csv), or records. */
 export type PrepareInput = string | readonly string[] | Iterable<DataRecord> | AsyncIterable<DataRecord>;
 
+/** How far `prepare` is. */
 export interface PrepareProgress {
 	/** Bytes read of the input files, and in all; both 0 for records. */
 	readonly bytes: number;
 	readonly totalBytes: number;
+	/** Documents or pairs written, of both parts. */
 	readonly documents: number;
+	/** Tokens written, of both parts. */
 	readonly tokens: number;
 	/** Records left out because they were too long (`overlong: 'drop'`). */
 	readonly dropped: number;
@@ -45,7 +50,9 @@ export interface PrepareProgress {
 	readonly file: string;
 }
 
+/** Options of `prepare`. */
 export interface PrepareOptions {
+	/** Its fingerprint is stored in the file and compared when training. */
 	readonly tokenizer: DataTokenizer;
 	/** Path of the token file. */
 	readonly out: string;
@@ -90,7 +97,9 @@ export interface PrepareOptions {
 	readonly maxLine?: number;
 	/** Threads that tokenize long inputs, when the tokenizer is a `Tokenizer`; the file is the same for any number. @default all cores, at most 8 */
 	readonly threads?: number;
+	/** Called at most ten times a second, and at the end. */
 	readonly onProgress?: (progress: PrepareProgress) => void;
+	/** Aborting rejects with `signal.reason` and leaves no file. */
 	readonly signal?: AbortSignal;
 }
 

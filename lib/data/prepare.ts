@@ -24,7 +24,7 @@ import { TokenWriter } from './writer.js';
 /**
  * Tokenises `input` into a token file and opens it. Files appear whole or not at all.
  * @throws `ERR_DN_ARGUMENT` naming the file and the place when the input is empty, binary, not UTF-8, malformed or lacks a
- * column; `ERR_DN_CHECKPOINT` when the output cannot be written; `signal.reason` when aborted.
+ * column; `ERR_DN_CHECKPOINT` when an input cannot be read or the output not be written; `signal.reason` when aborted.
  */
 export async function prepare(input: PrepareInput, options: PrepareOptions): Promise<TokenDataset> {
 	const settings = resolvePrepareOptions(options);

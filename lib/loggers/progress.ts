@@ -3,8 +3,9 @@ import cliProgress from 'cli-progress';
 
 import type { MetricLogger, TrainMetrics } from '../training/options.js';
 
+/** Options of {@link ProgressLogger}. */
 export interface ProgressOptions {
-	/** @default process.stderr */
+	/** Where it is shown. @default process.stderr */
 	readonly stream?: NodeJS.WriteStream;
 	/** Seconds between plain lines. @default 10 */
 	readonly everySeconds?: number;

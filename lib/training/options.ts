@@ -22,6 +22,7 @@ export interface TrainMetrics {
 	readonly tokensPerSecond: number;
 	/** Tokens of this step, padding that teaches length included. */
 	readonly tokens: number;
+	/** Tokens of all steps so far. */
 	readonly totalTokens: number;
 	/** Passes over the data so far, with the fraction of the current one. */
 	readonly epoch: number;
@@ -38,11 +39,13 @@ export interface TrainMetrics {
 export interface MetricLogger {
 	/** Called when a run starts or continues: `step` steps are done of `maxSteps`. */
 	start?(run: { readonly step: number; readonly maxSteps: number }): void | Promise<void>;
+	/** Called after every step, before `run` yields it. */
 	log(metrics: TrainMetrics): void | Promise<void>;
 	/** Called when a run ends for whatever reason, also where `start` failed; another run may follow. */
 	close?(): void | Promise<void>;
 }
 
+/** Where and when a run is saved, and how many of its checkpoints stay. */
 export interface CheckpointOptions {
 	/** Folder of the run: checkpoints and metrics.jsonl. */
 	readonly dir: string;
@@ -54,9 +57,11 @@ export interface CheckpointOptions {
 	readonly keepBest?: number;
 }
 
+/** Options of `new Trainer`. */
 export interface TrainOptions {
 	/** Needed by `run`, not by `step` and `gradients`. */
 	readonly data?: TokenDataset;
+	/** Evaluated every `evalEvery` steps and at the end. @default no validation */
 	readonly validation?: TokenDataset;
 	/** @default 'diffusion' */
 	readonly objective?: Objective;
@@ -107,11 +112,13 @@ export interface TrainOptions {
 	readonly evalEvery?: number;
 	/** Validation sequences used, the same ones each time. @default 256 */
 	readonly evalSequences?: number;
+	/** @default nothing is saved */
 	readonly checkpoint?: CheckpointOptions;
 	/** Stop after so many evaluations without an improvement of more than `minDelta` nats (default 0). */
 	readonly earlyStop?: { readonly patience: number; readonly minDelta?: number };
 	/** Masks, times, attention bits and the order of the data follow from it. @default 0 */
 	readonly seed?: number | bigint;
+	/** Besides `metrics.jsonl`, which a run with `checkpoint` always has. @default none */
 	readonly loggers?: readonly MetricLogger[];
 }
 

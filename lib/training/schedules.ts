@@ -1,6 +1,6 @@
 /**
  * What changes with the step: learning rate, Adam's beta1, and the share of the future that attention may see. Pure
- * functions of the step, counted from 0. Formulas: algorithms.md 2.2 and 2.5.
+ * functions of the step, counted from 0. Attention annealing: docs/numerics.md, Objective.
  */
 import type { NativeMask } from '../binding.js';
 import { check } from '../errors.js';
