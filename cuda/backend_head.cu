@@ -146,11 +146,13 @@ void CudaBackend::head_denoise(DenoiseStats* stats, float* watched, Tensor hidde
     const DenoiseRow& row = rows[r];
     check_row(op, r, row.row, hidden);
     if (row.guide_row >= 0) check_row(op, r, row.guide_row, hidden);
-    if (!(row.temperature >= 0) || !(row.top_p >= 0) || row.top_k < 0 || row.banned < -1 || row.banned >= V)
+    if (!(row.temperature >= 0) || !(row.top_p >= 0) || row.top_k < 0 || row.banned < -1 || row.banned >= V ||
+        row.banned_end < -1 || row.banned_end >= V)
       refuse(op, "row " + std::to_string(r) + " has options out of range (temperature " +
                      std::to_string(row.temperature) + ", top_p " + std::to_string(row.top_p) + ", top_k " +
-                     std::to_string(row.top_k) + ", banned " + std::to_string(row.banned) + ")");
-    if (V == 1 && row.banned == 0) refuse(op, "the vocabulary has no id that is not banned");
+                     std::to_string(row.top_k) + ", banned " + std::to_string(row.banned) + " and " +
+                     std::to_string(row.banned_end) + ")");
+    if (bans_all(row.banned, row.banned_end, V)) refuse(op, "the vocabulary has no id that is not banned");
   }
   for (int64_t w = 0; w < watch_count; ++w) check_id(op, "watched id", w, watch[w], V);
   if (R == 0) return;

@@ -11,6 +11,10 @@ namespace dn::cuda {
 constexpr float kMinExponent = -87.0f;  // below, a probability counts as zero
 constexpr int32_t kNoId = 0x7FFFFFFF;   // above all ids
 
+DN_DEVICE bool is_banned(const DenoiseRow& row, int64_t id) {
+  return id == row.banned || id == row.banned_end;
+}
+
 // A probability before it is divided by the total. Not a number stays one.
 DN_DEVICE float mass_of(float exponent) { return exponent < kMinExponent ? 0.0f : expf(exponent); }
 

@@ -63,7 +63,8 @@ gemm_kernel(GemmParams<T> p) {
     if constexpr (kTransB) {
       load_tile<kBlock, kSlice, Shape::kThreads>(b, p.b, p.b_stride, block_n, p.N, k, p.K, thread);
     } else {
-      load_tile<kSlice, kBlock, Shape::kThreads>(b, p.b, p.b_stride, k, p.b_rows, block_n, p.N, thread);
+      load_tile<kSlice, kBlock, Shape::kThreads>(b, p.b, p.b_stride, k, kTransA ? p.K : p.b_rows, block_n,
+                                                 p.N, thread);
     }
   };
   for (int slice = 0; slice < kStages - 1; ++slice) {

@@ -155,16 +155,17 @@ DN_KERNEL(kThreads) denoise_kernel(DenoiseCall p) {
   double* const tile_mass = p.tile_mass + block_x() * tiles;
   DenoiseResult& result = p.results[block_x()];
 
-  // Guidance, the banned id, the best two, and whether all is finite.
+  // Guidance, the banned ids, the best two, and whether all is finite.
   Best best;
   int32_t bad = kNoId;
   for (int64_t i = thread; i < V; i += kThreads) {
     float x = logits[i];
     if (guide) x = guide[i] + (options.guidance + 1) * (x - guide[i]);
     if (!(fabsf(x) < INFINITY) && bad == kNoId) bad = static_cast<int32_t>(i);
-    if (i == options.banned && bad == kNoId) x = -INFINITY;
-    if (guide || i == options.banned) logits[i] = x;
-    if (i != options.banned) consider(&best, x, static_cast<int32_t>(i));
+    const bool banned = is_banned(options, i);
+    if (banned && bad == kNoId) x = -INFINITY;
+    if (guide || banned) logits[i] = x;
+    if (!banned) consider(&best, x, static_cast<int32_t>(i));
   }
   block_best(&best, &bad, best_scratch);
   if (bad != kNoId) {

@@ -135,6 +135,10 @@ head_tiles_kernel(FusedDenoiseCall p, int64_t first) {
   // c[.][j][e] is the logit of id first_id + 8 j + e % 2.
   const int first_id = static_cast<int>(tile_begin) + quarter * kQuarterIds + lane % 4 * 2;
   const int ids = static_cast<int>(p.V) - first_id;
+  const auto own_bit = [](int distance) {  // from first_id; 0: another lane's, or no id
+    const bool own = distance >= 0 && distance < kQuarterIds && (distance & 7) < 2;
+    return own ? 1u << (distance / 8 * 2 + (distance & 1)) : 0u;
+  };
   const auto row_of = [&](int i, int half) { return warp_row + i * 16 + half * 8 + lane / 4; };
 
   // A row of a lane: 16 logits. What must not be drawn is left out, then the best two are found.
@@ -143,7 +147,12 @@ head_tiles_kernel(FusedDenoiseCall p, int64_t first) {
     DN_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = row_of(i, half);
-      const int banned = block_row + row < live ? p.rows[block_row + row].banned : -1;
+      // Bit 2 j + e: the id of c[.][j][e] is banned. One register, where two ids would spill.
+      uint32_t banned = 0;
+      if (block_row + row < live) {
+        const DenoiseRow& options = p.rows[block_row + row];
+        banned = own_bit(options.banned - first_id) | own_bit(options.banned_end - first_id);
+      }
       float not_finite = 0;  // 0, or NaN
       Best best;
       DN_UNROLL
@@ -152,7 +161,7 @@ head_tiles_kernel(FusedDenoiseCall p, int64_t first) {
         for (int e = 0; e < 2; ++e) {
           float& x = c[i][j][2 * half + e];
           not_finite += x * 0.0f;
-          if ((8 * j + e >= ids && !DN_PLANTED(11)) || first_id + 8 * j + e == banned) x = -INFINITY;
+          if ((8 * j + e >= ids && !DN_PLANTED(11)) || (banned >> (2 * j + e) & 1)) x = -INFINITY;
           consider(&best, x, 8 * j + e);
         }
       }
@@ -315,7 +324,7 @@ DN_KERNEL(kFinishThreads, kFinishResident) head_finish_kernel(FusedDenoiseCall p
     if (lane < 8 && w + lane < p.watch_count) {
       const double exponent = static_cast<double>(eight[lane]) - static_cast<double>(best.value);
       p.watched[r * p.watch_count + w + lane] =
-          p.watch[w + lane] == options.banned ? 0.0f : static_cast<float>(exp(exponent) / total);
+          is_banned(options, p.watch[w + lane]) ? 0.0f : static_cast<float>(exp(exponent) / total);
     }
     sync_warp();
   }
@@ -358,7 +367,7 @@ DN_KERNEL(kFinishThreads, kFinishResident) head_finish_kernel(FusedDenoiseCall p
   compute_logits(begin, kQuarterIds);
   if (warp != 0) return;
   const auto item_mass = [&](int64_t i) {
-    const bool out = begin + i >= p.V || begin + i == options.banned;
+    const bool out = begin + i >= p.V || is_banned(options, begin + i);
     return out ? 0.0 : static_cast<double>(mass_of((shared.logits[i] - best.value) * scale));
   };
   double below = shared.below;

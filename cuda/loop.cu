@@ -186,6 +186,7 @@ DN_KERNEL(kThreads) list_kernel(LoopCall p) {
     draw.top_p = q.top_p;
     draw.top_k = q.top_k;
     draw.banned = q.banned;
+    draw.banned_end = q.banned_end;
     draw.seed = q.seed;
     draw.step = q.step;
     draw.position = static_cast<uint32_t>(position);

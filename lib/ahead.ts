@@ -65,6 +65,7 @@ export function aheadEvaluator(
 						topP,
 						topK,
 						banned: config.maskId,
+						bannedEnd: canvas.bannedEnd,
 						shift: config.shift ? 1 : 0,
 					},
 					signal,

@@ -59,7 +59,7 @@ export interface NativeDenoise {
 	guideRow: Int32Array;
 	/** (D, 3): guidance, temperature, topP. */
 	scales: Float32Array;
-	/** (D, 2): topK, banned id (-1: none). */
+	/** (D, 3): topK, and the two ids that are banned (-1: none). */
 	limits: Int32Array;
 	/** (D) */
 	seeds: BigUint64Array;
@@ -116,8 +116,9 @@ export interface NativeLoopSequence extends NativeSampler {
 	temperature: number;
 	topP: number;
 	topK: number;
-	/** An id whose probability is zero, -1: none. */
+	/** Ids whose probability is zero, -1: none: the mask, and an end token that must not come. */
 	banned: number;
+	bannedEnd: number;
 	seed: bigint;
 	/** Row i - shift predicts position i. */
 	shift: number;

@@ -27,8 +27,8 @@ export class Canvas {
 	/** (T) how often the position was reopened. */
 	reopened: Uint8Array;
 	readonly maskId: number;
-	/** The id that is never sampled: the mask, or the end token where the end is given. */
-	bannedId: number;
+	/** An id that is never sampled beside the mask, -1: none: the end token where the end is given. */
+	bannedEnd = -1;
 	/** Position where generated text begins when it is one run (continuation, infilling), else -1. */
 	holeBegin: number;
 	/** Position after that run. */
@@ -45,7 +45,6 @@ export class Canvas {
 		this.tentative = new Uint8Array(tokens.length);
 		this.reopened = new Uint8Array(tokens.length);
 		this.maskId = maskId;
-		this.bannedId = maskId;
 		this.holeBegin = hole?.begin ?? -1;
 		this.holeEnd = hole?.end ?? -1;
 		this.#open = 0;
@@ -94,7 +93,7 @@ export class Canvas {
 	/** Makes the last position of the hole the end of the text, before anything is sampled: `id` is there and nowhere else. */
 	endWith(id: number): void {
 		this.commit(this.holeEnd - 1, id, false);
-		this.bannedId = id;
+		this.bannedEnd = id;
 	}
 
 	reopen(position: number): void {

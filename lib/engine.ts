@@ -37,8 +37,9 @@ export interface DenoiseRequest {
 	temperature: number;
 	topK: number;
 	topP: number;
-	/** An id whose probability is zero, -1: none. */
+	/** Ids whose probability is zero, -1: none: the mask, and an end token that must not come. */
 	banned: number;
+	bannedEnd: number;
 	/** Ids whose probability is wanted for every row. */
 	watch: Int32Array;
 	/** Also return the raw network logits of the rows (and of their twins): R * V floats. */
@@ -87,6 +88,7 @@ export interface StepsRequest {
 	topP: number;
 	topK: number;
 	banned: number;
+	bannedEnd: number;
 	/** Row i - shift predicts position i. */
 	shift: number;
 }

@@ -62,7 +62,7 @@ export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise
 		row: new Int32Array(D),
 		guideRow: new Int32Array(D).fill(-1),
 		scales: new Float32Array(D * 3),
-		limits: new Int32Array(D * 2),
+		limits: new Int32Array(D * 3),
 		seeds: new BigUint64Array(D),
 		counters: new Uint32Array(D * 2),
 		watch: new Int32Array(0),
@@ -114,8 +114,9 @@ export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise
 			denoise.scales[3 * d] = request.guidance;
 			denoise.scales[3 * d + 1] = request.temperature;
 			denoise.scales[3 * d + 2] = request.topP;
-			denoise.limits[2 * d] = request.topK;
-			denoise.limits[2 * d + 1] = request.banned;
+			denoise.limits[3 * d] = request.topK;
+			denoise.limits[3 * d + 1] = request.banned;
+			denoise.limits[3 * d + 2] = request.bannedEnd;
 			denoise.seeds[d] = request.seed;
 			denoise.counters[2 * d] = request.step;
 			denoise.counters[2 * d + 1] = request.rowPosition[r] as number;

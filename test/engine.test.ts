@@ -100,6 +100,7 @@ function request(ids: number[], rows: number[] = [0], watch: number[] = []): Den
 		topK: 0,
 		topP: 1,
 		banned: 99,
+		bannedEnd: -1,
 		watch: Int32Array.from(watch),
 	};
 }

@@ -28,6 +28,7 @@ struct DenoiseCase {
       row.row = (r * 7 + 3) % kHidden;
       row.temperature = r % 4 == 0 ? 1.0f : r % 4 == 1 ? 0.0f : r % 4 == 2 ? 0.6f : 1.8f;
       row.banned = r % 5 == 2 ? static_cast<int32_t>(r % V) : r % 5 == 4 ? static_cast<int32_t>(V - 1) : -1;
+      if (r % 5 > 2 && V > 2) row.banned_end = static_cast<int32_t>(r * 3 % (V - 1));
       row.seed = 99;
       row.step = static_cast<uint32_t>(r / 50);
       row.position = static_cast<uint32_t>(r);
@@ -93,7 +94,9 @@ struct DenoiseCase {
         x[idx(v)] += static_cast<double>(hidden_values[idx(row.row * C + c)]) *
                      static_cast<double>(wte_values[idx(v * C + c)]);
     }
-    if (row.banned >= 0) x[idx(row.banned)] = -std::numeric_limits<double>::infinity();
+    for (const int32_t banned : {row.banned, row.banned_end}) {
+      if (banned >= 0) x[idx(banned)] = -std::numeric_limits<double>::infinity();
+    }
     const int64_t best = std::max_element(x.begin(), x.end()) - x.begin();  // the first among equals
     double total = 0, entropy = 0, second = -std::numeric_limits<double>::infinity();
     for (int64_t v = 0; v < V; ++v) {

@@ -26,6 +26,7 @@ class LoopCase {
     q.begin = static_cast<int64_t>(request.ids.size());
     q.end = q.begin + T;
     q.banned = kLoopMask;
+    q.banned_end = request.sequences.size() % 2 == 1 ? 3 : -1;
     q.seed = request.sequences.size() + 5;
     q.window_begin = static_cast<int32_t>(request.windows.size());
     for (int32_t at = begin; at < T; at += block)
@@ -71,6 +72,7 @@ class LoopCase {
         draw.top_p = q.top_p;
         draw.top_k = q.top_k;
         draw.banned = q.banned;
+        draw.banned_end = q.banned_end;
         draw.seed = q.seed;
         draw.step = q.step;
         draw.position = static_cast<uint32_t>(position);

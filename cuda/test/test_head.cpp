@@ -144,6 +144,7 @@ void check_denoise(Dtype dtype, const std::vector<int64_t>& vocabularies) {
       row.top_p = i % 3 == 0 ? 1.0f : i % 3 == 1 ? 0.9f : 0.3f;
       row.top_k = i % 5 == 0 ? 3 : i % 5 == 1 ? 40 : 0;
       row.banned = i % 2 ? 1 : -1;
+      row.banned_end = i % 4 == 3 && V > 6 ? 6 : -1;
       row.seed = 1234;
       row.step = static_cast<uint32_t>(i / 7);
       row.position = static_cast<uint32_t>(i);

@@ -205,6 +205,7 @@ async function watch(
 			topK: 0,
 			topP: 1,
 			banned: maskId,
+			bannedEnd: -1,
 			watch: ids,
 		},
 		signal,

@@ -108,7 +108,7 @@ std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t r
   request->watch = int32_field(object, "watch");
   const size_t D = row.size();
   expect(env,
-         guide_row.size() == D && scales.size() == 3 * D && limits.size() == 2 * D && seeds.size() == D &&
+         guide_row.size() == D && scales.size() == 3 * D && limits.size() == 3 * D && seeds.size() == D &&
              counters.size() == 2 * D,
          "the arrays of a denoise request disagree on the number of rows");
   request->rows.resize(D);
@@ -121,8 +121,9 @@ std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t r
     r.guidance = scales[3 * i];
     r.temperature = scales[3 * i + 1];
     r.top_p = scales[3 * i + 2];
-    r.top_k = limits[2 * i];
-    r.banned = limits[2 * i + 1];
+    r.top_k = limits[3 * i];
+    r.banned = limits[3 * i + 1];
+    r.banned_end = limits[3 * i + 2];
     r.seed = seeds[i];
     r.step = counters[2 * i];
     r.position = counters[2 * i + 1];
@@ -176,6 +177,7 @@ LoopSequence to_loop_sequence(const Napi::Object& object) {
   q.top_p = static_cast<float>(number_field(object, "topP"));
   q.top_k = static_cast<int32_t>(int_field(object, "topK"));
   q.banned = static_cast<int32_t>(int_field(object, "banned"));
+  q.banned_end = static_cast<int32_t>(int_field(object, "bannedEnd"));
   q.seed = bigint_field(object, "seed");
   q.shift = static_cast<int32_t>(int_field(object, "shift"));
   q.step = static_cast<uint32_t>(int_field(object, "step"));

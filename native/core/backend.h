@@ -64,9 +64,11 @@ struct DenoiseRow {
   float temperature = 1;   // 0: the drawn token is the best one
   float top_p =
       1;  // nucleus: keep items whose preceding cumulative mass is <= top_p, 1: all (algorithms.md 3)
-  int32_t top_k = 0;    // keep the k best (ties kept), 0: all
-  int32_t banned = -1;  // an id whose probability is exactly zero (the mask id), -1: none
-  uint64_t seed = 0;    // the draw is a function of (seed, step, position) and the distribution alone
+  int32_t top_k = 0;  // keep the k best (ties kept), 0: all
+  // Ids whose probability is exactly zero, -1: none: the mask id, and an end token that must not come.
+  int32_t banned = -1;
+  int32_t banned_end = -1;
+  uint64_t seed = 0;  // the draw is a function of (seed, step, position) and the distribution alone
   uint32_t step = 0;
   uint32_t position = 0;
   // (V) in host memory: where the row's log probabilities are left for the next step, and where those of the
@@ -81,8 +83,13 @@ struct DenoiseRow {
   }
 };
 
+// Whether a row bans every id there is.
+inline bool bans_all(int32_t banned, int32_t banned_end, int64_t V) {
+  return V <= (banned >= 0) + (banned_end >= 0 && banned_end != banned);
+}
+
 // Statistics of one row. Probability, margin and entropy are of the distribution at temperature 1 without
-// filters (after guidance and without the banned id); the draw is from the tempered and filtered one.
+// filters (after guidance and without the banned ids); the draw is from the tempered and filtered one.
 struct DenoiseStats {
   int32_t best = 0;          // arg max, the smallest id among equals
   int32_t drawn = 0;         // sampled id

@@ -40,7 +40,8 @@ struct LoopSequence {
   float temperature = 1;
   float top_p = 1;
   int32_t top_k = 0;
-  int32_t banned = -1;
+  int32_t banned = -1;  // as in DenoiseRow
+  int32_t banned_end = -1;
   uint64_t seed = 0;
   int32_t shift = 0;         // 0 or 1
   uint32_t step = 0;         // counter of the next forward

@@ -14,7 +14,7 @@ float update_divergence(const DenoiseRow& row, float* logits, const float* guide
   float max = -infinity;
   for (int64_t v = 0; v < V; ++v) {
     if (guide != nullptr) logits[v] = guide[v] + (row.guidance + 1) * (logits[v] - guide[v]);
-    if (v == row.banned) logits[v] = -infinity;
+    if (v == row.banned || v == row.banned_end) logits[v] = -infinity;
     max = std::max(max, logits[v]);
   }
   double total = 0;
@@ -23,7 +23,8 @@ float update_divergence(const DenoiseRow& row, float* logits, const float* guide
   double sum = 0;
   for (int64_t v = 0; v < V; ++v) {
     const double l = static_cast<double>(logits[v] - max) - log_total;
-    if (row.before && v != row.banned) sum += std::exp(l) * (l - static_cast<double>(row.before[v]));
+    if (row.before && v != row.banned && v != row.banned_end)
+      sum += std::exp(l) * (l - static_cast<double>(row.before[v]));
     row.keep[v] = static_cast<float>(l);
   }
   return row.before ? static_cast<float>(std::max(0.0, sum)) : infinity;

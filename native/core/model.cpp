@@ -405,8 +405,9 @@ void Model::denoise(DenoiseStats* stats, float* watched, const DenoiseRow* rows,
     if (row.row < 0 || row.row >= hidden_.rows) bad("denoise: row " + str(row.row) + kept);
     if (row.guide_row < -1 || row.guide_row >= hidden_.rows)
       bad("denoise: guide row " + str(row.guide_row) + kept);
-    if (row.banned < -1 || row.banned >= config_.vocab)
-      bad("denoise: banned id " + str(row.banned) + vocabulary);
+    for (const int32_t banned : {row.banned, row.banned_end}) {
+      if (banned < -1 || banned >= config_.vocab) bad("denoise: banned id " + str(banned) + vocabulary);
+    }
     if (!(row.temperature >= 0) || std::isinf(row.temperature)) {
       bad("denoise: temperature is " + std::to_string(row.temperature) +
           ", expected a finite number of at least 0");

@@ -77,13 +77,16 @@ void Model::check_loop(const LoopRequest& request) const {
         (q.shift == 1 && request.open[static_cast<size_t>(q.begin)] != 0 && q.window_begin < q.window_end)) {
       bad(where + ": position 0 is open, which no row predicts at a shift of " + str(q.shift));
     }
-    if (q.banned < -1 || q.banned >= config_.vocab || !(q.temperature >= 0) || std::isinf(q.temperature) ||
-        !(q.top_p > 0 && q.top_p <= 1) || q.top_k < 0 || !std::isfinite(q.parameter) || q.block_step < 0) {
+    if (q.banned < -1 || q.banned >= config_.vocab || q.banned_end < -1 || q.banned_end >= config_.vocab ||
+        !(q.temperature >= 0) || std::isinf(q.temperature) || !(q.top_p > 0 && q.top_p <= 1) || q.top_k < 0 ||
+        !std::isfinite(q.parameter) || q.block_step < 0) {
       bad(where + " has options out of range (temperature " + std::to_string(q.temperature) + ", top_p " +
-          std::to_string(q.top_p) + ", top_k " + str(q.top_k) + ", banned " + str(q.banned) + ", parameter " +
-          std::to_string(q.parameter) + ", steps spent " + str(q.block_step) + ")");
+          std::to_string(q.top_p) + ", top_k " + str(q.top_k) + ", banned " + str(q.banned) + " and " +
+          str(q.banned_end) + ", parameter " + std::to_string(q.parameter) + ", steps spent " +
+          str(q.block_step) + ")");
     }
-    if (config_.vocab == 1 && q.banned == 0) bad(where + ": the vocabulary has no id that is not banned");
+    if (bans_all(q.banned, q.banned_end, config_.vocab))
+      bad(where + ": the vocabulary has no id that is not banned");
     check_windows(request, q, where);
   }
   if (covered != N) bad("the sequences cover " + str(covered) + " of " + str(N) + " rows");

@@ -146,11 +146,12 @@ void check_denoise_row(const DenoiseRow& row, int64_t r, int64_t V) {
   if (row.top_k < 0) reject("top_k is " + std::to_string(row.top_k) + ", expected 0 (all) or more");
   if (!std::isfinite(row.guidance))
     reject("guidance is " + std::to_string(row.guidance) + ", expected a finite number");
-  if (row.banned < -1 || row.banned >= V) {
-    reject("banned id is " + std::to_string(row.banned) + ", expected -1 or an id below " +
-           std::to_string(V));
+  for (const int32_t banned : {row.banned, row.banned_end}) {
+    if (banned < -1 || banned >= V) {
+      reject("banned id is " + std::to_string(banned) + ", expected -1 or an id below " + std::to_string(V));
+    }
   }
-  if (V < 1 || (V == 1 && row.banned == 0)) reject("the vocabulary has no id that is not banned");
+  if (bans_all(row.banned, row.banned_end, V)) reject("the vocabulary has no id that is not banned");
 }
 
 int64_t denoise_workspace_floats(int64_t V) {
@@ -234,12 +235,13 @@ int64_t denoise_row(DenoiseStats* stats, float* watched, float* logits, const fl
     while (id < V - 1 && std::isfinite(logits[id])) ++id;
     return id;
   }
-  // The banned id goes before the softmax: the others share its probability (algorithms.md 11).
+  // Banned ids go before the softmax: the others share their probability.
   const auto tile_begin = [](int64_t t) { return t * kTileIds; };
   const auto tile_end = [V](int64_t t) { return std::min(V, (t + 1) * kTileIds); };
-  if (row.banned >= 0) {
-    logits[row.banned] = minus_infinity;
-    const int64_t t = row.banned / kTileIds;
+  for (const int32_t banned : {row.banned, row.banned_end}) {
+    if (banned < 0) continue;
+    logits[banned] = minus_infinity;
+    const int64_t t = banned / kTileIds;
     tile_max[t] = *std::max_element(logits + tile_begin(t), logits + tile_end(t));
   }
 

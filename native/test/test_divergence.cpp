@@ -14,7 +14,7 @@ using namespace dn;
 using namespace dn::test;
 
 DN_TEST(divergence_of_many_rows_on_a_backend_of_its_own_memory) {
-  constexpr int32_t kVocab = 37, kRows = 96, kBanned = 5;
+  constexpr int32_t kVocab = 37, kRows = 96, kBanned = 5, kBannedEnd = 20;
   const NaiveGpt2 naive = random_weights(tiny_config(20, kVocab), 14);
   ProxyControl control;
   control.host_memory = false;
@@ -37,6 +37,7 @@ DN_TEST(divergence_of_many_rows_on_a_backend_of_its_own_memory) {
     row.row = static_cast<int64_t>(r);
     row.temperature = 0;
     row.banned = kBanned;
+    row.banned_end = kBannedEnd;
     row.guidance = 0.7f;
     if (r % 3 == 1) row.guide_row = static_cast<int64_t>((r * 7 + 1) % kRows);
     if (r % 5 == 4) continue;  // keeps nothing
@@ -52,13 +53,14 @@ DN_TEST(divergence_of_many_rows_on_a_backend_of_its_own_memory) {
         const double u = static_cast<double>(logits[guide]);
         l[v] = u + 1.7 * (l[v] - u);
       }
-      if (v != kBanned) total += std::exp(l[v]);
+      if (v != kBanned && v != kBannedEnd) total += std::exp(l[v]);
       before[r].push_back(-3.5f - 0.01f * static_cast<float>((r + v) % 11));
     }
     expected[r] = 0;
     for (size_t v = 0; v < kVocab; ++v) {
       const double log_p = l[v] - std::log(total);
-      if (v != kBanned) expected[r] += std::exp(log_p) * (log_p - static_cast<double>(before[r][v]));
+      if (v != kBanned && v != kBannedEnd)
+        expected[r] += std::exp(log_p) * (log_p - static_cast<double>(before[r][v]));
     }
     row.before = before[r].data();
   }

@@ -335,6 +335,14 @@ DN_TEST(head_refuses_bad_arguments) {
   Weight one = p.weight();
   one.N = 1;
   CHECK_THROWS(denoise(row, one), Code::kArgument, "no id that is not banned");
+  one.N = 2;
+  row.banned_end = 0;
+  denoise(row, one);
+  CHECK(stats.best == 1);
+  row.banned_end = 1;
+  CHECK_THROWS(denoise(row, one), Code::kArgument, "no id that is not banned");
+  row.banned_end = 2;
+  CHECK_THROWS(denoise(row, one), Code::kArgument, "banned id is 2");
 }
 
 DN_TEST(head_denoise_names_the_row_whose_logits_are_not_finite) {
@@ -367,6 +375,7 @@ std::vector<DenoiseRow> mixed_rows(int64_t R, int64_t N, int64_t V) {
       row.guidance = 0.5f * static_cast<float>(r % 4);
     }
     if (r % 2 == 1 && V > 1) row.banned = static_cast<int32_t>(r * 11 % V);
+    if (r % 4 == 3 && V > 2) row.banned_end = static_cast<int32_t>((r * 5 + 1) % V);
     const float temperatures[] = {1, 0, 0.5f, 1e-3f, 1e3f, 0.9f};
     row.temperature = temperatures[r % 6];
     row.top_p = r % 5 == 2 ? 0.9f : 1.0f;
@@ -412,7 +421,10 @@ DN_TEST(head_denoise_statistics_match_fp64) {
             logits[v] = guide[v] + (static_cast<double>(rows[r].guidance) + 1) * (logits[v] - guide[v]);
           }
         }
-        if (rows[r].banned >= 0) logits[static_cast<size_t>(rows[r].banned)] = -HUGE_VAL;
+        const auto banned = [&](int32_t id) { return id == rows[r].banned || id == rows[r].banned_end; };
+        for (int32_t v = 0; v < V; ++v) {
+          if (banned(v)) logits[static_cast<size_t>(v)] = -HUGE_VAL;
+        }
         const std::vector<double> q = softmax(logits);
         const DenoiseStats& s = got.stats[r];
         const size_t best = static_cast<size_t>(std::max_element(q.begin(), q.end()) - q.begin());
@@ -435,13 +447,13 @@ DN_TEST(head_denoise_statistics_match_fp64) {
         // The two best may be closer than fp32 logits can tell apart.
         CHECK_MSG(s.best == static_cast<int32_t>(best) || q[best] - q[static_cast<size_t>(s.best)] < 1e-6,
                   what);
-        CHECK_MSG(s.drawn >= 0 && s.drawn < V && s.drawn != rows[r].banned, what);
+        CHECK_MSG(s.drawn >= 0 && s.drawn < V && !banned(s.drawn), what);
         if (rows[r].temperature == 0) CHECK_MSG(s.drawn == s.best, what);
         const double log_prob = std::log(q[static_cast<size_t>(s.drawn)]),
                      drawn_log_prob = static_cast<double>(s.drawn_log_prob);
         CHECK_CLOSE(&drawn_log_prob, &log_prob, 1, 5e-5, what);
         for (size_t w = 0; w < 3; ++w) {
-          if (watch[w] == rows[r].banned) CHECK(got.watched[r * 3 + w] == 0);
+          if (banned(watch[w])) CHECK(got.watched[r * 3 + w] == 0);
         }
       }
     }
