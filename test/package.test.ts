@@ -1,8 +1,8 @@
 /** What npm would publish: the tarball holds what it must, and works from a folder of its own. */
-import { execFileSync } from 'node:child_process';
-import { mkdtempSync, readFileSync, rmSync, symlinkSync } from 'node:fs';
+import { execFileSync, execSync } from 'node:child_process';
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { delimiter, join } from 'node:path';
 
 import test from 'ava';
 import { info } from 'diffusion-native';
@@ -72,4 +72,24 @@ test('the packed tarball is complete, small, and generates text with the model i
 	} finally {
 		rmSync(folder, { recursive: true, force: true });
 	}
+});
+
+test('an installation without a usable addon compiles it once, on all cores', (t) => {
+	const folder = mkdtempSync(join(tmpdir(), 'diffusion-native-install-'));
+	t.teardown(() => rmSync(folder, { recursive: true, force: true }));
+	const manifest = readFileSync(join(root, 'package.json'), 'utf8');
+	writeFileSync(join(folder, 'package.json'), manifest);
+	const bin = join(folder, 'bin');
+	mkdirSync(bin);
+	for (const name of ['node-gyp-build', 'node-gyp-build-test'])
+		symlinkSync(join(root, 'node_modules', '.bin', name), join(bin, name));
+	// Stands in for the compiler.
+	writeFileSync(join(bin, 'node-gyp'), '#!/bin/sh\necho "$*" >> calls\n', { mode: 0o755 });
+	const { scripts } = JSON.parse(manifest) as { scripts: { install: string } };
+	execSync(scripts.install, {
+		cwd: folder,
+		env: { ...process.env, NODE_OPTIONS: '', PATH: `${bin}${delimiter}${process.env['PATH']}` },
+		stdio: 'ignore',
+	});
+	t.is(readFileSync(join(folder, 'calls'), 'utf8'), 'rebuild -j max\n');
 });
