@@ -1,10 +1,13 @@
 /** From the device and dtype a caller asks for to an engine on a real one. */
-import { binding } from './binding.js';
+import { binding, type NativeCudaInfo } from './binding.js';
 import type { ModelConfig } from './config.js';
 import { Engine } from './engine.js';
 import { check, DiffusionNativeError, fromNative } from './errors.js';
 
-/** 'auto': a usable GPU when there is one, else the CPU. */
+/**
+ * 'auto': the first GPU of compute capability 8.0 or newer, else the CPU. 'cuda': the first such GPU. 'cuda:N': that one, by
+ * CUDA's numbering.
+ */
 export type Device = 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
 /**
  * Of activations, with fp32 parameters. 'auto': bf16 on CUDA, fp32 on the CPU. 'fp32' on CUDA uses no tensor cores: it is for
@@ -45,29 +48,7 @@ export function openEngine(config: ModelConfig, options: DeviceOptions): OpenedE
 		`option threads is ${String(threads)}, expected a whole number from 0 to ${mostThreads}`,
 	);
 	const native = binding();
-	const cuda = native.cudaInfo();
-	const reason =
-		cuda.reason ?? (cuda.compiled ? 'no CUDA device was found' : 'this build of the addon has no CUDA support');
-	let device: string = asked;
-	let note: string | undefined;
-	if (asked === 'auto') {
-		const wanted = askedDtype !== 'int8';
-		device = wanted && cuda.devices.length > 0 ? 'cuda:0' : 'cpu';
-		if (device === 'cpu') note = wanted ? reason : 'int8 weights are for the CPU';
-	} else if (asked === 'cuda') {
-		device = 'cuda:0';
-	}
-	if (device !== 'cpu') {
-		const index = Number(device.slice('cuda:'.length));
-		if (cuda.devices.length === 0)
-			throw new DiffusionNativeError('ERR_DN_DEVICE', `device '${asked}' is not usable: ${reason}`);
-		if (index >= cuda.devices.length) {
-			throw new DiffusionNativeError(
-				'ERR_DN_DEVICE',
-				`device '${asked}' is not usable: there are ${cuda.devices.length} CUDA devices`,
-			);
-		}
-	}
+	const { device, note } = chooseDevice(asked, askedDtype, native.cudaInfo());
 	const dtype = askedDtype === 'auto' ? (device === 'cpu' ? 'fp32' : 'bf16') : askedDtype;
 	check(
 		device !== 'cpu' || dtype !== 'bf16',
@@ -81,4 +62,38 @@ export function openEngine(config: ModelConfig, options: DeviceOptions): OpenedE
 	} catch (error) {
 		throw fromNative(error);
 	}
+}
+
+/** The major compute capability from which on the kernels run; kLowestMajor in cuda/backend_cuda.cu. */
+const lowestCapability = 8;
+
+/**
+ * 'cpu' or 'cuda:N' for the device asked for, and why 'auto' did not choose a GPU.
+ * @throws `ERR_DN_DEVICE` when a GPU is asked for that `cuda` does not list
+ */
+export function chooseDevice(
+	asked: Device,
+	dtype: DType,
+	{ compiled, devices, reason }: NativeCudaInfo,
+): { device: string; note: string | undefined } {
+	if (asked === 'cpu') return { device: 'cpu', note: undefined };
+	if (asked === 'auto' && dtype === 'int8') return { device: 'cpu', note: 'int8 weights are for the CPU' };
+	const none = reason ?? (compiled ? 'no CUDA device was found' : 'this build of the addon has no CUDA support');
+	const usable = devices.findIndex(({ capability }) => Number.parseInt(capability, 10) >= lowestCapability);
+	if (asked === 'auto') {
+		if (usable >= 0) return { device: `cuda:${usable}`, note: undefined };
+		const found = devices.map(({ name, capability }) => `${name} has ${capability}`).join(', ');
+		const tooOld = `no CUDA device has compute capability ${lowestCapability}.0 or newer: ${found}`;
+		return { device: 'cpu', note: devices.length > 0 ? tooOld : none };
+	}
+	if (devices.length === 0) throw new DiffusionNativeError('ERR_DN_DEVICE', `device '${asked}' is not usable: ${none}`);
+	// One that is too old is refused by the addon, which says so.
+	const index = asked === 'cuda' ? Math.max(0, usable) : Number(asked.slice('cuda:'.length));
+	if (index >= devices.length) {
+		throw new DiffusionNativeError(
+			'ERR_DN_DEVICE',
+			`device '${asked}' is not usable: there are ${devices.length} CUDA devices`,
+		);
+	}
+	return { device: `cuda:${index}`, note: undefined };
 }

@@ -6,6 +6,7 @@ import test from 'ava';
 import { type DenoiseStep, DiffuGPT, type GenerateOptions, info, type Prompt, Trainer } from 'diffusion-native';
 
 import { binding } from '../lib/binding.js';
+import { chooseDevice } from '../lib/device.js';
 import { sharpModel, smallConfig } from './helpers/models.js';
 import { collect, documents, fresh, shape, weights } from './helpers/trainer.js';
 
@@ -45,6 +46,28 @@ withoutDevice('without a device, asking for one is refused with the reason', asy
 	await using model = await DiffuGPT.fromConfig(smallConfig);
 	t.is(model.device, 'cpu');
 	t.is(model.deviceNote, cuda.reason);
+});
+
+test('auto passes over devices that are too old, and says why it takes the CPU', (t) => {
+	const list = (...capabilities: string[]) => ({
+		compiled: true,
+		devices: capabilities.map((capability, i) => ({ name: `GPU ${i}`, memory: 2 ** 34, capability })),
+	});
+	const chosen = (...capabilities: string[]) => chooseDevice('auto', 'auto', list(...capabilities));
+	t.deepEqual(chosen('8.0'), { device: 'cuda:0', note: undefined });
+	t.deepEqual(chosen('7.5', '12.0', '9.0'), { device: 'cuda:1', note: undefined });
+	t.deepEqual(chosen('7.5', '6.1'), {
+		device: 'cpu',
+		note: 'no CUDA device has compute capability 8.0 or newer: GPU 0 has 7.5, GPU 1 has 6.1',
+	});
+	t.deepEqual(chosen(), { device: 'cpu', note: 'no CUDA device was found' });
+	t.is(chooseDevice('auto', 'int8', list('9.0')).device, 'cpu');
+	t.is(chooseDevice('cuda', 'auto', list('7.5', '9.0')).device, 'cuda:1');
+	// What is asked for by number is left to the addon, whose error names the capability.
+	t.is(chooseDevice('cuda:0', 'auto', list('7.5')).device, 'cuda:0');
+	t.is(chooseDevice('cuda', 'auto', list('7.5')).device, 'cuda:0');
+	t.throws(() => chooseDevice('cuda:1', 'auto', list('9.0')), { code: 'ERR_DN_DEVICE', message: /are 1 CUDA devices/ });
+	t.throws(() => chooseDevice('cuda', 'auto', list()), { code: 'ERR_DN_DEVICE', message: /no CUDA device was found/ });
 });
 
 test('a dtype that a device has not is refused, natively too', async (t) => {
