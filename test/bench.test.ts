@@ -9,7 +9,7 @@ import { parseSteps } from '../bench/cases/operations.js';
 import { named } from '../bench/harness.js';
 import type { ComparisonResult } from '../bench/peers/compare.js';
 import { difference } from '../bench/peers/compare.js';
-import { preloadable } from '../bench/peers/contenders.js';
+import { preloadable, torchCpu } from '../bench/peers/contenders.js';
 import { toBfloat, toHalf } from '../bench/peers/gguf.js';
 import { byteLength, integer, message, string } from '../bench/peers/protobuf.js';
 import { fill, merge, type Results } from '../bench/tables.js';
@@ -151,6 +151,18 @@ print(refused, error == 1, libc.syscall(ctypes.c_long(39), *[ctypes.c_long(0)] *
 	const library = preloadable('without_amx', folder);
 	t.is(ask({ LD_PRELOAD: library }), '-1 True True');
 	t.regex(ask({}), /^(0|-1) False True$/);
+});
+
+test('PyTorch is told what the processor can, not what DN_ISA keeps ours to', (t) => {
+	const avx512 = ['avx2', 'avx512f', 'avx512bw', 'avx512vl', 'avx512dq', 'amx_tile'];
+	t.deepEqual(torchCpu(new Set(avx512)).tuned, { OPENBLAS_CORETYPE: 'SkylakeX', ATEN_CPU_CAPABILITY: 'avx512' });
+	t.deepEqual(torchCpu(new Set(['avx2', 'avx512f'])).shipped, { OPENBLAS_CORETYPE: 'Haswell' });
+	t.deepEqual(torchCpu(new Set(['sse2'])), { shipped: {}, tuned: {} });
+});
+
+test('a folder that LD_PRELOAD cannot name is refused', (t) => {
+	for (const folder of ['/tmp/with space', '/tmp/a:b'])
+		t.throws(() => preloadable('without_amx', folder), { message: /cannot be preloaded.*no space or colon/ });
 });
 
 test('the command lists what names choose, and names a wrong option', (t) => {

@@ -33,15 +33,37 @@ export function allowedCores(): number[] {
 	}
 }
 
-/** OpenBLAS and PyTorch of Debian 12 do not know newer processors and would run code for much older ones. */
-function torchCpu(): { blas: string; aten: string } {
-	const { isa } = info().cpu;
-	return isa === 'avx2' ? { blas: 'Haswell', aten: 'avx2' } : { blas: 'SkylakeX', aten: 'avx512' };
+/** What /proc/cpuinfo says that the processor can; empty where there is no such file. */
+function cpuFlags(): Set<string> {
+	try {
+		return new Set(/^flags\s*:(.*)$/m.exec(readFileSync('/proc/cpuinfo', 'utf8'))?.[1]?.trim().split(' '));
+	} catch {
+		return new Set();
+	}
 }
 
-/** Builds a library of this folder, to be preloaded, into `folder`; undefined where there is no C compiler. */
+/**
+ * What tells PyTorch the processor's type: OpenBLAS and PyTorch of Debian 12 do not know newer processors and would run code for
+ * much older ones. By what the processor can, whatever DN_ISA keeps ours to.
+ */
+export function torchCpu(flags: ReadonlySet<string> = cpuFlags()): Record<'shipped' | 'tuned', Record<string, string>> {
+	const named = (blas: string, aten: string) => ({
+		shipped: { OPENBLAS_CORETYPE: blas },
+		tuned: { OPENBLAS_CORETYPE: blas, ATEN_CPU_CAPABILITY: aten },
+	});
+	if (['avx512f', 'avx512bw', 'avx512vl', 'avx512dq'].every((flag) => flags.has(flag)))
+		return named('SkylakeX', 'avx512');
+	return flags.has('avx2') ? named('Haswell', 'avx2') : { shipped: {}, tuned: {} };
+}
+
+/**
+ * Builds a library of this folder, to be preloaded, into `folder`; undefined where there is no C compiler.
+ * @throws when LD_PRELOAD cannot name it: the loader takes spaces and colons for the end of a path, and goes on without it
+ */
 export function preloadable(name: string, folder: string): string | undefined {
 	const path = join(folder, `${name}.so`);
+	if (/[ :]/.test(path))
+		throw new Error(`${path} cannot be preloaded: choose a folder whose path has no space or colon (--models, TMPDIR)`);
 	try {
 		const source = join(peersFolder, `${name}.c`);
 		execFileSync('cc', ['-O2', '-shared', '-fPIC', source, '-o', path, '-ldl'], { stdio: 'ignore' });
@@ -53,12 +75,7 @@ export function preloadable(name: string, folder: string): string | undefined {
 
 /** Whether the peers must do without AMX: the machine has it, and DN_ISA keeps ours from it. */
 export function peersLackAmx(): boolean {
-	if (info().cpu.isa === 'amx') return false;
-	try {
-		return / amx_tile( |$)/m.test(readFileSync('/proc/cpuinfo', 'utf8'));
-	} catch {
-		return false;
-	}
+	return info().cpu.isa !== 'amx' && cpuFlags().has('amx_tile');
 }
 
 /** What is preloaded into a peer. Throws where AMX cannot be kept from it. */
@@ -91,13 +108,12 @@ export function commandOf(engine: Engine, tuned: boolean, folder: string): Comma
 		case 'llama':
 			return node('./llama.js', env);
 		case 'torch': {
-			const { blas, aten } = torchCpu();
-			const threads = String(allowedCores().length);
-			const best = { OMP_NUM_THREADS: threads, OMP_PROC_BIND: 'true', ATEN_CPU_CAPABILITY: aten };
+			const threads = { OMP_NUM_THREADS: String(allowedCores().length), OMP_PROC_BIND: 'true' };
+			const cpu = torchCpu();
 			return {
 				command: pythonWithTorch() ?? 'python3',
 				args: [join(peersFolder, 'torch_peer.py')],
-				env: { OPENBLAS_CORETYPE: blas, ...(tuned ? best : {}), ...env },
+				env: { ...(tuned ? { ...threads, ...cpu.tuned } : cpu.shipped), ...env },
 			};
 		}
 	}
