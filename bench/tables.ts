@@ -57,10 +57,10 @@ function figure(value: number | undefined, digits: number): string {
 	return value === undefined || !Number.isFinite(value) ? 'not measured' : value.toFixed(digits);
 }
 
-/** Figure of the machine on all threads: 'fp32 peak', 'int8 peak', 'memory read'. */
-function ceiling(results: Results, name: string): number | undefined {
+/** Figure of the machine on all threads: 'fp32 peak', 'int8 peak', 'memory read', 'memory copy'; NaN where it is missing. */
+function ceiling(results: Results, name: string): number {
 	const found = Object.entries(find(results, 'machine')?.extra ?? {}).filter(([key]) => key.startsWith(`${name}, t`));
-	return found.map(([, value]) => value).at(-1);
+	return found.map(([, value]) => value).at(-1) ?? Number.NaN;
 }
 
 function machineTable(results: Results): string {
@@ -102,23 +102,27 @@ function rooflineTable(results: Results, step: string): string {
 	if (!measured?.extra) return notMeasured;
 	const extra = measured.extra;
 	const peak = ceiling(results, 'fp32 peak');
-	const bandwidth = ceiling(results, 'memory read');
+	const copy = ceiling(results, 'memory copy');
+	const read = ceiling(results, 'memory read');
+	// Some machines read faster than they copy, others the other way round; older results have no copy.
+	const bandwidth = Number.isNaN(copy) ? read : Math.max(read, copy);
 	const names = Object.keys(extra)
 		.filter((key) => key.endsWith(', calls'))
 		.map((key) => key.slice(0, -', calls'.length));
 	const rows = names.map((name) => {
 		const get = (field: string): number => extra[`${name}, ${field}`] ?? Number.NaN;
 		const [gflop, gigabytes, wall] = [get('GFLOP'), get('GB'), get('wall ms')];
-		const compute = (gflop / (peak ?? Number.NaN)) * 1e3;
-		const memory = (gigabytes / (bandwidth ?? Number.NaN)) * 1e3;
+		const compute = (gflop / peak) * 1e3;
+		const memory = (gigabytes / bandwidth) * 1e3;
 		const least = Math.max(compute, memory);
+		const bound = compute >= memory ? 'compute' : 'memory';
 		return [
 			name,
 			String(get('calls')),
 			figure(gflop, 2),
 			figure(gigabytes * 1e3, 0),
 			figure(least, 2),
-			compute >= memory ? 'compute' : 'memory',
+			Number.isNaN(least) ? 'not measured' : bound,
 			figure(wall, 2),
 			figure((least / wall) * 100, 0),
 		];

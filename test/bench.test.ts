@@ -6,7 +6,7 @@ import { join } from 'node:path';
 import test from 'ava';
 
 import { parseSteps } from '../bench/cases/operations.js';
-import { named } from '../bench/harness.js';
+import { type BenchResult, named } from '../bench/harness.js';
 import type { ComparisonResult } from '../bench/peers/compare.js';
 import { difference } from '../bench/peers/compare.js';
 import { preloadable, torchCpu } from '../bench/peers/contenders.js';
@@ -70,12 +70,12 @@ test('a contender that computes something else differs', (t) => {
 });
 
 const output = `124m T = 256, all logits: cpu/avx512, 2 threads, fp32 peak of a core 175 GFLOP/s; 418.2 ms cpu, 211.3 ms wall
-  op                        calls    cpu ms  share   wall ms     GFLOP  GFLOP/s of peak    GB/s
-  head_logits                   1    115.13  27.5%     58.34     19.76    171.7   69.0%     1.8
-  matmul (768, 3072)           12     85.35  20.4%     43.11     14.50    169.8   68.3%     1.9
-  layernorm_forward            25      4.00   1.0%      2.00      0.00      0.0    0.0%    10.0
+  op                        calls    cpu ms  share   wall ms     GFLOP        MB  GFLOP/s of peak    GB/s
+  head_logits                   1    115.13  27.5%     58.34     19.76    207.20    171.7   69.0%     1.8
+  matmul (768, 3072)           12     85.35  20.4%     43.11     14.50    162.01    169.8   68.3%     1.9
+  layernorm_forward            25      4.00   1.0%      2.00      0.00     39.90      0.0    0.0%    10.0
   outside ops                          1.15   0.3%
-  all                                418.24                      65.66    157.0   63.1%
+  all                                418.24                      65.66              157.0   63.1%
 `;
 
 test('the native benchmark is read op by op, and the tables follow from it', (t) => {
@@ -83,6 +83,7 @@ test('the native benchmark is read op by op, and the tables follow from it', (t)
 	t.is(step?.ops['matmul (768, 3072), calls'], 12);
 	t.is(step?.ops['matmul (768, 3072), wall ms'], 43.11);
 	t.is(step?.ops['head_logits, GFLOP'], 19.76);
+	t.is(step?.ops['head_logits, GB'], 0.2072);
 	t.is(Object.keys(step?.ops ?? {}).length, 15);
 
 	const result = (name: string, extra: Record<string, number>) => ({
@@ -100,7 +101,12 @@ test('the native benchmark is read op by op, and the tables follow from it', (t)
 	const results: Results = {
 		machine: {},
 		results: [
-			result('machine', { 'fp32 peak, t1, GFLOP/s': 175, 'fp32 peak, t2, GFLOP/s': 350, 'memory read, t2, GB/s': 30 }),
+			result('machine', {
+				'fp32 peak, t1, GFLOP/s': 175,
+				'fp32 peak, t2, GFLOP/s': 350,
+				'memory read, t2, GB/s': 24,
+				'memory copy, t2, GB/s': 30,
+			}),
 			result('operations/gpt2/forward/T256/logits', step?.ops ?? {}),
 		],
 	};
@@ -112,6 +118,14 @@ test('the native benchmark is read op by op, and the tables follow from it', (t)
 	t.regex(text, /\| head_logits \| 1 \| 19\.76 \| 207 \| 56\.46 \| compute \| 58\.34 \| 97 \|/);
 	t.regex(text, /\| layernorm_forward \| 25 \| 0\.00 \| 40 \| 1\.33 \| memory \| 2\.00 \| 67 \|/);
 	t.false(text.includes('old'));
+	const {
+		results: [, operations],
+	} = results;
+	const bare = fill('<!-- table: roofline forward T = 256 -->\n<!-- end -->', {
+		...results,
+		results: [operations as BenchResult],
+	});
+	t.regex(bare, /\| head_logits \| 1 \| 19\.76 \| 207 \| not measured \| not measured \| 58\.34 \| not measured \|/);
 	t.throws(() => fill('<!-- table: nonsense -->\n<!-- end -->', results));
 	t.true(fill('<!-- table: peers -->\n<!-- end -->', { machine: {}, results: [] }).includes('Not measured yet.'));
 });

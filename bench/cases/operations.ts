@@ -7,8 +7,8 @@ import { availableParallelism } from 'node:os';
 import type { BenchCase } from '../harness.js';
 import { runNative } from '../native.js';
 
-/** "  matmul 768x2304   12   15.3  22.1%   7.7   10.9   707.1   85.0%   1.2": the table of native/bench/op_timer.h. */
-const opLine = /^ {2}(\S.*?) +(\d+) +([\d.]+) +[\d.]+% +([\d.]+) +([\d.]+) +[\d.]+ +[\d.]+% +([\d.]+)$/;
+/** "  matmul (768, 2304)   12   15.3  22.1%   7.7   10.9   124.1   707.1   85.0%   1.2": the table of native/bench/op_timer.h. */
+const opLine = /^ {2}(\S.*?) +(\d+) +([\d.]+) +[\d.]+% +([\d.]+) +([\d.]+) +([\d.]+) +[\d.]+ +[\d.]+% +[\d.]+$/;
 
 interface Step {
 	title: string;
@@ -24,15 +24,14 @@ export function parseSteps(output: string): Step[] {
 			if (/^\S.*:/.test(line)) steps.push({ title: line, ops: {} });
 			continue;
 		}
-		const [, name, calls, cpu, wall, gflop, bandwidth] = op as unknown as [string, string, ...string[]];
+		const [, name, calls, cpu, wall, gflop, megabytes] = op as unknown as [string, string, ...string[]];
 		const ops = steps.at(-1)?.ops;
 		if (!ops) continue;
 		ops[`${name}, calls`] = Number(calls);
 		ops[`${name}, cpu ms`] = Number(cpu);
 		ops[`${name}, wall ms`] = Number(wall);
 		ops[`${name}, GFLOP`] = Number(gflop);
-		// GB per second of processor time, times that time.
-		ops[`${name}, GB`] = (Number(bandwidth) * Number(cpu)) / 1e3;
+		ops[`${name}, GB`] = Number(megabytes) / 1e3;
 	}
 	return steps;
 }

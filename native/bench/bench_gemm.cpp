@@ -10,19 +10,17 @@
 #include <functional>
 #include <iterator>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
 #include "bench/bench_clock.h"
+#include "bench/fma_loops.h"
 #include "core/pages.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "cpu/thread_pool.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -30,51 +28,19 @@ using namespace dn;
 using namespace dn::cpu;
 using namespace dn::bench;
 constexpr int64_t kPeakLoops = 20000;
-constexpr int kChains = 24;  // independent sums: more than latency times ports, few enough for the registers
-
-#if defined(__x86_64__)
-__attribute__((target("avx512f"))) double fma_loop_avx512() {
-  __m512 sum[kChains];
-  for (auto& s : sum) s = _mm512_setzero_ps();
-  __m512 a = _mm512_set1_ps(1e-3f), b = _mm512_set1_ps(0.5f);
-  for (int64_t i = 0; i < kPeakLoops; ++i) {
-#pragma GCC unroll 24
-    for (int c = 0; c < kChains; ++c) sum[c] = _mm512_fmadd_ps(a, b, sum[c]);
-    asm volatile("" : "+v"(a), "+v"(b));
-  }
-  for (int c = 1; c < kChains; ++c) sum[0] = _mm512_add_ps(sum[0], sum[c]);
-  return static_cast<double>(_mm512_cvtss_f32(sum[0]));
-}
-
-constexpr int kChainsAvx2 = 12;
-__attribute__((target("avx2,fma"))) double fma_loop_avx2() {
-  __m256 sum[kChainsAvx2];
-  for (auto& s : sum) s = _mm256_setzero_ps();
-  __m256 a = _mm256_set1_ps(1e-3f), b = _mm256_set1_ps(0.5f);
-  for (int64_t i = 0; i < kPeakLoops; ++i) {
-#pragma GCC unroll 12
-    for (int c = 0; c < kChainsAvx2; ++c) sum[c] = _mm256_fmadd_ps(a, b, sum[c]);
-    asm volatile("" : "+x"(a), "+x"(b));
-  }
-  for (int c = 1; c < kChainsAvx2; ++c) sum[0] = _mm256_add_ps(sum[0], sum[c]);
-  return static_cast<double>(_mm256_cvtss_f32(sum[0]));
-}
-#endif
 
 // fp32 multiply-adds from registers once, in GFLOP/s; 0 where the instruction set has no such loop.
 double fma_peak(const Cpu& cpu) {
 #if defined(__x86_64__)
   if (cpu.isa == Isa::kPortable) return 0;
   const bool wide = cpu.isa >= Isa::kAvx512;
-  std::vector<double> sink(static_cast<size_t>(cpu.threads));
+  std::vector<double> flop(static_cast<size_t>(cpu.threads));
   const double start = seconds_now(cpu.threads);
   parallel(cpu.threads, cpu.threads, [&](int64_t task, int) {
-    sink[static_cast<size_t>(task)] = wide ? fma_loop_avx512() : fma_loop_avx2();
+    flop[static_cast<size_t>(task)] = wide ? fma_loop_avx512(kPeakLoops) : fma_loop_avx2(kPeakLoops);
   });
   const double seconds = seconds_now(cpu.threads) - start;
-  const double flop =
-      2.0 * (wide ? 16 * kChains : 8 * kChainsAvx2) * static_cast<double>(kPeakLoops) * cpu.threads;
-  return flop / seconds * 1e-9;
+  return std::accumulate(flop.begin(), flop.end(), 0.0) / seconds * 1e-9;
 #else
   (void)cpu;
   return 0;

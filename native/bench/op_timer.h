@@ -12,11 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "bench/fma_loops.h"
 #include "core/model.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace dn::bench {
 
@@ -27,38 +24,6 @@ inline double clock_seconds(clockid_t clock) {
 }
 inline double cpu_seconds() { return clock_seconds(CLOCK_PROCESS_CPUTIME_ID); }
 inline double wall_seconds() { return clock_seconds(CLOCK_MONOTONIC); }
-
-#if defined(__x86_64__)
-__attribute__((target("avx512f"))) inline double fma_loop_avx512(int64_t loops) {
-  constexpr int kChains = 24;
-  __m512 sum[kChains];
-  for (auto& s : sum) s = _mm512_setzero_ps();
-  __m512 a = _mm512_set1_ps(1e-3f), b = _mm512_set1_ps(0.5f);
-  for (int64_t i = 0; i < loops; ++i) {
-#pragma GCC unroll 24
-    for (int c = 0; c < kChains; ++c) sum[c] = _mm512_fmadd_ps(a, b, sum[c]);
-    asm volatile("" : "+v"(a), "+v"(b));
-  }
-  for (int c = 1; c < kChains; ++c) sum[0] = _mm512_add_ps(sum[0], sum[c]);
-  asm volatile("" : "+v"(sum[0]));
-  return 2.0 * 16 * kChains * static_cast<double>(loops);
-}
-
-__attribute__((target("avx2,fma"))) inline double fma_loop_avx2(int64_t loops) {
-  constexpr int kChains = 12;
-  __m256 sum[kChains];
-  for (auto& s : sum) s = _mm256_setzero_ps();
-  __m256 a = _mm256_set1_ps(1e-3f), b = _mm256_set1_ps(0.5f);
-  for (int64_t i = 0; i < loops; ++i) {
-#pragma GCC unroll 12
-    for (int c = 0; c < kChains; ++c) sum[c] = _mm256_fmadd_ps(a, b, sum[c]);
-    asm volatile("" : "+x"(a), "+x"(b));
-  }
-  for (int c = 1; c < kChains; ++c) sum[0] = _mm256_add_ps(sum[0], sum[c]);
-  asm volatile("" : "+x"(sum[0]));
-  return 2.0 * 8 * kChains * static_cast<double>(loops);
-}
-#endif
 
 // fp32 multiply-adds from registers on one core, GFLOP per second of its time; 0 without vectors. Short, so
 // that it can be taken between the calls it is compared with.
@@ -95,19 +60,20 @@ class OpTimer : public Backend {
   void reset() { costs_.clear(); }
   const std::vector<OpCost>& costs() const { return costs_; }
 
-  // One line an op, the most expensive first. seconds: processor time of the whole step, repeats: steps
-  // measured.
+  // One line an op, the most expensive first; bench/cases/operations.ts reads it. seconds: processor time of
+  // the whole step, repeats: steps measured.
   void print(double seconds, int repeats, double peak) const {
     std::vector<OpCost> sorted = costs_;
     std::sort(sorted.begin(), sorted.end(), [](const OpCost& a, const OpCost& b) { return a.cpu > b.cpu; });
-    std::printf("  %-24s %6s %9s %6s %9s %9s %8s %7s %7s\n", "op", "calls", "cpu ms", "share", "wall ms",
-                "GFLOP", "GFLOP/s", "of peak", "GB/s");
+    std::printf("  %-24s %6s %9s %6s %9s %9s %9s %8s %7s %7s\n", "op", "calls", "cpu ms", "share", "wall ms",
+                "GFLOP", "MB", "GFLOP/s", "of peak", "GB/s");
     OpCost sum;
     const auto line = [&](const OpCost& c) {
-      std::printf("  %-24s %6lld %9.2f %5.1f%% %9.2f %9.2f %8.1f %6.1f%% %7.1f\n", c.name.c_str(),
+      std::printf("  %-24s %6lld %9.2f %5.1f%% %9.2f %9.2f %9.2f %8.1f %6.1f%% %7.1f\n", c.name.c_str(),
                   static_cast<long long>(c.calls / repeats), c.cpu / repeats * 1e3, c.cpu / seconds * 100,
-                  c.wall / repeats * 1e3, c.flop / repeats * 1e-9, c.flop / c.cpu * 1e-9,
-                  peak > 0 ? c.flop / c.cpu * 1e-7 / peak : 0.0, c.bytes / c.cpu * 1e-9);
+                  c.wall / repeats * 1e3, c.flop / repeats * 1e-9, c.bytes / repeats * 1e-6,
+                  c.flop / c.cpu * 1e-9, peak > 0 ? c.flop / c.cpu * 1e-7 / peak : 0.0,
+                  c.bytes / c.cpu * 1e-9);
     };
     for (const OpCost& c : sorted) {
       line(c);
@@ -116,8 +82,8 @@ class OpTimer : public Backend {
     }
     std::printf("  %-24s %6s %9.2f %5.1f%%\n", "outside ops", "", (seconds - sum.cpu) / repeats * 1e3,
                 (1 - sum.cpu / seconds) * 100);
-    std::printf("  %-24s %6s %9.2f %6s %9s %9.2f %8.1f %6.1f%%\n", "all", "", seconds / repeats * 1e3, "", "",
-                sum.flop / repeats * 1e-9, sum.flop / seconds * 1e-9,
+    std::printf("  %-24s %6s %9.2f %6s %9s %9.2f %9s %8.1f %6.1f%%\n", "all", "", seconds / repeats * 1e3, "",
+                "", sum.flop / repeats * 1e-9, "", sum.flop / seconds * 1e-9,
                 peak > 0 ? sum.flop / seconds * 1e-7 / peak : 0.0);
   }
 
