@@ -6,7 +6,7 @@ import { fileURLToPath } from 'node:url';
 
 const root = fileURLToPath(new URL('../../', import.meta.url));
 
-/** Standard output of a native benchmark. @throws when it is not built, saying how to */
+/** Standard output of a native benchmark. @throws when it is not built, saying how to, or fails, with what it said */
 export function runNative(name: string, args: readonly string[]): string {
 	const folder = process.env['DN_BENCH_FOLDER'] ?? join(root, 'build-core');
 	const path = join(folder, name);
@@ -15,5 +15,5 @@ export function runNative(name: string, args: readonly string[]): string {
 			`${name} is not built: cmake -S . -B build-core -DDN_CUDA=OFF && cmake --build build-core --target ${name}`,
 		);
 	}
-	return execFileSync(path, args, { encoding: 'utf8', stdio: ['ignore', 'pipe', 'ignore'] });
+	return execFileSync(path, args, { encoding: 'utf8', stdio: ['ignore', 'pipe', 'pipe'] });
 }

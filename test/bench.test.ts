@@ -1,12 +1,12 @@
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import test from 'ava';
+import test, { type ExecutionContext } from 'ava';
 
-import { parseSteps } from '../bench/cases/operations.js';
-import { type BenchResult, named } from '../bench/harness.js';
+import { operationCases, parseSteps } from '../bench/cases/operations.js';
+import { type BenchCase, type BenchResult, named } from '../bench/harness.js';
 import type { ComparisonResult } from '../bench/peers/compare.js';
 import { difference } from '../bench/peers/compare.js';
 import { preloadable, torchCpu } from '../bench/peers/contenders.js';
@@ -14,6 +14,12 @@ import { toBfloat, toHalf } from '../bench/peers/gguf.js';
 import { byteLength, integer, message, string } from '../bench/peers/protobuf.js';
 import { fill, merge, type Results } from '../bench/tables.js';
 import { root } from './helpers/fixtures.js';
+
+function temporary(t: ExecutionContext): string {
+	const folder = mkdtempSync(join(tmpdir(), 'dn-bench-'));
+	t.teardown(() => rmSync(folder, { recursive: true }));
+	return folder;
+}
 
 test('a part of a name chooses all that have it, a whole name that one alone', (t) => {
 	const cases = ['forward/B1', 'forward/B16', 'load'].map((name) => ({ name }));
@@ -130,6 +136,33 @@ test('the native benchmark is read op by op, and the tables follow from it', (t)
 	t.true(fill('<!-- table: peers -->\n<!-- end -->', { machine: {}, results: [] }).includes('Not measured yet.'));
 });
 
+test.serial(
+	'the steps of one native run share it, every repeat is a run of its own, and a failure says why',
+	async (t) => {
+		const folder = temporary(t);
+		const title = (step: string): string => `124m T = 256, ${step}: cpu/avx512\n`;
+		const op = '  zero  1  1.00  1.0%  $n.00  0.00  1.00  0.0  0.0%  1.0\n';
+		const text = `${title('all logits')}${op}${title('denoise half the rows')}${op}`;
+		writeFileSync(
+			join(folder, 'bench_forward'),
+			`#!/bin/sh\ncd "$(dirname "$0")"\necho run >> runs\nn=$(wc -l < runs)\ncat << END\n${text}END\n`,
+			{ mode: 0o755 },
+		);
+		writeFileSync(join(folder, 'bench_train'), '#!/bin/sh\necho no memory >&2\nexit 1\n', { mode: 0o755 });
+		process.env['DN_BENCH_FOLDER'] = folder;
+		t.teardown(() => delete process.env['DN_BENCH_FOLDER']);
+		const times = async (part: string): Promise<(number | undefined)[]> => {
+			const [bench] = named(operationCases, [part]) as [BenchCase];
+			const { run } = await bench.setup();
+			return [(await run()).ms, (await run()).ms];
+		};
+		t.deepEqual(await times('forward/T256'), [1, 2]);
+		t.deepEqual(await times('denoise/T256/half'), [1, 2]);
+		await t.throwsAsync(times('forward/T1024'), { message: /printed no ops/ });
+		await t.throwsAsync(times('train-step'), { message: /no memory/ });
+	},
+);
+
 test('of several results files the later one counts, row by row, and they must be of one machine', (t) => {
 	const row = (name: string, engine: string, median: number) =>
 		({ name, dtype: 'fp32', peer: { engine, dtype: 'fp32' }, ours: { ms: { median } } }) as unknown as ComparisonResult;
@@ -152,8 +185,7 @@ const canPreload =
 	process.platform === 'linux' && process.arch === 'x64' && spawnSync('cc', ['--version']).status === 0;
 
 (canPreload ? test : test.skip)('peers are kept from AMX by refusing them its tiles, and from nothing else', (t) => {
-	const folder = mkdtempSync(join(tmpdir(), 'dn-bench-'));
-	t.teardown(() => rmSync(folder, { recursive: true }));
+	const folder = temporary(t);
 	// arch_prctl(ARCH_REQ_XCOMP_PERM, tile data): 0 or, where there is no AMX, an error that is not EPERM.
 	const script = `import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
