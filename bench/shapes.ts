@@ -1,4 +1,6 @@
 /** The model shapes that are measured, with random weights, and their operation counts. */
+import { fileURLToPath } from 'node:url';
+
 import { DiffuGPT, type ModelConfigInput } from 'diffusion-native';
 
 export const shapes = {
@@ -15,6 +17,12 @@ export type ShapeName = keyof typeof shapes;
 /** The model that ships, trained: where it matters what a model is sure of. */
 export function loadShipped(): Promise<DiffuGPT> {
 	return DiffuGPT.fromPretrained('diffusion-native/tiny', { device: 'cpu', dtype: 'fp32' });
+}
+
+/** Its twin: the causal model it was adapted from. */
+export function loadTwin(): Promise<DiffuGPT> {
+	const folder = fileURLToPath(new URL('../../models/tiny-autoregressive', import.meta.url));
+	return DiffuGPT.fromPretrained(folder, { device: 'cpu', dtype: 'fp32' });
 }
 
 /** Random weights; int8 are the same ones, quantised. threads: all cores when left out. */

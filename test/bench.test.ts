@@ -5,6 +5,7 @@ import { join } from 'node:path';
 
 import test, { type ExecutionContext } from 'ava';
 
+import { generateCases } from '../bench/cases/generate.js';
 import { operationCases, parseSteps } from '../bench/cases/operations.js';
 import { type BenchCase, type BenchResult, named } from '../bench/harness.js';
 import type { ComparisonResult } from '../bench/peers/compare.js';
@@ -162,6 +163,21 @@ test.serial(
 		await t.throwsAsync(times('train-step'), { message: /no memory/ });
 	},
 );
+
+test('every batch size of the trained model answers the same questions, its twin too', async (t) => {
+	for (const sampler of ['confidence-16', 'autoregressive']) {
+		const work = [];
+		for (const batch of [1, 4]) {
+			const [bench] = named(generateCases, [`generate/trained/${sampler}/B${batch}`]) as [BenchCase];
+			const { run, teardown } = await bench.setup();
+			work.push(await run());
+			await teardown();
+		}
+		const [alone, together] = work;
+		t.is(alone?.tokens, together?.tokens, sampler);
+		t.is(alone?.extra?.['forwards'], together?.extra?.['forwards'], sampler);
+	}
+});
 
 test('of several results files the later one counts, row by row, and they must be of one machine', (t) => {
 	const row = (name: string, engine: string, median: number) =>

@@ -2,12 +2,13 @@
  * Whole generations of a fixed length: every sampler at batch 1, 4 and 16 with autoregressive decoding and its cache beside
  * them, blocks with and without caches, and eight concurrent streams against the same ones one after another.
  * `tiny` and `gpt2` are shapes with random weights and 256 new tokens. `trained` is the model that ships, spelling
- * words and numbers: there the adaptive samplers need as many forwards as the model's confidence allows.
+ * words and numbers: there the adaptive samplers need as many forwards as the model's confidence allows, every batch size
+ * answers the same questions, and `autoregressive` is the model's autoregressive twin.
  */
 import type { DiffuGPT, GenerateOptions, GenerateResult, Prompt } from 'diffusion-native';
 
 import type { BenchCase, Work } from '../harness.js';
-import { load, loadShipped, someTokens } from '../shapes.js';
+import { load, loadShipped, loadTwin, someTokens } from '../shapes.js';
 
 type Subject = 'tiny' | 'gpt2' | 'trained';
 
@@ -27,6 +28,18 @@ function prompts(subject: Subject, batch: number): Prompt[] {
 	);
 }
 
+/** The batches of one repeat: the questions have answers of their own lengths, so that a small batch is run for all of them. */
+function batches(subject: Subject, batch: number): Prompt[][] {
+	if (subject !== 'trained') return [prompts(subject, batch)];
+	const all = prompts(subject, Math.max(batch, questions.length));
+	return Array.from({ length: all.length / batch }, (_, i) => all.slice(i * batch, (i + 1) * batch));
+}
+
+function loadSubject(subject: Subject, { sampler }: GenerateOptions): Promise<DiffuGPT> {
+	if (subject !== 'trained') return load(subject);
+	return sampler === 'autoregressive' ? loadTwin() : loadShipped();
+}
+
 function bench(
 	name: string,
 	subject: Subject,
@@ -41,7 +54,7 @@ function bench(
 		dtype: 'fp32',
 		repeats,
 		async setup() {
-			const model = await (subject === 'trained' ? loadShipped() : load(subject));
+			const model = await loadSubject(subject, options);
 			// What is timed only once is warmed up by a short version of itself.
 			if (repeats === 1) await model.generateBatch(prompts(subject, batch), { ...options, length: 32 });
 			return {
@@ -60,9 +73,11 @@ function generate(
 	repeats: number,
 ): BenchCase {
 	const name = `generate/${subject}/${label}/B${batch}`;
-	return bench(name, subject, batch, options, repeats, (model) =>
-		model.generateBatch(prompts(subject, batch), options),
-	);
+	return bench(name, subject, batch, options, repeats, async (model) => {
+		const results: GenerateResult[] = [];
+		for (const some of batches(subject, batch)) results.push(...(await model.generateBatch(some, options)));
+		return results;
+	});
 }
 
 /** Eight streams at once, and the same ones one after another. */
