@@ -13,7 +13,7 @@ export interface Work {
 	extra?: Record<string, number>;
 	/** Time of this repeat, when the call also did other things. */
 	ms?: number;
-	/** Peak memory, when it is another process's. */
+	/** Peak memory of the process that did this repeat alone. */
 	peakRssBytes?: number;
 }
 
@@ -24,7 +24,7 @@ export interface BenchCase {
 	dtype: string;
 	/** Prepares once; `run` is one timed repeat and says what it did. */
 	setup(): Promise<{ run(): Promise<Work>; teardown(): Promise<void> }>;
-	/** Timed repeats, after an untimed one when there are several. */
+	/** Timed repeats, after an untimed one when there are several; a case with one warms up in `setup` where that matters. */
 	repeats: number;
 	/** Takes minutes: runs only when an argument names it. */
 	onlyIfNamed?: boolean;
@@ -38,7 +38,8 @@ export interface BenchResult {
 	tokensPerSecond: number;
 	ms: { median: number; p10: number; p90: number };
 	gflops: number | null;
-	peakRssBytes: number;
+	/** Null where the case has no process of its own: the benchmark's peak is that of all cases so far. */
+	peakRssBytes: number | null;
 	repeats: number;
 	/** Further figures of the case (forwards, tokens per forward, timer delays). */
 	extra?: Record<string, number>;
@@ -59,14 +60,14 @@ export function quantile(sorted: readonly number[], q: number): number {
 	return (sorted[low] as number) + ((sorted[high] as number) - (sorted[low] as number)) * (position - low);
 }
 
-/** Runs one case: a warm-up when it has several repeats, then the timed ones. */
-export async function measure(bench: BenchCase): Promise<BenchResult> {
+/** Runs one case: a warm-up when there are several repeats or the case has several of its own, then the timed ones. */
+export async function measure(bench: BenchCase, repeats = bench.repeats): Promise<BenchResult> {
 	const { run, teardown } = await bench.setup();
 	try {
-		if (bench.repeats > 1) await run();
+		if (repeats > 1 || bench.repeats > 1) await run();
 		const times: number[] = [];
 		let work: Work = { tokens: 0 };
-		for (let i = 0; i < bench.repeats; i++) {
+		for (let i = 0; i < repeats; i++) {
 			const started = performance.now();
 			work = await run();
 			times.push(work.ms ?? performance.now() - started);
@@ -81,8 +82,8 @@ export async function measure(bench: BenchCase): Promise<BenchResult> {
 			tokensPerSecond: (work.tokens * 1000) / median,
 			ms: { median, p10: quantile(times, 0.1), p90: quantile(times, 0.9) },
 			gflops: work.flops === undefined ? null : work.flops / median / 1e6,
-			peakRssBytes: work.peakRssBytes ?? process.resourceUsage().maxRSS * 1024,
-			repeats: bench.repeats,
+			peakRssBytes: work.peakRssBytes ?? null,
+			repeats,
 			...(work.extra ? { extra: work.extra } : {}),
 		};
 	} finally {

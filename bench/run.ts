@@ -80,7 +80,7 @@ if (wanted.length > 0) {
 for (const bench of wanted) {
 	let result: BenchResult;
 	try {
-		result = await measure(repeats === undefined ? bench : { ...bench, repeats });
+		result = await measure(bench, repeats);
 	} catch (error) {
 		const reason = (error as Error).message;
 		unavailable.push({ name: bench.name, dtype: bench.dtype, reason });
@@ -96,7 +96,7 @@ for (const bench of wanted) {
 		result.ms.p10.toFixed(1),
 		result.ms.p90.toFixed(1),
 		result.gflops?.toFixed(0) ?? '-',
-		(result.peakRssBytes / 2 ** 20).toFixed(0),
+		result.peakRssBytes === null ? '-' : (result.peakRssBytes / 2 ** 20).toFixed(0),
 	];
 	console.log(result.name.padEnd(44) + cells.map((cell) => cell.padStart(11)).join(''));
 	if (result.extra) console.log(`  ${JSON.stringify(result.extra)}`);

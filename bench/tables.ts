@@ -136,7 +136,7 @@ function memoryTable(results: Results): string {
 	const rows = names.map(({ name, ms, peakRssBytes, extra }) => [
 		`\`${name}\``,
 		figure(ms.median, 0),
-		name.startsWith('scaling') ? '' : figure(peakRssBytes / 2 ** 20, 0),
+		name.startsWith('scaling') || peakRssBytes === null ? '' : figure(peakRssBytes / 2 ** 20, 0),
 		figure(extra?.['speedup'], 2).replace('not measured', ''),
 	]);
 	return table(['case', 'ms', 'peak RSS, MiB', 'speed-up'], rows);

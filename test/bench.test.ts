@@ -7,7 +7,7 @@ import test, { type ExecutionContext } from 'ava';
 
 import { generateCases } from '../bench/cases/generate.js';
 import { operationCases, parseSteps } from '../bench/cases/operations.js';
-import { type BenchCase, type BenchResult, named } from '../bench/harness.js';
+import { type BenchCase, type BenchResult, measure, named } from '../bench/harness.js';
 import type { ComparisonResult } from '../bench/peers/compare.js';
 import { difference } from '../bench/peers/compare.js';
 import { preloadable, torchCpu } from '../bench/peers/contenders.js';
@@ -29,6 +29,28 @@ test('a part of a name chooses all that have it, a whole name that one alone', (
 	t.deepEqual(names('forward/B'), ['forward/B1', 'forward/B16']);
 	t.deepEqual(names('load', 'B16'), ['forward/B16', 'load']);
 	t.deepEqual(names('nothing'), []);
+});
+
+test('cases of several repeats warm up, whatever repeats are asked for, and only a process of its own has a peak', async (t) => {
+	let runs = 0;
+	const bench = (repeats: number): BenchCase => ({
+		name: 'counting',
+		shape: {},
+		dtype: '-',
+		repeats,
+		setup: async () => ({ run: async () => ({ tokens: 1, ms: ++runs }), teardown: async () => undefined }),
+	});
+	for (const [own, asked, first, last] of [
+		[3, undefined, 2, 4],
+		[3, 1, 2, 2],
+		[1, undefined, 1, 1],
+		[1, 2, 2, 3],
+	] as const) {
+		runs = 0;
+		const { ms, repeats, peakRssBytes } = await measure(bench(own), asked);
+		t.deepEqual([runs, repeats, ms.median], [last, last - first + 1, (first + last) / 2]);
+		t.is(peakRssBytes, null);
+	}
 });
 
 test('half precision rounds to nearest even, subnormals included', (t) => {
