@@ -8,12 +8,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 what=all
 folder=build-gpu
+usage() { echo 'usage: bench/gpu.sh [--check | --measure] [--build FOLDER]' >&2 && exit 64; }
 while [ $# -gt 0 ]; do
   case $1 in
     --check) what=check ;;
     --measure) what=measure ;;
-    --build) folder=$2 && shift ;;
-    *) echo "usage: bench/gpu.sh [--check | --measure] [--build FOLDER]" >&2 && exit 64 ;;
+    --build)
+      [ $# -ge 2 ] || usage
+      folder=$2
+      shift
+      ;;
+    *) usage ;;
   esac
   shift
 done
@@ -29,9 +34,11 @@ capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 
 [ "$capability" = 90 ] && capability=90a
 
 say "build for sm_$capability in $folder"
-cmake -S . -B "$folder" -DDN_CUDA=ON -DCMAKE_BUILD_TYPE=Release "-DCMAKE_CUDA_ARCHITECTURES=$capability-real" > "$folder.log" 2>&1 \
-  && cmake --build "$folder" --parallel "$(nproc)" --target dn_cuda_check bench_gpu >> "$folder.log" 2>&1 \
-  || { tail -40 "$folder.log" && exit 1; }
+mkdir -p "$folder"
+log=$folder/build.log
+cmake -S . -B "$folder" -DDN_CUDA=ON -DCMAKE_BUILD_TYPE=Release "-DCMAKE_CUDA_ARCHITECTURES=$capability-real" > "$log" 2>&1 \
+  && cmake --build "$folder" --parallel "$(nproc)" --target dn_cuda_check bench_gpu >> "$log" 2>&1 \
+  || { tail -40 "$log" && exit 1; }
 
 # cuBLASLt often comes inside a Python package; the loader does not look there.
 if [ -z "${DIFFUSION_NATIVE_CUBLASLT:-}" ] && command -v python3 > /dev/null; then
@@ -92,7 +99,7 @@ say "wrote $result"
 
 addon=build-cuda/Release/diffusion_native.node
 if command -v node > /dev/null && [ -f "$addon" ] && [ -f dist/lib/cli/main.js ]; then
-  say 'end to end through Node'
+  say 'the addon finds the device'
   DIFFUSION_NATIVE_BINDING=$PWD/$addon node dist/lib/cli/main.js info
 fi
 say 'done'

@@ -1,5 +1,5 @@
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
@@ -247,6 +247,28 @@ test('PyTorch is told what the processor can, not what DN_ISA keeps ours to', (t
 test('a folder that LD_PRELOAD cannot name is refused', (t) => {
 	for (const folder of ['/tmp/with space', '/tmp/a:b'])
 		t.throws(() => preloadable('without_amx', folder), { message: /cannot be preloaded.*no space or colon/ });
+});
+
+test('the GPU script logs its build into the build folder, and names its usage', (t) => {
+	const folder = temporary(t);
+	for (const [name, script] of [
+		['nvidia-smi', 'echo 9.0'],
+		['cmake', 'echo no such compiler; exit 1'],
+	] as const)
+		writeFileSync(join(folder, name), `#!/bin/sh\n${script}\n`, { mode: 0o755 });
+	const env = { ...process.env, PATH: `${folder}:${process.env['PATH']}` };
+	const script = (...args: string[]) =>
+		spawnSync('bash', [join(root, 'bench', 'gpu.sh'), ...args], { encoding: 'utf8', env });
+	const { status, stdout } = script('--build', join(folder, 'build'));
+	t.is(status, 1);
+	t.regex(stdout, /no such compiler/);
+	t.deepEqual(readdirSync(join(folder, 'build')), ['build.log']);
+	t.deepEqual(readdirSync(folder).sort(), ['build', 'cmake', 'nvidia-smi']);
+	for (const args of [['--build'], ['--bogus']]) {
+		const { status: wrong, stderr } = script(...args);
+		t.is(wrong, 64);
+		t.regex(stderr, /^usage: bench\/gpu\.sh/);
+	}
 });
 
 test('the command lists what names choose, and names a wrong option', (t) => {

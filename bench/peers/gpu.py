@@ -41,10 +41,13 @@ class Gpt2(nn.Module):
         return self.lnf(x)
 
     def forward(self, ids, rows, targets=None):
-        logits = F.linear(self.hidden(ids).flatten(0, 1)[rows], self.wte.weight)
-        if targets is not None:
-            return F.cross_entropy(logits.float(), targets)
-        logits = logits.float()
+        hidden = self.hidden(ids).flatten(0, 1)
+        if targets is None:
+            return self.statistics(hidden, rows)
+        return F.cross_entropy(F.linear(hidden[rows], self.wte.weight).float(), targets)
+
+    def statistics(self, hidden, rows):
+        logits = F.linear(hidden[rows], self.wte.weight).float()
         log_total = torch.logsumexp(logits, -1, keepdim=True)
         p = torch.exp(logits - log_total)
         best = p.topk(2, -1)
@@ -93,7 +96,10 @@ def main():
 
         measure(f"training/T{T}", B * T * parts, step)
 
-    half = torch.compile(model.to(torch.bfloat16).eval(), dynamic=False)
+    model.to(torch.bfloat16).eval()
+    half, half_hidden, half_statistics = (
+        torch.compile(part, dynamic=False) for part in (model, model.hidden, model.statistics)
+    )
     for B, T in ((1, 256), (1, 1024), (64, 256), (64, 1024)):
         ids = torch.randint(V, (B, T), device="cuda")
         chunk = 8192
@@ -104,11 +110,9 @@ def main():
             # One call where the rows fit; otherwise the head in chunks, as anybody would have to.
             if len(pieces) == 1:
                 return half(ids, pieces[0])
-            hidden = model.hidden(ids).flatten(0, 1)
+            states = half_hidden(ids).flatten(0, 1)
             for rows in pieces:
-                logits = F.linear(hidden[rows], model.wte.weight).float()
-                p = torch.softmax(logits, -1)
-                p.topk(2, -1), torch.special.entr(p).sum(-1), torch.multinomial(p, 1)
+                half_statistics(states, rows)
 
         measure(f"denoise/B{B}/T{T}", 0, denoise)
 
