@@ -18,9 +18,6 @@
       'GCC_SYMBOLS_PRIVATE_EXTERN': 'YES',
       'MACOSX_DEPLOYMENT_TARGET': '12.0',
       'OTHER_CPLUSPLUSFLAGS': ['-ffp-contract=off']
-    },
-    'msvs_settings': {
-      'VCCLCompilerTool': { 'ExceptionHandling': 1, 'AdditionalOptions': ['/std:c++17', '/O2'] }
     }
   },
   'targets': [
@@ -28,7 +25,7 @@
       'target_name': 'dn_cpu_avx2',
       'type': 'static_library',
       'sources': ['<@(cpu_avx2_sources)'],
-      'conditions': [['target_arch=="x64" and OS!="win"', {
+      'conditions': [['target_arch=="x64"', {
         'cflags_cc': ['<@(avx2_flags)'],
         'xcode_settings': { 'OTHER_CPLUSPLUSFLAGS': ['<@(avx2_flags)'] }
       }]]
@@ -37,7 +34,7 @@
       'target_name': 'dn_cpu_avx512',
       'type': 'static_library',
       'sources': ['<@(cpu_avx512_sources)'],
-      'conditions': [['target_arch=="x64" and OS!="win"', {
+      'conditions': [['target_arch=="x64"', {
         'cflags_cc': ['<@(avx512_flags)'],
         'xcode_settings': { 'OTHER_CPLUSPLUSFLAGS': ['<@(avx512_flags)'] }
       }]]
@@ -46,7 +43,7 @@
       'target_name': 'dn_cpu_amx',
       'type': 'static_library',
       'sources': ['<@(cpu_amx_sources)'],
-      'conditions': [['target_arch=="x64" and OS!="win"', {
+      'conditions': [['target_arch=="x64"', {
         'cflags_cc': ['<@(avx512_flags)', '<@(amx_flags)'],
         'xcode_settings': { 'OTHER_CPLUSPLUSFLAGS': ['<@(avx512_flags)', '<@(amx_flags)'] }
       }]]

@@ -44,9 +44,12 @@ test('the packed tarball is complete, small, and generates text with the model i
 		for (const name of names) {
 			t.notRegex(
 				name,
-				/^(test|bench|runs|build|dist\/(test|bench|examples)|native\/test|models\/tiny-autoregressive)\b/,
+				/^(test|bench|runs|build|dist\/(test|bench|examples)|native\/test|cuda\/test|models\/tiny-autoregressive)\b|\.map$/,
 			);
 		}
+		const readme = readFileSync(join(root, 'README.md'), 'utf8');
+		for (const [, link] of readme.matchAll(/\]\((?!https?:)([^)#]+)/g))
+			t.true(names.has(link as string), `${link}, which the README links to, is packed`);
 		t.true(files.reduce((sum, { size }) => sum + size, 0) < 60e6, 'unpacked size below 60 MB');
 
 		execFileSync('tar', ['xzf', join(folder, filename), '-C', folder]);
