@@ -5,7 +5,7 @@
  */
 import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import { dirname, join } from 'node:path';
+import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 import { DiffusionNativeError } from './errors.js';
@@ -375,25 +375,28 @@ function load(): { binding: Binding; path: string } {
 	};
 	const override = process.env['DIFFUSION_NATIVE_BINDING'];
 	if (override) {
-		const found = attempt(override);
+		const found = attempt(resolve(override));
 		if (found) return found;
-	} else {
-		for (const folder of ['build-cuda/Release', 'build-cmake/Release', 'build/Release']) {
-			const path = join(root, folder, 'diffusion_native.node');
-			if (!existsSync(path)) {
-				tried.push(`${path}: no such file`);
-				continue;
-			}
-			const found = attempt(path);
-			if (found) return found;
+		throw new DiffusionNativeError(
+			'ERR_DN_NO_BINARY',
+			`DIFFUSION_NATIVE_BINDING names no addon that can be loaded: ${tried.join('; ')}`,
+		);
+	}
+	for (const folder of ['build-cuda/Release', 'build-cmake/Release', 'build/Release']) {
+		const path = join(root, folder, 'diffusion_native.node');
+		if (!existsSync(path)) {
+			tried.push(`${path}: no such file`);
+			continue;
 		}
-		try {
-			const nodeGypBuild = require('node-gyp-build') as { path(directory: string): string };
-			const found = attempt(nodeGypBuild.path(root));
-			if (found) return found;
-		} catch (error) {
-			tried.push(`prebuilds: ${error instanceof Error ? error.message.split('\n')[0] : String(error)}`);
-		}
+		const found = attempt(path);
+		if (found) return found;
+	}
+	try {
+		const nodeGypBuild = require('node-gyp-build') as { path(directory: string): string };
+		const found = attempt(nodeGypBuild.path(root));
+		if (found) return found;
+	} catch (error) {
+		tried.push(`prebuilds: ${error instanceof Error ? error.message.split('\n')[0] : String(error)}`);
 	}
 	throw new DiffusionNativeError(
 		'ERR_DN_NO_BINARY',
@@ -401,7 +404,11 @@ function load(): { binding: Binding; path: string } {
 	);
 }
 
-/** The addon, loaded on first use. Throws `ERR_DN_NO_BINARY` listing what was tried. */
+/**
+ * The addon, loaded on first use: the file that the environment variable DIFFUSION_NATIVE_BINDING names, relative to the
+ * working directory; without it, of build-cuda, build-cmake and build the first that loads, then a prebuilt one.
+ * @throws `ERR_DN_NO_BINARY` listing what was tried
+ */
 export function binding(): Binding {
 	loaded ??= load();
 	return loaded.binding;

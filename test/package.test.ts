@@ -1,8 +1,8 @@
 /** What npm would publish: the tarball holds what it must, and works from a folder of its own. */
-import { execFileSync, execSync } from 'node:child_process';
+import { execFileSync, execSync, spawnSync } from 'node:child_process';
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { delimiter, join } from 'node:path';
+import { basename, delimiter, dirname, join } from 'node:path';
 
 import test from 'ava';
 import { info } from 'diffusion-native';
@@ -75,6 +75,23 @@ test('the packed tarball is complete, small, and generates text with the model i
 	} finally {
 		rmSync(folder, { recursive: true, force: true });
 	}
+});
+
+test('DIFFUSION_NATIVE_BINDING is relative to the working directory, and named where it is wrong', (t) => {
+	const { binding } = info();
+	const load = (file: string) =>
+		spawnSync(process.execPath, [join(root, 'dist', 'lib', 'cli', 'main.js'), 'info', '--json'], {
+			cwd: dirname(binding),
+			encoding: 'utf8',
+			env: { ...process.env, DIFFUSION_NATIVE_BINDING: file },
+		});
+	t.is((JSON.parse(load(basename(binding)).stdout) as { binding: string }).binding, binding);
+	const { status, stderr } = load('none.node');
+	t.is(status, 1);
+	t.regex(
+		stderr,
+		/ERR_DN_NO_BINARY: DIFFUSION_NATIVE_BINDING names no addon that can be loaded: \S+none\.node: Cannot find/,
+	);
 });
 
 test('an installation without a usable addon compiles it once, on all cores', (t) => {
