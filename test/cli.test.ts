@@ -8,6 +8,8 @@ import { join } from 'node:path';
 import test from 'ava';
 import { DiffuGPT, info, Tokenizer } from 'diffusion-native';
 
+import { padding } from '../lib/cli/terminal.js';
+import { lengthMethods } from '../lib/length/method.js';
 import { root } from './helpers/fixtures.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'diffusion-native-cli-'));
@@ -221,9 +223,32 @@ test('--help of every command tells the exit statuses and what Ctrl-C does', asy
 		'--validation-out',
 		'--split-seed',
 		'--max-line',
-		'logUniform',
+		'log-uniform:N',
 	])
 		t.true(helps[1]?.stdout.includes(flag), flag);
+	// On one line each, whatever the width of the terminal.
+	const [generate, prepare, train, score, length] = helps.map(({ stdout }) => stdout.replace(/\s+/g, ' '));
+	for (const method of lengthMethods)
+		t.regex(generate as string, new RegExp(`--length-method <name> [^<]*\\b${method}\\b`));
+	t.regex(generate as string, /rho-eos[^(]*\(default: constant\)/);
+	t.regex(prepare as string, /split, truncate, drop or error \(default: split; pairs: error\)/);
+	t.regex(train as string, /cuda:N \(default: as configured, else auto\)/);
+	t.regex(score as string, /random:N or log-uniform:N \(default: none\)/);
+	t.regex(score as string, /draws per sequence \(default: nelbo 8/);
+	t.is(length?.match(/\(default: 256\)/g)?.length, 2);
+});
+
+test('--padding is spelt alike everywhere, and as the library spells it', (t) => {
+	const parse = padding(['none', 'context']);
+	t.is(parse('context'), 'context');
+	t.deepEqual(parse('multiple:8'), { multiple: 8 });
+	t.deepEqual(parse('random:3'), { random: 3 });
+	t.deepEqual(parse('log-uniform:6'), { logUniform: 6 });
+	t.deepEqual(parse('logUniform:6'), { logUniform: 6 });
+	for (const wrong of ['batch', 'log:3', 'random', 'random:x', ''])
+		t.throws(() => parse(wrong), {
+			message: /^--padding is ".*", expected none, context, multiple:N, random:N or log-uniform:N$/,
+		});
 });
 
 test('a second Ctrl-C kills', async (t) => {

@@ -455,6 +455,14 @@ test.serial('wrong use is told', async (t) => {
 	const typo = await run(['train', '--config', 'typo.json']);
 	t.is(typo.code, 1);
 	t.regex(typo.stderr, /did you mean 'maxSteps'/);
+	for (const [command, name] of [
+		[['prepare', 'a.txt', '--out', 'x.bin'], '--context'],
+		[['prepare', 'a.txt', '--out', 'x.bin'], '--validation'],
+		[['train'], '--threads'],
+	] as const) {
+		const { stderr } = await run([...command, name, 'foo']);
+		t.is(stderr, `${name} is "foo", expected a number\n`);
+	}
 	t.regex((await run(['train'])).stderr, /needs --config or --resume/);
 	t.regex((await run(['train', '--resume', 'nothing'])).stderr, /nothing holds no checkpoint/);
 	t.regex((await run(['prepare', 'missing.txt', '--out', 'x.bin'])).stderr, /missing\.txt cannot be read/);
@@ -463,7 +471,7 @@ test.serial('wrong use is told', async (t) => {
 test.serial('prepare takes its ids, split and limits from flags', async (t) => {
 	writeFileSync(join(root, 'lines.txt'), Array.from({ length: 40 }, (_, i) => `line ${i}\n`).join(''));
 	const common = ['prepare', 'lines.txt', '--format', 'documents', '--split-text', 'line', '--validation', '0.4'];
-	const ids = ['--eos-id', '7', '--bos-id', 'none', '--pad-id', '9', '--padding', 'logUniform:6'];
+	const ids = ['--eos-id', '7', '--bos-id', 'none', '--pad-id', '9', '--padding', 'log-uniform:6'];
 	const outputs = ['--out', 'ids.bin', '--validation-out', 'held.bin', '--split-seed', '3'];
 	const made = await run([...common, ...ids, ...outputs]);
 	t.is(made.code, 0, made.stderr);
@@ -487,7 +495,10 @@ test.serial('prepare takes its ids, split and limits from flags', async (t) => {
 	const short = await run([...common, '--out', 'short.bin', '--max-line', '3']);
 	t.is(short.code, 1);
 	t.regex(short.stderr, /longer than 3 characters/);
-	t.regex((await run([...common, '--out', 'x.bin', '--padding', 'log:3'])).stderr, /logUniform:N/);
+	t.regex(
+		(await run([...common, '--out', 'x.bin', '--padding', 'log:3'])).stderr,
+		/--padding is "log:3", expected none, context, batch, .* log-uniform:N/,
+	);
 });
 
 const withSignals = process.platform === 'win32' ? test.skip : test.serial;

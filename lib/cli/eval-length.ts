@@ -50,7 +50,7 @@ export function register(parent: Command): void {
 		.description('How well each length method bounds and finds the length of answers')
 		.argument('<model>', 'a model directory, a Hugging Face id, or diffusion-native/tiny')
 		.argument('<pairs>', 'a .jsonl file of { prompt, answer, kind? }, or a .bin file of pairs')
-		.option('--max <n>', 'the whole canvas: most new tokens (default: 256)', number('max'), 256)
+		.option('--max <n>', 'the whole canvas: most new tokens', number('max'), 256)
 		.option(
 			'--methods <list>',
 			`comma-separated: ${lengthMethods.join(', ')}, head:pooled, head:quantile (default: all)`,

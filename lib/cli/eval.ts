@@ -7,18 +7,28 @@ import cliProgress from 'cli-progress';
 import type { Command } from 'commander';
 
 import type { Device, DType } from '../device.js';
-import type { EvaluationProgress, Metric } from '../eval/options.js';
+import type { EvaluationProgress, Metric, SequenceOptions } from '../eval/options.js';
 import { evaluate, metricNames } from '../evaluate.js';
 import { DiffuGPT } from '../model.js';
 import { JsonLines } from './json-lines.js';
-import { action, exitStatus, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
+import {
+	action,
+	exitStatus,
+	interruptible,
+	isTerminal,
+	number,
+	padding,
+	paddingKinds,
+	toJson,
+	UsageError,
+} from './terminal.js';
 
 interface Flags {
 	metric?: string;
 	samples?: number;
 	enumerate?: number;
 	endToken?: boolean;
-	padding?: string;
+	padding?: SequenceOptions['padding'];
 	stride?: number;
 	form?: string;
 	extract?: string;
@@ -42,6 +52,9 @@ interface Flags {
 /** Metrics without a command of their own. */
 const names = metricNames.filter((name) => name !== 'length');
 
+/** Of --padding, without an amount. */
+const paddings = ['none', 'context'] as const;
+
 /** Adds the command and returns it, so that evaluations with options of their own can be its subcommands. */
 export function register(program: Command): Command {
 	return program
@@ -50,19 +63,24 @@ export function register(program: Command): Command {
 		.argument('<model>', 'a model directory, a Hugging Face id, or diffusion-native/tiny')
 		.argument('[data]', 'a .jsonl file; a .bin file for nelbo and perplexity; a .txt file for lambada')
 		.option('-m, --metric <name>', names.join(', '))
-		.option('--samples <n>', 'draws per sequence; generative-perplexity: texts', number('samples'))
+		.option(
+			'--samples <n>',
+			'draws per sequence (default: nelbo 8, likelihood 128, multiple-choice 32); generative-perplexity: texts (default: 64), or texts per prompt (default: 1)',
+			number('samples'),
+		)
 		.option(
 			'--enumerate <n>',
-			'nelbo, likelihood: compute sequences of at most n scored tokens exactly',
+			'nelbo, likelihood: compute sequences of at most n scored tokens exactly (default: nelbo 0, likelihood 8)',
 			number('enumerate'),
 		)
 		.option('--end-token', 'likelihood: score the end token after the answer too')
 		.option('--no-end-token', 'nelbo, perplexity: no end token behind texts and answers')
+		.option('--padding <kind>', `nelbo, perplexity: ${paddingKinds(paddings)} (default: none)`, padding(paddings))
 		.option(
-			'--padding <kind>',
-			'nelbo, perplexity: none, context, multiple:N, random:N or log-uniform:N (default: none)',
+			'--stride <n>',
+			'tokens by which windows over long texts advance (default: context - 1; generative-perplexity: half the context)',
+			number('stride'),
 		)
-		.option('--stride <n>', 'tokens by which windows over long texts advance', number('stride'))
 		.option('--form <name>', 'multiple-choice: weighted, unweighted (default: weighted)')
 		.option('--extract <what>', 'exact-match: all, after-hashes (GSM8K) (default: all)')
 		.option('--compat', "multiple-choice, lambada: reproduce the upstream harness's quirks")
@@ -144,18 +162,12 @@ function toOptions(flags: Flags): { metric: Metric } & Record<string, unknown> {
 		...defined({
 			...{ samples, enumerate, stride, form, extract, compat, concurrency, separator, limit, batchTokens },
 			endToken,
-			padding: flags.padding === undefined ? undefined : parsePadding(flags.padding),
+			padding: flags.padding,
 			generate: parseJson('generate', flags.generate),
 			columns: parseJson('columns', flags.columns),
 			seed: flags.seed === undefined ? undefined : parseSeed(flags.seed),
 		}),
 	};
-}
-
-function parsePadding(text: string): unknown {
-	const match = /^(multiple|random|log-uniform):(\d+)$/.exec(text);
-	if (!match) return text;
-	return { [match[1] === 'log-uniform' ? 'logUniform' : (match[1] as string)]: Number(match[2]) };
 }
 
 function parseJson(name: string, text: string | undefined): object | undefined {

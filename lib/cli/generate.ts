@@ -9,7 +9,7 @@ import type { DenoiseStep } from '../denoise-loop.js';
 import type { Device, DType } from '../device.js';
 import { DiffusionNativeError } from '../errors.js';
 import type { GenerateResult } from '../generate.js';
-import type { LengthMethod, LengthOptions } from '../length/method.js';
+import { type LengthMethod, type LengthOptions, lengthMethods } from '../length/method.js';
 import { DiffuGPT } from '../model.js';
 import { type GenerateOptions, type SamplerName, samplerNames } from '../options.js';
 import { traceHtml } from '../trace-html.js';
@@ -69,7 +69,7 @@ export function register(program: Command): void {
 		.option('--suffix <text>', 'text after the gap to fill')
 		.option('--length <n>', 'exactly so many new tokens (default: 64, or what fits)', number('length'))
 		.option('--max-length <n>', 'variable length: at most so many new tokens', number('max-length'))
-		.option('--length-method <name>', 'with --max-length: constant, block, first-step, threshold, quantile, expected')
+		.option('--length-method <name>', `with --max-length: ${lengthMethods.join(', ')} (default: constant)`)
 		.option('--length-quantile <q>', 'of the method quantile (default: 0.5)', number('length-quantile'))
 		.option('--length-probability <p>', 'of the method threshold (default: 0.5)', number('length-probability'))
 		.option(

@@ -8,7 +8,7 @@ import type { DataFormat, Padding } from '../data/format.js';
 import { prepare } from '../data/prepare.js';
 import { type PrepareOptions, type PrepareProgress, validationPath } from '../data/prepare-options.js';
 import { check } from '../errors.js';
-import { exitStatus, interruptible } from './terminal.js';
+import { exitStatus, interruptible, number, padding, paddingKinds } from './terminal.js';
 import { loadTokenizer } from './train.js';
 
 interface Flags {
@@ -17,7 +17,7 @@ interface Flags {
 	readonly trainTokenizer?: number;
 	readonly format: DataFormat;
 	readonly context: number;
-	readonly padding: string;
+	readonly padding: Padding;
 	readonly separator: string;
 	readonly splitText: string;
 	readonly textColumn?: string;
@@ -37,6 +37,9 @@ interface Flags {
 	readonly json?: boolean;
 }
 
+/** Of --padding, without an amount. */
+const paddings = ['none', 'context', 'batch'] as const;
+
 export function register(program: Command): void {
 	program
 		.command('prepare')
@@ -51,15 +54,11 @@ export function register(program: Command): void {
 		.option(
 			'--train-tokenizer <n>',
 			'learn a byte-level BPE of n entries from the inputs first and write it to --tokenizer',
-			number,
+			number('train-tokenizer'),
 		)
 		.option('-f, --format <format>', 'packed, documents or pairs', 'packed')
-		.option('--context <n>', 'window of packed data, longest sequence otherwise, tokens', number, 1024)
-		.option(
-			'--padding <kind>',
-			'end tokens that teach length: none, context, batch, multiple:N, random:N or logUniform:N',
-			'none',
-		)
+		.option('--context <n>', 'window of packed data, longest sequence otherwise, tokens', number('context'), 1024)
+		.option('--padding <kind>', `end tokens that teach length: ${paddingKinds(paddings)}`, padding(paddings), 'none')
 		.option('--separator <text>', 'between prompt and answer; part of the answer', ' ')
 		.option(
 			'--split-text <how>',
@@ -70,19 +69,31 @@ export function register(program: Command): void {
 		.option('--prompt-column <name>', 'column of the prompt')
 		.option('--answer-column <name>', 'column of the answer')
 		.option('--split-column <name>', 'rows with equal values stay on one side of the validation split')
-		.option('--overlong <how>', 'a sequence beyond the context: split, truncate, drop or error')
-		.option('--validation <share>', 'share of the documents held out, by a hash of the document', number, 0)
+		.option(
+			'--overlong <how>',
+			'a sequence beyond the context: split, truncate, drop or error (default: split; pairs: error)',
+		)
+		.option(
+			'--validation <share>',
+			'share of the documents held out, by a hash of the document',
+			number('validation'),
+			0,
+		)
 		.option('--validation-out <file>', "token file of the documents held out (default: --out with '.validation')")
-		.option('--split-seed <n>', 'changes which documents are held out (default: 0)', number)
-		.option('--eos-id <id>', "end token (default: the tokenizer's <|endoftext|>)", number)
+		.option('--split-seed <n>', 'changes which documents are held out (default: 0)', number('split-seed'))
+		.option('--eos-id <id>', "end token (default: the tokenizer's <|endoftext|>)", number('eos-id'))
 		.option(
 			'--bos-id <id>',
 			"token in front of documents and pairs, or 'none' (default: the end token for documents, else none)",
-			(text) => (text === 'none' ? false : number(text)),
+			(text) => (text === 'none' ? false : number('bos-id')(text)),
 		)
-		.option('--pad-id <id>', 'token that pads (default: the end token)', number)
-		.option('--max-line <n>', 'longest line or document held in memory, characters (default: 16777216)', number)
-		.option('--threads <n>', 'threads that tokenize long inputs (default: all cores, at most 8)', number)
+		.option('--pad-id <id>', 'token that pads (default: the end token)', number('pad-id'))
+		.option(
+			'--max-line <n>',
+			'longest line or document held in memory, characters (default: 16777216)',
+			number('max-line'),
+		)
+		.option('--threads <n>', 'threads that tokenize long inputs (default: all cores, at most 8)', number('threads'))
 		.option('--container <kind>', "'own', or 'nanogpt' for headerless uint16", 'own')
 		.option('--json', 'one JSON object per report on stdout')
 		.addHelpText('after', exitStatus)
@@ -121,7 +132,7 @@ async function run(inputs: string[], flags: Flags): Promise<void> {
 			out: flags.out,
 			format: flags.format,
 			context: flags.context,
-			padding: parsePadding(flags.padding),
+			padding: flags.padding,
 			separator: flags.separator,
 			splitText: flags.splitText,
 			columns,
@@ -164,14 +175,6 @@ function report(view: View, data: TokenDataset): void {
 	});
 }
 
-function parsePadding(text: string): Padding {
-	if (text === 'none' || text === 'context' || text === 'batch') return text;
-	const match = /^(multiple|random|logUniform):(\d+)$/.exec(text);
-	check(match, `--padding is '${text}', expected none, context, batch, multiple:N, random:N or logUniform:N`);
-	const [, kind, amount] = match;
-	return { [kind as string]: Number(amount) } as unknown as Padding;
-}
-
 /** A bar on a terminal, lines elsewhere, JSON lines when asked. */
 class View {
 	readonly #json: boolean;
@@ -211,10 +214,4 @@ class View {
 		this.#bar?.stop();
 		this.#bar = undefined;
 	}
-}
-
-function number(text: string): number {
-	const value = Number(text);
-	check(text.trim() !== '' && Number.isFinite(value), `'${text}' is not a number`);
-	return value;
 }

@@ -1,4 +1,5 @@
 /** What the commands share: printing, errors and exit status, interruption. */
+import type { Padding } from '../data/format.js';
 import { DiffusionNativeError } from '../errors.js';
 
 /** Whether the stream is a terminal on which lines may be redrawn. */
@@ -78,9 +79,30 @@ export function action<A extends unknown[]>(run: (...args: A) => Promise<void>):
 export function number(name: string): (text: string) => number {
 	return (text) => {
 		const value = Number(text);
-		if (text.trim() === '' || Number.isNaN(value))
+		if (text.trim() === '' || !Number.isFinite(value))
 			throw new UsageError(`--${name} is ${JSON.stringify(text)}, expected a number`);
 		return value;
+	};
+}
+
+/** The kinds of --padding as help and errors spell them; `words` are those without an amount. */
+export function paddingKinds(words: readonly string[]): string {
+	return `${words.join(', ')}, multiple:N, random:N or log-uniform:N`;
+}
+
+/** Parses the value of --padding; log-uniform may also be spelt as the library spells it, logUniform. */
+export function padding<Word extends 'none' | 'context' | 'batch'>(
+	words: readonly Word[],
+): (text: string) => Word | Exclude<Padding, string> {
+	return (text) => {
+		const word = words.find((known) => known === text);
+		if (word !== undefined) return word;
+		const [, kind, amount] = /^(multiple|random|log-uniform|logUniform):(\d+)$/.exec(text) ?? [];
+		if (kind === undefined)
+			throw new UsageError(`--padding is ${JSON.stringify(text)}, expected ${paddingKinds(words)}`);
+		const N = Number(amount);
+		if (kind === 'multiple') return { multiple: N };
+		return kind === 'random' ? { random: N } : { logUniform: N };
 	};
 }
 

@@ -16,7 +16,7 @@ import { type ResumeOptions, Trainer } from '../trainer.js';
 import { findCheckpoint, type RunState } from '../training/checkpoint.js';
 import type { MetricLogger, TrainOptions } from '../training/options.js';
 import { reopen } from '../training/stored-run.js';
-import { exitStatus, Interrupted } from './terminal.js';
+import { exitStatus, Interrupted, number } from './terminal.js';
 import { parseRunConfig, type RunConfig } from './train-config.js';
 
 interface Flags {
@@ -36,8 +36,8 @@ export function register(program: Command): void {
 			'run configuration, JSON: options of Trainer and model, data, validation, scratch, tokenizer, ...',
 		)
 		.option('--resume <dir>', 'continue from a checkpoint, or from the newest one in a run folder')
-		.option('--device <device>', 'auto, cpu, cuda or cuda:N')
-		.option('--threads <n>', 'CPU threads', wholeNumber)
+		.option('--device <device>', 'auto, cpu, cuda or cuda:N (default: as configured, else auto)')
+		.option('--threads <n>', 'CPU threads (default: as configured, else all cores)', number('threads'))
 		.option('--json', 'one JSON object per step on stdout')
 		.addHelpText(
 			'after',
@@ -279,10 +279,4 @@ export function loadTokenizer(spec: string): Tokenizer {
 		);
 	}
 	return isFolder ? Tokenizer.fromDirectory(spec) : Tokenizer.fromFile(spec);
-}
-
-function wholeNumber(text: string): number {
-	const value = Number(text);
-	check(Number.isInteger(value) && value >= 0, `${text} is not a whole number`);
-	return value;
 }
