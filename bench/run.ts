@@ -1,7 +1,7 @@
 /**
  * `npm run bench [-- parts of names] [options]`: runs the cases whose name is or contains one of the arguments, prints a table
- * and, with --json, writes { machine, results } after every case. With --peers it runs the cases of the machine and of
- * memory, and then compares with other engines; bench/peers/README.md.
+ * and, with --json, writes { machine, results } after every case. With --peers it runs those of the machine, scaling, memory and
+ * operations, and then compares with other engines; bench/peers/README.md.
  */
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
@@ -17,7 +17,7 @@ import { operationCases } from './cases/operations.js';
 import { scalingCases } from './cases/scaling.js';
 import { trainStepCases } from './cases/train-step.js';
 import { type BenchResult, machine, measure, named } from './harness.js';
-import { type ComparisonResult, compare } from './peers/compare.js';
+import { type ComparisonResult, chosenComparisons, compare, nameOf } from './peers/compare.js';
 import { peersLackAmx } from './peers/contenders.js';
 import { missing } from './peers/installed.js';
 import { header, legend, line } from './peers/table.js';
@@ -42,7 +42,7 @@ interface Options {
 const program = new Command('bench')
 	.description('Times the library. Give parts of names to choose cases; those that take minutes run only when named.')
 	.argument('[names...]', 'parts of the names of cases, or of comparisons with --peers (default: all)')
-	.option('--list', 'print the names of the cases, run nothing')
+	.option('--list', 'print the names of the cases, with --peers of the comparisons too, and run nothing')
 	.option('--json <file>', 'write machine, commit and results there, after every case')
 	.option('--repeats <n>', 'time each case so often (default: as often as it says)', count)
 	.option('--peers', 'compare with onnxruntime-node, llama.cpp and PyTorch where they are installed')
@@ -60,13 +60,21 @@ const wanted =
 	positionals.length === 0
 		? offered.filter(({ onlyIfNamed }) => values.list || !onlyIfNamed)
 		: named(offered, positionals);
-if (values.list) {
-	for (const { name } of wanted) console.log(name);
-	process.exit(0);
+if (!values.peers) {
+	for (const option of ['quick', 'rounds', 'models'] as const)
+		if (values[option] !== undefined) program.error(`error: option '--${option}' needs '--peers'`);
 }
-if (wanted.length === 0 && !values.peers) {
-	console.error(`no case matches ${positionals.join(', ')}; --list shows all`);
-	process.exit(2);
+const comparisonNames = (names: readonly string[]): string[] =>
+	values.peers ? chosenComparisons({ names, quick: values.quick ?? false, rounds: values.rounds }).map(nameOf) : [];
+for (const part of positionals) {
+	if (named(offered, [part]).length > 0 || comparisonNames([part]).length > 0) continue;
+	const known = [...offered.map(({ name }) => name), ...comparisonNames([])];
+	const what = values.peers ? `case or comparison${values.quick ? ' of a quick run' : ''}` : 'case';
+	program.error(`error: no ${what} matches ${part}; there are\n${known.join('\n')}`);
+}
+if (values.list) {
+	for (const name of [...wanted.map((bench) => bench.name), ...comparisonNames(positionals)]) console.log(name);
+	process.exit(0);
 }
 
 const columns = ['tokens/s', 'ms', 'p10', 'p90', 'GFLOP/s', 'RSS MB'];

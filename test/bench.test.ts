@@ -1,16 +1,19 @@
-import { spawnSync } from 'node:child_process';
-import { mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { execFile, spawn, spawnSync } from 'node:child_process';
+import { once } from 'node:events';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 import test, { type ExecutionContext } from 'ava';
+import { DiffuGPT } from 'diffusion-native';
 
 import { generateCases } from '../bench/cases/generate.js';
 import { operationCases, parseSteps } from '../bench/cases/operations.js';
 import { type BenchCase, type BenchResult, measure, named } from '../bench/harness.js';
+import { ContenderProcess, type Opening } from '../bench/peers/channel.js';
 import type { ComparisonResult } from '../bench/peers/compare.js';
 import { difference } from '../bench/peers/compare.js';
-import { preloadable, torchCpu } from '../bench/peers/contenders.js';
+import { commandOf, preloadable, torchCpu } from '../bench/peers/contenders.js';
 import { toBfloat, toHalf } from '../bench/peers/gguf.js';
 import { byteLength, integer, message, string } from '../bench/peers/protobuf.js';
 import { fill, merge, type Results } from '../bench/tables.js';
@@ -249,6 +252,60 @@ test('a folder that LD_PRELOAD cannot name is refused', (t) => {
 		t.throws(() => preloadable('without_amx', folder), { message: /cannot be preloaded.*no space or colon/ });
 });
 
+test('a temporary folder is gone after Ctrl-C', async (t) => {
+	const module = JSON.stringify(new URL('../bench/temporary.js', import.meta.url).href);
+	const script = `
+		const { temporaryFolder } = await import(${module});
+		console.log(temporaryFolder('dn-bench-test-').path);
+		setInterval(() => {}, 1000);`;
+	const child = spawn(process.execPath, ['--input-type=module', '--eval', script], {
+		stdio: ['ignore', 'pipe', 'inherit'],
+	});
+	const [output] = (await once(child.stdout, 'data')) as [Buffer];
+	const path = output.toString().trim();
+	t.true(existsSync(path));
+	child.kill('SIGINT');
+	t.deepEqual(await once(child, 'exit'), [130, null]);
+	t.false(existsSync(path));
+});
+
+test('the answer to a request that was given up is not taken for the next one', async (t) => {
+	const script = `
+		const { createInterface } = await import('node:readline');
+		for await (const line of createInterface({ input: process.stdin })) {
+			const { id } = JSON.parse(line);
+			const reply = (id, version) => console.log('@' + JSON.stringify({ id, value: { version } }));
+			reply(id - 1, 'late');
+			reply(id, 'asked for');
+		}`;
+	const args = ['--input-type=module', '--eval', script];
+	const contender = new ContenderProcess({ command: process.execPath, args, env: {} });
+	try {
+		t.deepEqual(await contender.open({} as Opening), { version: 'asked for' });
+	} finally {
+		await contender.close();
+	}
+});
+
+test('ours as a contender generates all tokens it is asked for', async (t) => {
+	const folder = temporary(t);
+	const config = { layers: 1, heads: 2, channels: 16, vocab: 64, context: 64, maskId: 1, eosId: 0 };
+	await using model = await DiffuGPT.fromConfig(config, { device: 'cpu', seed: 1 });
+	await model.save(join(folder, 'model'));
+	const contender = new ContenderProcess(commandOf('ours', false, folder));
+	try {
+		const path = join(folder, 'model');
+		await contender.open({ path, dtype: 'fp32', config, tuned: false, threads: 1, cores: [0] });
+		await contender.prepare({ kind: 'decode', prompt: 4, tokens: 40 });
+		t.is((await contender.run(2)).timings.length, 2);
+		const sampling = { kind: 'sample', T: 32, steps: 8, topP: 0.9, temperature: 0.95 } as const;
+		t.is((await contender.prepare(sampling)).length, 256);
+		t.is((await contender.run(1)).timings.length, 1);
+	} finally {
+		await contender.close();
+	}
+});
+
 test('the GPU script logs its build into the build folder, and names its usage', (t) => {
 	const folder = temporary(t);
 	for (const [name, script] of [
@@ -271,20 +328,46 @@ test('the GPU script logs its build into the build folder, and names its usage',
 	}
 });
 
-test('the command lists what names choose, and names a wrong option', (t) => {
-	const bench = (...args: string[]): { status: number | null; stdout: string; stderr: string } =>
-		spawnSync(process.execPath, [join(root, 'dist', 'bench', 'run.js'), ...args], { encoding: 'utf8' });
-	t.is(bench('--list', 'forward/tiny').stdout, 'forward/tiny/T256/logits\n');
-	t.regex(bench('--help').stdout, /--repeats <n>/);
-	for (const [args, message] of [
+/** The benchmark's command with these arguments. */
+function bench(...args: string[]): Promise<{ code: number; stdout: string; stderr: string }> {
+	return new Promise((resolve) => {
+		execFile(process.execPath, [join(root, 'dist', 'bench', 'run.js'), ...args], (error, stdout, stderr) =>
+			resolve({ code: Number(error?.code ?? 0), stdout, stderr }),
+		);
+	});
+}
+
+test('the command lists what names choose', async (t) => {
+	t.is((await bench('--list', 'forward/tiny')).stdout, 'forward/tiny/T256/logits\n');
+	const comparing = await bench('--list', '--peers', 'machine', 'decode');
+	t.is(comparing.stdout, 'machine\ndecode/gpt2/128/int8\ndecode/gpt2/128/fp32\n');
+	t.regex((await bench('--help')).stdout, /--repeats <n>/);
+});
+
+test('the command names a wrong option, or what nothing matches, and writes nothing then', async (t) => {
+	const file = join(temporary(t), 'results.json');
+	writeFileSync(file, 'kept');
+	const wrong: [string[], RegExp][] = [
 		[['--repeats', '0'], /--repeats <n>.*'0'.*whole number >= 1/],
 		[['--rounds', 'two', '--peers'], /--rounds <n>.*'two'.*whole number >= 1/],
 		[['--bogus'], /unknown option '--bogus'/],
-		[['no such case'], /no case matches no such case/],
-	] as const) {
-		const { status, stdout, stderr } = bench(...args);
-		t.true(status === 1 || status === 2, `${args}: ${status}`);
-		t.is(stdout, '');
-		t.regex(stderr, message);
-	}
+		[['no such case'], /no case matches no such case; there are\nmachine\n/],
+		[['--list', 'forward', 'nonsense'], /no case matches nonsense/],
+		[
+			['--peers', 'TYPO', '--json', file],
+			/no case or comparison matches TYPO; there are\n(.+\n)*decode\/gpt2\/128\/int8\n/,
+		],
+		[['--peers', '--quick', 'train-step/gpt2/2x256'], /no case or comparison of a quick run matches/],
+		[['forward/tiny', '--rounds', '3'], /option '--rounds' needs '--peers'/],
+		[['forward/tiny', '--quick'], /option '--quick' needs '--peers'/],
+	];
+	await Promise.all(
+		wrong.map(async ([args, message]) => {
+			const { code, stdout, stderr } = await bench(...args);
+			t.is(code, 1, args.join(' '));
+			t.is(stdout, '');
+			t.regex(stderr, message);
+		}),
+	);
+	t.is(readFileSync(file, 'utf8'), 'kept');
 });

@@ -4,13 +4,11 @@
  * all positions are 206 MB of it.
  */
 import { execFileSync } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 import type { BenchCase } from '../harness.js';
 import { forwardFlops, load } from '../shapes.js';
+import { temporaryFolder } from '../temporary.js';
 
 interface Report {
 	loadMs: number;
@@ -23,12 +21,11 @@ interface Report {
 let checkpoint: Promise<string> | undefined;
 function makeCheckpoint(): Promise<string> {
 	checkpoint ??= (async () => {
-		const folder = mkdtempSync(join(tmpdir(), 'diffusion-native-memory-'));
-		process.once('exit', () => rmSync(folder, { recursive: true, force: true }));
+		const { path } = temporaryFolder('diffusion-native-memory-');
 		const model = await load('gpt2');
-		await model.save(folder);
+		await model.save(path);
 		await model.dispose();
-		return folder;
+		return path;
 	})();
 	return checkpoint;
 }

@@ -1,10 +1,13 @@
 /**
  * How the benchmark talks to a contender, each in a process of its own with its own threads and settings: a line of JSON in,
- * a line of JSON out, the reply marked by '@' because engines print too. A contender that is not being asked is stopped
+ * a line of JSON out, the reply marked by '@' because engines print too, and by the number of its request, since one that was
+ * given up may still be answered. A contender that is not being asked is stopped
  * (SIGSTOP), so that none spins or wakes beside another.
  */
 import { type ChildProcessWithoutNullStreams, spawn } from 'node:child_process';
 import { createInterface, type Interface } from 'node:readline';
+
+import { exitOnSignals } from '../temporary.js';
 
 /** What is computed; the tokens follow from `someTokens`. */
 export type Job =
@@ -47,6 +50,7 @@ export interface Contender {
 
 type Request = { open: Opening } | { prepare: Job } | { run: number };
 type Reply = { error: string } | { value: unknown };
+type Numbered<Message> = Message & { id: number };
 
 /** Runs in the contender's process: answers requests until the input ends. */
 export async function serve(contender: Contender): Promise<void> {
@@ -63,13 +67,14 @@ export async function serve(contender: Contender): Promise<void> {
 		return { timings, peakRssBytes: process.resourceUsage().maxRSS * 1024 };
 	};
 	for await (const line of createInterface({ input: process.stdin })) {
+		const { id, ...request } = JSON.parse(line) as Numbered<Request>;
 		let reply: Reply;
 		try {
-			reply = { value: await answer(JSON.parse(line) as Request) };
+			reply = { value: await answer(request) };
 		} catch (error) {
 			reply = { error: error instanceof Error ? error.message : String(error) };
 		}
-		process.stdout.write(`@${JSON.stringify(reply)}\n`);
+		process.stdout.write(`@${JSON.stringify({ id, ...reply })}\n`);
 	}
 	process.exit(0);
 }
@@ -90,11 +95,7 @@ function watch(): void {
 	if (watching) return;
 	watching = true;
 	process.once('exit', endAll);
-	for (const [signal, status] of [
-		['SIGINT', 130],
-		['SIGTERM', 143],
-	] as const)
-		process.once(signal, () => process.exit(status));
+	exitOnSignals();
 }
 
 /** The benchmark's side: a contender's process, stopped between requests. */
@@ -104,6 +105,8 @@ export class ContenderProcess {
 	#noise = '';
 	#ended: string | undefined;
 	#waiting: ((reply: Reply) => void) | undefined;
+	/** Of the newest request. */
+	#id = 0;
 	#ready: { key: string; values: number[] } | undefined;
 
 	constructor({ command, args, env }: Command) {
@@ -124,12 +127,15 @@ export class ContenderProcess {
 		this.#child.on('exit', (code, signal) => end(`the process ended (${signal ?? code})`));
 		this.#lines = createInterface({ input: this.#child.stdout });
 		this.#lines.on('line', (line) => {
-			if (line.startsWith('@')) this.#waiting?.(JSON.parse(line.slice(1)) as Reply);
+			if (!line.startsWith('@')) return;
+			const reply = JSON.parse(line.slice(1)) as Numbered<Reply>;
+			if (reply.id === this.#id) this.#waiting?.(reply);
 		});
 	}
 
 	async #ask<T>(request: Request, seconds: number): Promise<T> {
 		if (this.#ended !== undefined) throw new Error(this.#ended);
+		const numbered: Numbered<Request> = { id: ++this.#id, ...request };
 		const reply = await new Promise<Reply>((resolve) => {
 			const timer = setTimeout(() => resolve({ error: `no answer in ${seconds} s` }), seconds * 1000);
 			this.#waiting = (given) => {
@@ -137,7 +143,7 @@ export class ContenderProcess {
 				resolve(given);
 			};
 			this.#child.kill('SIGCONT');
-			this.#child.stdin.write(`${JSON.stringify(request)}\n`);
+			this.#child.stdin.write(`${JSON.stringify(numbered)}\n`);
 		});
 		this.#waiting = undefined;
 		this.#child.kill('SIGSTOP');

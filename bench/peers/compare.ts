@@ -2,13 +2,12 @@
  * Runs the comparisons: every contender in a process of its own, turn by turn in one run, medians. Before anything is timed
  * each contender's results are held against ours in fp32: different work is not compared.
  */
-import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { mkdirSync } from 'node:fs';
 import { setTimeout as pause } from 'node:timers/promises';
 
 import { quantile } from '../harness.js';
 import { shapes } from '../shapes.js';
+import { temporaryFolder } from '../temporary.js';
 import { ContenderProcess, type Job, type Timing } from './channel.js';
 import { type Comparison, comparisons, type Opponent } from './comparisons.js';
 import { allowedCores, commandOf } from './contenders.js';
@@ -91,11 +90,12 @@ export function difference(
 }
 
 export async function compare(options: CompareOptions): Promise<ComparisonResult[]> {
-	const folder = options.folder ?? mkdtempSync(join(tmpdir(), 'diffusion-native-peers-'));
+	const temporary = options.folder === undefined ? temporaryFolder('diffusion-native-peers-') : undefined;
+	const folder = temporary?.path ?? (options.folder as string);
 	mkdirSync(folder, { recursive: true });
 	const race = new Race(folder);
 	try {
-		const chosen = choose(options);
+		const chosen = chosenComparisons(options);
 		const results: ComparisonResult[] = [];
 		for (const [i, comparison] of chosen.entries()) {
 			await race.keepOnly(chosen.slice(i));
@@ -106,14 +106,23 @@ export async function compare(options: CompareOptions): Promise<ComparisonResult
 		return results;
 	} finally {
 		await race.keepOnly([]);
-		if (options.folder === undefined) rmSync(folder, { recursive: true, force: true });
+		temporary?.remove();
 	}
 }
 
-/** The comparisons and opponents of this run. */
-function choose({ names, quick, rounds }: CompareOptions): Comparison[] {
+/** 'forward/gpt2/T256/logits/fp32': what parts of names choose from. */
+export function nameOf({ name, dtype }: Comparison): string {
+	return `${name}/${dtype}`;
+}
+
+/** The comparisons and opponents of a run. */
+export function chosenComparisons({
+	names,
+	quick,
+	rounds,
+}: Pick<CompareOptions, 'names' | 'quick' | 'rounds'>): Comparison[] {
 	return comparisons
-		.filter(({ name, dtype }) => names.length === 0 || names.some((part) => `${name}/${dtype}`.includes(part)))
+		.filter((comparison) => names.length === 0 || names.some((part) => nameOf(comparison).includes(part)))
 		.filter(({ fullOnly }) => !(quick && fullOnly))
 		.map((comparison) => ({
 			...comparison,

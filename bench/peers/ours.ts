@@ -54,17 +54,27 @@ async function prepare(job: Job): Promise<number[]> {
 			const tokens = new Int32Array(job.T).fill(maskId);
 			tokens[0] = 0;
 			const { steps, topP, temperature } = job;
-			const generate = (count: number) =>
-				model.generate({ tokens }, { sampler: 'ancestral', steps: count, topP, temperature, seed: 1 });
+			const generate = async (count: number) => {
+				const options = { sampler: 'ancestral', steps: count, topP, temperature, seed: 1 } as const;
+				const { sequence } = await model.generate({ tokens }, options);
+				const open = sequence.filter((id) => id === maskId).length;
+				if (open > 0) throw new Error(`${open} of ${job.T} tokens are left open`);
+			};
 			await generate(2);
 			work = () => generate(steps);
 			return forward(job.T, 'logits');
 		}
 		case 'decode': {
 			const tokens = tokensOf(vocab, job.prompt);
-			const options = { sampler: 'autoregressive', temperature: 0, seed: 1 } as const;
-			await model.generate({ tokens }, { ...options, length: 4 });
-			work = () => model.generate({ tokens }, { ...options, length: job.tokens });
+			const generate = async (length: number) => {
+				const options = { sampler: 'autoregressive', temperature: 0, seed: 1, length } as const;
+				const { sequence, stats } = await model.generate({ tokens }, options);
+				const found = sequence.length - job.prompt;
+				if (found !== length || stats.forwards !== length)
+					throw new Error(`${found} tokens in ${stats.forwards} forwards, expected ${length} in as many`);
+			};
+			await generate(4);
+			work = () => generate(job.tokens);
 			const [logits] = await model.forward(tokens, { attention: 'causal', rows: [Int32Array.of(job.prompt - 1)] });
 			return centred(logits as Float32Array);
 		}

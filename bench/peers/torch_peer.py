@@ -193,7 +193,9 @@ class Contender:
 def main():
     contender = Contender()
     for line in sys.stdin:
-        ((name, argument),) = json.loads(line).items()
+        request = json.loads(line)
+        number = request.pop("id")
+        ((name, argument),) = request.items()
         try:
             value = getattr(contender, name)(argument)
             if name == "prepare" and not all(map(math.isfinite, value)):
@@ -201,7 +203,7 @@ def main():
             reply = {"value": value}
         except Exception as error:  # whatever it is, the benchmark reports it
             reply = {"error": f"{type(error).__name__}: {error}"}
-        print("@" + json.dumps(reply), flush=True)
+        print("@" + json.dumps({"id": number, **reply}), flush=True)
 
 
 if __name__ == "__main__":
