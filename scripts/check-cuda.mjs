@@ -20,6 +20,10 @@ if (spawnSync(nvcc, ['--version']).status !== 0) {
 	console.log('check-cuda: there is no nvcc here, nothing was checked');
 	process.exit(0);
 }
+if (spawnSync('c++filt', ['--version']).status !== 0) {
+	console.error('check-cuda: there is no c++filt here, which reads the names of kernels; it comes with binutils');
+	process.exit(1);
+}
 
 const sources = JSON.parse(readFileSync(join(root, 'native/sources.gypi'), 'utf8')).variables.cuda_sources.filter(
 	(file) => readFileSync(join(root, file), 'utf8').includes('DN_KERNEL('),

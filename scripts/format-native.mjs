@@ -8,6 +8,10 @@ const listed = spawnSync('git', ['ls-files', '--cached', '--others', '--exclude-
 	cwd: root,
 	encoding: 'utf8',
 });
+if (listed.status !== 0) {
+	console.error(`format-native: git cannot list the sources: ${listed.error?.message ?? listed.stderr.trim()}`);
+	process.exit(1);
+}
 const files = listed.stdout.split('\n').filter((file) => /\.(h|cpp|inl|cu|cuh)$/.test(file));
 const clangFormat = fileURLToPath(new URL('../node_modules/.bin/clang-format', import.meta.url));
 const mode = write ? ['-i'] : ['--dry-run', '-Werror', '--ferror-limit=1'];
