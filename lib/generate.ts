@@ -21,7 +21,11 @@ import { makeCanvas, type ParsedPrompt, type Prompt, parsePrompt, type TextCodec
 
 /** What a generation returns. */
 export interface GenerateResult {
-	/** The new text (of infilling: what was filled in), up to the first end token. */
+	/**
+	 * The new text (of infilling: what was filled in), up to the first end token; all of it where the open positions of
+	 * `prompt.tokens` are scattered. An id that the tokenizer does not know, of a model with more embedding rows than the
+	 * tokenizer has ids, is U+FFFD here and itself in `tokens`. Empty without a tokenizer.
+	 */
 	text: string;
 	/** The new ids in order of position. Fixed length: all of them. Variable length: up to the end token, without it. */
 	tokens: Int32Array;

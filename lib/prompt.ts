@@ -2,6 +2,7 @@
 import { Canvas } from './canvas.js';
 import type { ModelConfig } from './config.js';
 import { check } from './errors.js';
+import type { DecodeOptions } from './tokenizer.js';
 
 /**
  * What to generate from. A string, or `prefix` alone, is continued; `prefix` and `suffix` have a gap between them filled;
@@ -15,7 +16,15 @@ export type Prompt =
 /** What generation needs of a tokenizer. */
 export interface TextCodec {
 	encode(text: string): Int32Array;
-	decode(ids: Int32Array): string;
+	decode(ids: Int32Array, options: DecodeOptions): string;
+}
+
+/**
+ * Text of ids that a model has drawn. It may have more embedding rows than its tokenizer has ids (50304 for GPT-2's 50257,
+ * say): an id that the tokenizer does not know becomes U+FFFD.
+ */
+export function decodeDrawn(tokenizer: TextCodec, ids: Int32Array, options: DecodeOptions = {}): string {
+	return tokenizer.decode(ids, { ...options, unknown: 'replace' });
 }
 
 /** A prompt as ids. */
@@ -144,7 +153,7 @@ export function decodeCommitted(
 	let afterOpen = false;
 	const flush = (beforeOpen: boolean): void => {
 		if (run.length > 0) {
-			let part = tokenizer.decode(Int32Array.from(run));
+			let part = decodeDrawn(tokenizer, Int32Array.from(run));
 			if (afterOpen) part = part.replace(/^\uFFFD+/, '');
 			if (beforeOpen) part = part.replace(/\uFFFD+$/, '');
 			text += part;

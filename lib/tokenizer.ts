@@ -34,7 +34,15 @@ export interface EncodeOptions {
 export interface DecodeOptions {
 	/** Spell special tokens out; false leaves them away. @default true */
 	special?: boolean;
+	/**
+	 * An id that is not in the vocabulary is refused, or becomes U+FFFD: a model may have more embedding rows than its
+	 * tokenizer has ids, and draw one of them. @default 'error'
+	 */
+	unknown?: 'error' | 'replace';
 }
+
+/** U+FFFD in UTF-8. */
+const replacement = Uint8Array.of(0xef, 0xbf, 0xbd);
 
 /** Turns ids that arrive piece by piece into text, never splitting a character. */
 export interface TokenDecoder {
@@ -290,13 +298,13 @@ export class Tokenizer {
 
 	/**
 	 * Text of ids. Bytes that are not valid UTF-8, an unfinished character at the end for instance, become U+FFFD.
-	 * @throws `ERR_DN_ARGUMENT` for an id that is not in the vocabulary.
+	 * @throws `ERR_DN_ARGUMENT` for an id that is not in the vocabulary, unless `unknown` is 'replace'.
 	 */
 	decode(ids: ArrayLike<number>, options: DecodeOptions = {}): string {
 		return new TextDecoder('utf-8', { ignoreBOM: true }).decode(this.decodeBytes(ids, options));
 	}
 
-	/** The bytes that ids stand for; lossless. @throws `ERR_DN_ARGUMENT` for an id that is not in the vocabulary. */
+	/** The bytes that ids stand for; lossless, but for unknown ids that are replaced. @throws `ERR_DN_ARGUMENT` for an id that is not in the vocabulary, unless `unknown` is 'replace'. */
 	decodeBytes(ids: ArrayLike<number>, options: DecodeOptions = {}): Uint8Array {
 		check(
 			typeof ids === 'object' && ids !== null && typeof ids.length === 'number',
@@ -306,7 +314,7 @@ export class Tokenizer {
 		let length = 0;
 		for (let i = 0; i < ids.length; i++) {
 			const id = ids[i] as number;
-			const bytes = this.bytesOf(id);
+			const bytes = this.bytesOf(id) ?? (options.unknown === 'replace' ? replacement : undefined);
 			if (!bytes) {
 				throw new DiffusionNativeError(
 					'ERR_DN_ARGUMENT',

@@ -1,6 +1,6 @@
 /** Generation from and to text, and bad options and prompts. */
 import test from 'ava';
-import type { GenerateOptions, Prompt, SamplerPolicy, Tokenizer } from 'diffusion-native';
+import { evaluate, type GenerateOptions, type Prompt, type SamplerPolicy, type Tokenizer } from 'diffusion-native';
 
 import { uniform } from '../lib/random.js';
 import { collect, maskId, prompt, textModel } from './helpers/generate.js';
@@ -76,6 +76,42 @@ test('streams of text in many bytes never show a broken character, whatever the 
 	}
 	t.true(hidden > 50, `${hidden} events kept a part of a character back`);
 	await model.dispose();
+});
+
+test('an id that the tokenizer does not know is U+FFFD in the text, and itself in the tokens', async (t) => {
+	const model = await textModel({ vocab: 50304 });
+	const { tokenizer } = model as { tokenizer: Tokenizer };
+	t.is(tokenizer.vocabSize, 50257);
+	const ids = [...tokenizer.encode(' fox'), 50300, ...tokenizer.encode(' jumps')];
+	const sampler: SamplerPolicy = {
+		decide: ({ positions, initialOpen }) => {
+			const first = (positions[positions.length - 1] as number) - initialOpen + 1;
+			return { commit: [positions[0] as number], tokens: [ids[(positions[0] as number) - first] as number] };
+		},
+	};
+	const { events, result } = await collect(model, 'The quick', { sampler, length: ids.length });
+	t.is(result.text, ' fox\uFFFD jumps');
+	t.is(events.at(-1)?.text, result.text);
+	t.deepEqual(Array.from(result.tokens), ids);
+	const [both] = await model.generateBatch(['The quick', 'Another'], { sampler, length: ids.length });
+	t.is(both?.text, result.text);
+	// Evaluations read such texts, too; a judge sees what a reader would.
+	const texts: unknown[] = [];
+	const onRecord = ({ generated, text = generated }: Record<string, unknown>) => void texts.push(text);
+	const strange: SamplerPolicy = {
+		decide: ({ positions }) => ({ commit: [...positions], tokens: [...positions].map(() => 50300) }),
+	};
+	const common = { onRecord, generate: { sampler: strange } } as const;
+	const fill = [{ prefix: 'The quick', middle: ' fox', suffix: ' jumps' }];
+	await evaluate(model, fill, { metric: 'infilling', ...common });
+	await evaluate(model, [{ text: 'The quick fox' }], { metric: 'lambada', ...common });
+	const judge = await textModel({ attention: 'causal' });
+	const generate = { sampler: strange, length: 2 };
+	const options = { metric: 'generative-perplexity', judge, onRecord, generate } as const;
+	const judged = await evaluate(model, [{ prompt: 'The quick' }], options);
+	t.deepEqual(texts, ['\uFFFD', '\uFFFD', '\uFFFD\uFFFD']);
+	t.is(judged.tokens, tokenizer.encode('\uFFFD\uFFFD').length);
+	for (const each of [model, judge]) await each.dispose();
 });
 
 test("a prompt that spells the mask token's text is plain text", async (t) => {

@@ -188,6 +188,7 @@ test('a long word without spaces takes time in proportion to its length', async 
 
 test('ids outside the vocabulary and texts that are no strings are refused', (t) => {
 	for (const id of [50257, -1, 1.5, Number.NaN]) {
+		t.is(gpt2.decode([5, id], { unknown: 'replace' }), '&\ufffd');
 		const error = t.throws(() => gpt2.decode([5, id]), { instanceOf: DiffusionNativeError });
 		t.is(error?.code, 'ERR_DN_ARGUMENT');
 		t.regex(error?.message ?? '', /index 1 is not in the vocabulary of 50257/);

@@ -3,7 +3,8 @@
  * with their entropy and distinct-2, because a judge likes repetition: the figure alone means nothing.
  * The texts end before their first end token; the judge reads them in its own tokens behind its beginning-of-text token
  * (and the prompt, which is not scored), a text longer than its context in windows that advance by half of it, each token
- * scored once. Where neither model has a tokenizer, the judge reads the ids as they are.
+ * scored once. An id that the generating model's tokenizer does not know is U+FFFD to the judge, as to every reader, and costs
+ * what that costs. Where neither model has a tokenizer, the judge reads the ids as they are.
  * Texts are drawn by the ancestral sampler (a causal model's by its own) unless `generate` says otherwise.
  * Entropy: -sum p log p of a text's own token counts, nats, mean over texts (BD3-LM, arXiv 2503.09573). distinct-2: different
  * pairs of neighbouring tokens by all such pairs, over all texts (Li et al., arXiv 1510.03055).
@@ -14,6 +15,7 @@ import { check } from '../errors.js';
 import { endIds } from '../evaluator.js';
 import type { DiffuGPT } from '../model.js';
 import type { GenerateOptions } from '../options.js';
+import { decodeDrawn } from '../prompt.js';
 import { type EvaluationContext, wholeNumber } from './context.js';
 import { beforeEnd, Costs, type GenerationJob, generateAll, generateOptions } from './generation.js';
 import { autoregressive } from './likelihood.js';
@@ -167,8 +169,8 @@ function judgeTokens(
 	const { bosId } = judge.config;
 	if (own && judge.tokenizer) {
 		const before =
-			prompt === undefined ? '' : typeof prompt === 'string' ? prompt : own.decode(Int32Array.from(prompt));
-		const after = own.decode(generated);
+			prompt === undefined ? '' : typeof prompt === 'string' ? prompt : decodeDrawn(own, Int32Array.from(prompt));
+		const after = decodeDrawn(own, generated);
 		const tokens = judge.tokenizer.encode(before + after);
 		const from = seams([before, after], tokens, judge.tokenizer)[0] as number;
 		return { tokens: Int32Array.from([bosId, ...tokens]), from: from + 1 };

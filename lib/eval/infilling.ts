@@ -6,6 +6,7 @@
  */
 import { TokenDataset } from '../data/dataset.js';
 import { check } from '../errors.js';
+import { decodeDrawn } from '../prompt.js';
 import type { EvaluationContext } from './context.js';
 import { Costs, type GenerationJob, generateAll, generateOptions } from './generation.js';
 import type { EvaluationData, InfillingOptions, InfillingResult } from './options.js';
@@ -33,7 +34,7 @@ export async function infilling(
 	let rougeL = 0;
 	for await (const { key, index, result } of generateAll(context, jobs(context, data, given), options)) {
 		// The oracle length is filled whole: an end token inside stands for nothing.
-		const text = tokenizer.decode(result.tokens, { special: false });
+		const text = decodeDrawn(tokenizer, result.tokens, { special: false });
 		const found = rouge(text, key.middle);
 		const correct = text.trim() === key.middle.trim();
 		records++;

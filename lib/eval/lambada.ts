@@ -7,6 +7,7 @@
  */
 import { TokenDataset } from '../data/dataset.js';
 import { check } from '../errors.js';
+import { decodeDrawn } from '../prompt.js';
 import type { EvaluationContext } from './context.js';
 import { Costs, type GenerationJob, generateAll, generateOptions } from './generation.js';
 import type { EvaluationData, LambadaOptions, LambadaResult } from './options.js';
@@ -33,7 +34,7 @@ export async function lambada(
 		jobs(context, data, given, options.compat ?? false),
 		options,
 	)) {
-		const text = tokenizer.decode(result.tokens);
+		const text = decodeDrawn(tokenizer, result.tokens);
 		const correct = text.trim() === key.word;
 		records++;
 		if (correct) hits++;
