@@ -1,6 +1,7 @@
 /** From the denoising requests that wait to one packed native batch, and where each finds its results. */
 import type { NativeBatch, NativeDenoise } from './binding.js';
 import type { DenoiseRequest } from './engine.js';
+import { DiffusionNativeError } from './errors.js';
 
 /** Where one request finds its results in those of the merged batch. */
 export interface Part {
@@ -108,6 +109,10 @@ export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise
 		const begin = d;
 		for (let r = 0; r < R; r++, d++) {
 			const row = request.row[r] as number;
+			// Outside its sequences lie the rows of other requests.
+			if (row < 0 || row >= T) {
+				throw new DiffusionNativeError('ERR_DN_INTERNAL', `row ${row} of a sequence of ${T} tokens was asked for`);
+			}
 			const sequence = request.rowSequence ? (request.rowSequence[r] as number) : 0;
 			denoise.row[d] = list(base + sequence * T + row);
 			if (request.rowGuide) denoise.guideRow[d] = list(base + (request.rowGuide[r] as number) * T + row);

@@ -41,26 +41,30 @@ export interface ParsedPrompt {
 const none = new Int32Array(0);
 
 /**
- * Checks and encodes a prompt. Under the shift nothing predicts position 0: an empty prefix before a suffix gets the
- * beginning-of-text token there (algorithms.md, trap 27).
+ * Checks and encodes a prompt. Under the shift nothing predicts position 0: an empty prefix before a suffix, or one of which
+ * the tokenizer's normaliser leaves nothing, gets the beginning-of-text token there (algorithms.md, trap 27).
  * @throws `ERR_DN_ARGUMENT`
  */
 export function parsePrompt(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | null): ParsedPrompt {
 	const encode = (text: string, name: string): Int32Array => {
+		if (text === '') return none;
 		check(
 			tokenizer,
 			`the model has no tokenizer, so ${name} cannot be text: pass { tokens: Int32Array } or load a model with one`,
 		);
-		const ids = text === '' ? none : tokenizer.encode(text);
+		const ids = tokenizer.encode(text);
 		checkIds(ids, config, name);
 		return ids;
 	};
 	if (typeof prompt === 'string') {
+		const before = encode(prompt, 'the prompt');
 		check(
-			prompt !== '',
-			`the prompt is an empty string; for unconditional text pass { tokens: Int32Array.of(${config.bosId}) }, the beginning-of-text token`,
+			before.length > 0,
+			() =>
+				`the prompt is ${prompt === '' ? 'an empty string' : `${JSON.stringify(prompt)}, of which the tokenizer makes no token`}; ` +
+				`for unconditional text pass { tokens: Int32Array.of(${config.bosId}) }, the beginning-of-text token`,
 		);
-		return { before: encode(prompt, 'the prompt'), after: none, open: null, pinned: false };
+		return { before, after: none, open: null, pinned: false };
 	}
 	check(
 		typeof prompt === 'object' && prompt !== null,
@@ -103,13 +107,11 @@ export function parsePrompt(prompt: Prompt, config: ModelConfig, tokenizer: Text
 	const { prefix = '', suffix = '' } = prompt;
 	check(typeof prefix === 'string' && typeof suffix === 'string', 'prompt.prefix and prompt.suffix must be strings');
 	check(prefix !== '' || suffix !== '', 'prompt.prefix and prompt.suffix are both empty');
-	const pinned = prefix === '' && config.shift;
-	return {
-		before: pinned ? Int32Array.of(config.bosId) : encode(prefix, 'prompt.prefix'),
-		after: encode(suffix, 'prompt.suffix'),
-		open: null,
-		pinned,
-	};
+	const front = encode(prefix, 'prompt.prefix');
+	const after = encode(suffix, 'prompt.suffix');
+	check(front.length + after.length > 0, 'the tokenizer makes no token of prompt.prefix and prompt.suffix');
+	const pinned = front.length === 0 && config.shift;
+	return { before: pinned ? Int32Array.of(config.bosId) : front, after, open: null, pinned };
 }
 
 /** The canvas of a prompt with `length` open positions in its gap (0 where the open positions are scattered). */

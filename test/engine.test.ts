@@ -203,6 +203,17 @@ test('a request at fault fails alone', async (t) => {
 	await engine.dispose();
 });
 
+test("a row outside a request's own sequence is an error, not another request's row", async (t) => {
+	const { engine } = make();
+	const ask = [request([1, 2], [1]), request([3], [-1]), request([4], [1]), request([5], [0])];
+	const outcomes = await Promise.allSettled(ask.map((each) => engine.denoise(each)));
+	t.deepEqual(
+		outcomes.map((outcome) => (outcome.status === 'fulfilled' ? 'done' : outcome.reason.code)),
+		['done', 'ERR_DN_INTERNAL', 'ERR_DN_INTERNAL', 'done'],
+	);
+	await engine.dispose();
+});
+
 test('more than the bound of waiting requests is refused with ERR_DN_BUSY', async (t) => {
 	const { native, engine } = make({ maxQueued: 2 });
 	native.hold();

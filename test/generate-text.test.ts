@@ -1,6 +1,6 @@
 /** Generation from and to text, and bad options and prompts. */
 import test from 'ava';
-import { evaluate, type GenerateOptions, type Prompt, type SamplerPolicy, type Tokenizer } from 'diffusion-native';
+import { DiffuGPT, evaluate, type GenerateOptions, type Prompt, type SamplerPolicy, Tokenizer } from 'diffusion-native';
 
 import { uniform } from '../lib/random.js';
 import { collect, maskId, prompt, textModel } from './helpers/generate.js';
@@ -112,6 +112,26 @@ test('an id that the tokenizer does not know is U+FFFD in the text, and itself i
 	t.deepEqual(texts, ['\uFFFD', '\uFFFD', '\uFFFD\uFFFD']);
 	t.is(judged.tokens, tokenizer.encode('\uFFFD\uFFFD').length);
 	for (const each of [model, judge]) await each.dispose();
+});
+
+test('a text of which the normaliser leaves nothing is like an empty one', async (t) => {
+	const file = JSON.parse(Tokenizer.gpt2().toJSON());
+	file.normalizer = { type: 'Strip', strip_left: true, strip_right: true };
+	const tokenizer = Tokenizer.fromString(JSON.stringify(file));
+	t.is(tokenizer.encode('  ').length, 0);
+	const model = await DiffuGPT.fromConfig(
+		{ layers: 1, heads: 2, channels: 16, vocab: 50257, context: 64 },
+		{ seed: 1, tokenizer, device: 'cpu' },
+	);
+	const refused = { code: 'ERR_DN_ARGUMENT', message: /makes no token/ };
+	await t.throwsAsync(model.generate('  ', { length: 3 }), { ...refused, message: /the prompt is " {2}".*no token/ });
+	await t.throwsAsync(model.generate({ prefix: '  ', suffix: ' ' }, { length: 3 }), refused);
+	await t.throwsAsync(model.predictLength({ prefix: '  ' }, { max: 3 }), refused);
+	const options = { length: 3, seed: 1 };
+	const headless = await model.generate({ suffix: 'x' }, options);
+	t.deepEqual((await model.generate({ prefix: '  ', suffix: 'x' }, options)).sequence, headless.sequence);
+	t.is(headless.sequence[0], model.config.bosId);
+	await model.dispose();
 });
 
 test("a prompt that spells the mask token's text is plain text", async (t) => {
