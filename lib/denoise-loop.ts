@@ -10,7 +10,8 @@ import type { ResolvedOptions } from './options.js';
 import { checkedDecision, chosenPositions, stepView, verifiedGroups } from './policy-gate.js';
 import { decodeCommitted, type TextCodec } from './prompt.js';
 import { RowHistory } from './row-history.js';
-import { type CanvasView, type Decision, evenPlan } from './samplers/policy.js';
+import type { CanvasView, Decision } from './samplers/policy.js';
+import { StepBudget, type Window, windowBounds, windowsAfter } from './windows.js';
 
 /**
  * One step of a stream. Replaying `resized`, then `reopened`, then `committed` (ids in `tokens`) from the canvas of the
@@ -37,13 +38,6 @@ export interface DenoiseStep {
 	drift?: Drift;
 	/** The generated text so far: committed tokens up to the first end token, open ones left out, whole characters only. */
 	text: string;
-}
-
-/** A part of the generated positions that is filled before the next one: counts along the generated positions. */
-interface Window {
-	begin: number;
-	end: number;
-	steps: number;
 }
 
 export interface Plan {
@@ -89,6 +83,7 @@ export class Loop {
 	readonly #ends: Int32Array;
 	readonly #tokenizer: TextCodec | null;
 	readonly #memory: Record<string, unknown> = {};
+	readonly #budget: StepBudget;
 	#windows: Window[] = [];
 	#initialOpen = 0;
 	#blockStep = 0;
@@ -112,6 +107,7 @@ export class Loop {
 		this.#ends = ends;
 		this.#tokenizer = tokenizer;
 		this.largest = canvas.length;
+		this.#budget = new StepBudget(options, canvas.generatedPositions(), rule);
 		this.#plan(0);
 	}
 
@@ -278,33 +274,9 @@ export class Loop {
 
 	/** Windows over the generated positions from the `begin`-th on. */
 	#plan(begin: number): void {
-		const { steps, isPlanned } = this.#options;
 		const positions = part(this.#canvas.generatedPositions(), begin);
-		const count = positions.length;
-		if (count <= 0) return;
-		const bounds = this.#bounds(positions);
-		const blocks = bounds.length - 1;
-		const total = steps ?? (isPlanned ? Math.max(blocks, Math.min(count, 64)) : Number.POSITIVE_INFINITY);
-		for (let b = 0; b < blocks; b++) {
-			this.#windows.push({
-				begin: begin + (bounds[b] as number),
-				end: begin + (bounds[b + 1] as number),
-				steps: total === Number.POSITIVE_INFINITY ? total : Math.max(1, evenPlan(total, blocks, b)),
-			});
-		}
-	}
-
-	/** Where windows begin among `positions`, and their end: every `block` of them, or with the blocks of the attention. */
-	#bounds(positions: Int32Array): number[] {
-		const { block, blockCausal } = this.#options;
-		const size = Math.min(block ?? positions.length, positions.length);
-		const bounds = [0];
-		for (let k = 1; k < positions.length; k++) {
-			const blockOf = (i: number): number => Math.floor((positions[i] as number) / (blockCausal as number));
-			if (blockCausal === null ? k % size === 0 : blockOf(k) !== blockOf(k - 1)) bounds.push(k);
-		}
-		bounds.push(positions.length);
-		return bounds;
+		if (positions.length === 0) return;
+		this.#windows.push(...this.#budget.windows(windowBounds(positions, this.#options), begin));
 	}
 
 	/** Open positions that the length rule will add to a canvas that is full. */
@@ -345,7 +317,7 @@ export class Loop {
 		return resize;
 	}
 
-	/** Lets the length rule change the canvas. The window concerned goes on at the rate of steps it had. */
+	/** Lets the length rule change the canvas, as far as the step budget allows. */
 	#adapt(plan: Plan, { positions, best, end, probability }: Look): Resize | undefined {
 		const canvas = this.#canvas;
 		const { holeBegin, holeEnd } = canvas;
@@ -362,6 +334,20 @@ export class Loop {
 			blockEnd: plan.end,
 		});
 		if (!change) return undefined;
+		const after = windowsAfter(
+			{ ...change, at: change.at - holeBegin },
+			{
+				length: holeEnd - holeBegin,
+				window: this.#windows[0] as Window,
+				isOnly: this.#windows.length === 1,
+				spent: this.#blockStep + 1,
+				initialOpen: this.#initialOpen,
+				left: this.#budget.left(this.#step + 1),
+				block: this.#options.block,
+				openIn: (from, to) => canvas.openPositions(holeBegin + from, holeBegin + to).length,
+			},
+		);
+		if (!after) return undefined;
 		canvas.resize(change);
 		this.#resized.push(change);
 		this.largest = Math.max(this.largest, canvas.length);
@@ -369,28 +355,8 @@ export class Loop {
 		// What a policy remembers is by position, and positions have moved.
 		for (const key of Object.keys(this.#memory)) delete this.#memory[key];
 		this.history.clear();
-		const window = this.#windows[0] as Window;
-		const rate = window.steps / Math.max(1, this.#initialOpen);
-		const delta = change.inserted - change.removed;
-		const inside = change.at - holeBegin < window.end || this.#windows.length === 1;
-		const { block } = this.#options;
-		const following = canvas.holeEnd - holeBegin;
-		if (inside && (change.inserted === 0 || change.at < holeEnd || block === undefined)) {
-			window.end = Math.min(window.end + delta, following);
-		}
-		window.end = Math.min(window.end, following);
-		const open = canvas.openPositions(holeBegin + window.begin, holeBegin + window.end).length;
-		if (inside && window.steps !== Number.POSITIVE_INFINITY) {
-			window.steps = Math.max(1, Math.round(rate * open));
-			// The count of steps begins again with the next one.
-			this.#blockStep = -1;
-		}
-		this.#windows.length = 1;
-		const size = block ?? Math.max(1, following - window.end);
-		for (let begin = window.end; begin < following; begin += size) {
-			const end_ = Math.min(begin + size, following);
-			this.#windows.push({ begin, end: end_, steps: Math.max(1, Math.round(rate * (end_ - begin))) });
-		}
+		this.#windows = after.windows;
+		if (after.isNew) this.#blockStep = -1; // counted up to 0 when this step is
 		return change;
 	}
 

@@ -18,6 +18,7 @@ import { type LengthOptions, type LengthPrediction, type LengthRule, resolveLeng
 import { checkSignal } from './option-checks.js';
 import { type GenerateOptions, type ResolvedOptions, resolveOptions } from './options.js';
 import { makeCanvas, type ParsedPrompt, type Prompt, parsePrompt, type TextCodec } from './prompt.js';
+import { countWindows } from './windows.js';
 
 /** What a generation returns. */
 export interface GenerateResult {
@@ -137,21 +138,31 @@ export function prepareRequest(
 			!options.cache || !rule?.adapt,
 			`option length.method: '${rule?.method}' follows every open position, of which option cache computes only a part`,
 		);
-		if (options.block !== undefined && options.blockCausal === null && largest > 0) {
-			check(
-				options.block <= largest,
-				`option block is ${options.block}, longer than the ${largest} tokens to generate`,
-			);
-		}
 	}
-	const { blockCausal } = options;
-	const size = blockCausal ?? options.block;
-	if (options.steps !== undefined && size !== undefined && open > 0 && !parsed.open && !(rule?.looks || rule?.adapt)) {
-		const skipped = blockCausal === null ? 0 : parsed.before.length % blockCausal;
-		const blocks = Math.ceil((skipped + open) / size);
-		check(options.steps >= blocks, `option steps is ${options.steps}, fewer than the ${blocks} blocks`);
-	}
-	return { prompt: parsed, options, rule, open };
+	const request = { prompt: parsed, options, rule, open };
+	check(
+		options.block === undefined || options.blockCausal !== null || open === 0 || options.block <= (rule?.max ?? open),
+		() => `option block is ${options.block}, longer than the ${rule?.max ?? open} tokens to generate`,
+	);
+	if (!rule?.looks) checkSteps(request);
+	return request;
+}
+
+/** Throws `ERR_DN_ARGUMENT` unless there is a step for every block of a canvas with `open` positions to fill. */
+function checkSteps({ prompt, options, rule, open }: GenerationRequest): void {
+	const { steps, block, blockCausal } = options;
+	if (steps === undefined || (block === undefined && blockCausal === null && !rule?.grow)) return;
+	const { before } = prompt;
+	const positions = prompt.open
+		? before.map((_, i) => i).filter((i) => prompt.open?.[i])
+		: Int32Array.from({ length: open }, (_, i) => before.length + i);
+	const blocks = countWindows(positions, options, rule);
+	const where = rule?.grow
+		? ` that length.max ${rule.max} allows`
+		: rule?.looks
+			? ` of the ${open} positions that length.method '${rule.method}' chose`
+			: '';
+	check(steps >= blocks, `option steps is ${steps}, fewer than the ${blocks} blocks${where}`);
 }
 
 /** Tokens that a forward of the whole first canvas takes. */
@@ -182,6 +193,7 @@ export async function* denoise(
 			const first = await firstCanvas(engine, prompt, rule, extras.head, options.seed, signal);
 			forwards += first.forwards;
 			open = first.open;
+			checkSteps({ ...request, open });
 			ends = rule.exact === true && (first.length as number) < rule.max;
 		}
 		const canvas = makeCanvas(prompt, open, engine.config);

@@ -47,10 +47,13 @@ export interface GenerateOptions {
 	/** Of 'confidence': what is ranked. @default 'probability' */
 	readonly score?: Score;
 	/**
-	 * Forwards over all blocks together, divided evenly among them, the remainder first. For 'ancestral' and 'confidence'
-	 * the plan, whose steps that commit nothing cost no forward; for the adaptive samplers a bound, whose last step commits
-	 * whatever is open. At most 65536.
-	 * @default min(length, 64), at least one per block; no bound for the adaptive samplers
+	 * Forwards over all blocks together, divided evenly among them, the remainder first; at least one per block. For
+	 * 'ancestral' and 'confidence' the plan, whose steps that commit nothing cost no forward; for the adaptive samplers a
+	 * bound, whose last step commits whatever is open. The length method 'block' divides them among the blocks of `max`
+	 * tokens; with 'daedal' and 'rho-eos' the canvas grows only while steps are left for what is added. Not counted: the
+	 * looks that choose a length, and what a drawn length (`coverage: 'draw'`) takes where the mask was drawn. At most 65536.
+	 * @default min(length, 64), at least one per block; with the length method 'block', for each block that is added; no
+	 * bound for the adaptive samplers
 	 */
 	readonly steps?: number;
 	/** Of 'confidence': how many tokens to commit per step. @default 'even' */

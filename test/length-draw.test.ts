@@ -124,7 +124,7 @@ test.serial(
 		for (const sampler of [
 			{ sampler: 'ancestral', steps: 2 },
 			{ sampler: 'confidence', steps: 40, temperature: 1 },
-			{ sampler: 'ancestral', steps: 4, block: 3 },
+			{ sampler: 'ancestral', steps: 5, block: 3 },
 		] as const) {
 			let repeated = 0;
 			for (let seed = 0; seed < 60; seed++) {

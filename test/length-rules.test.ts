@@ -235,7 +235,7 @@ test('daedal and rho-eos change the canvas as their formulas say', async (t) => 
 			// Several tokens per step, blocks, a plan: every canvas is filled and stays in bounds.
 			for (const sampler of [
 				{ steps: 3 },
-				{ steps: 6, block: 2 },
+				{ steps: 12, block: 2 },
 				{ sampler: 'factor', block: 4 },
 			] as GenerateOptions[]) {
 				const result = await model.generate(prompt, { ...sampler, length, seed: 2 });

@@ -96,6 +96,11 @@ export function generateOptions(
 	return given;
 }
 
+/** Options for a record with so many open positions: a block is not longer than they are. */
+export function blockWithin(given: GenerateOptions, open: number): Pick<GenerateOptions, 'block'> {
+	return given.block === undefined ? {} : { block: Math.min(given.block, open) };
+}
+
 /** The ids before the first end token. */
 export function beforeEnd(tokens: Int32Array, ends: Int32Array): Int32Array {
 	const end = tokens.findIndex((id) => ends.includes(id));

@@ -8,7 +8,7 @@ import { TokenDataset } from '../data/dataset.js';
 import { check } from '../errors.js';
 import { decodeDrawn } from '../prompt.js';
 import type { EvaluationContext } from './context.js';
-import { Costs, type GenerationJob, generateAll, generateOptions } from './generation.js';
+import { blockWithin, Costs, type GenerationJob, generateAll, generateOptions } from './generation.js';
 import type { EvaluationData, InfillingOptions, InfillingResult } from './options.js';
 import { rouge } from './rouge.js';
 import { rateOf } from './statistics.js';
@@ -92,6 +92,7 @@ async function* jobs(
 				...(planned ? { steps: length } : {}),
 				...(causal ? { temperature: 0 } : {}),
 				...given,
+				...blockWithin(given, length),
 				...(causal ? { length } : {}),
 			},
 			index: index++,

@@ -9,7 +9,7 @@ import { TokenDataset } from '../data/dataset.js';
 import { check } from '../errors.js';
 import { decodeDrawn } from '../prompt.js';
 import type { EvaluationContext } from './context.js';
-import { Costs, type GenerationJob, generateAll, generateOptions } from './generation.js';
+import { blockWithin, Costs, type GenerationJob, generateAll, generateOptions } from './generation.js';
 import type { EvaluationData, LambadaOptions, LambadaResult } from './options.js';
 import { rateOf } from './statistics.js';
 
@@ -75,6 +75,7 @@ async function* jobs(
 				temperature: compat ? 1 : 0,
 				...(planned ? { steps: length } : {}),
 				...given,
+				...blockWithin(given, length),
 				...(causal ? { length } : {}),
 			},
 			index: index++,
