@@ -13,6 +13,7 @@ import type { Engine } from './engine.js';
 import { check } from './errors.js';
 import { cachedEvaluator, type Drift, type Evaluator, endIds, fullEvaluator } from './evaluator.js';
 import { lengthExtras } from './length/extras.js';
+import type { LengthHead } from './length/head.js';
 import { firstCanvas } from './length/look.js';
 import { type LengthOptions, type LengthPrediction, type LengthRule, resolveLength } from './length/method.js';
 import { checkSignal } from './option-checks.js';
@@ -63,6 +64,8 @@ export interface GenerationRequest {
 	options: ResolvedOptions;
 	/** Variable length, or null. */
 	rule: LengthRule | null;
+	/** The trained heads that the rule may ask: a model drops its own when its weights change. */
+	head: LengthHead | undefined;
 	/** Open positions of the first canvas (of the look that predicts the length). */
 	open: number;
 }
@@ -88,6 +91,7 @@ export function prepareRequest(
 	options.signal?.throwIfAborted();
 	const parsed = parsePrompt(prompt, config, tokenizer);
 	const { length } = options;
+	const extras = lengthExtras(engine);
 	const fixed = parsed.before.length + parsed.after.length;
 	check(fixed <= config.context, `the prompt has ${fixed} tokens, the model's context ${config.context}`);
 	let rule: LengthRule | null = null;
@@ -101,10 +105,7 @@ export function prepareRequest(
 		);
 	} else {
 		if (typeof length === 'object') {
-			rule = resolveLength(length, 'constant', {
-				extras: lengthExtras(engine),
-				infilling: parsed.after.length > 0,
-			});
+			rule = resolveLength(length, 'constant', { extras, infilling: parsed.after.length > 0 });
 			open = rule.looks && !rule.extend ? rule.max : rule.initial;
 		} else {
 			open = length ?? (typeof prompt === 'object' && 'tokens' in prompt ? 0 : Math.min(64, config.context - fixed));
@@ -139,7 +140,7 @@ export function prepareRequest(
 			`option length.method: '${rule?.method}' follows every open position, of which option cache computes only a part`,
 		);
 	}
-	const request = { prompt: parsed, options, rule, open };
+	const request = { prompt: parsed, options, rule, head: extras.head, open };
 	check(
 		options.block === undefined || options.blockCausal !== null || open === 0 || options.block <= (rule?.max ?? open),
 		() => `option block is ${options.block}, longer than the ${rule?.max ?? open} tokens to generate`,
@@ -171,14 +172,13 @@ export function canvasSize({ prompt, open, options }: GenerationRequest): number
 	return length * (options.guidance === 0 ? 1 : 2);
 }
 
-/** Runs a checked request. `extras`: what its length rule was made with. */
+/** Runs a checked request. */
 export async function* denoise(
 	engine: Engine,
 	tokenizer: TextCodec | null,
 	request: GenerationRequest,
-	extras = lengthExtras(engine),
 ): AsyncGenerator<DenoiseStep, GenerateResult> {
-	const { prompt, options, rule } = request;
+	const { prompt, options, rule, head } = request;
 	const { signal } = options;
 	signal?.throwIfAborted();
 	let resumed = performance.now();
@@ -190,7 +190,7 @@ export async function* denoise(
 		let open = request.open;
 		let ends = false;
 		if (rule) {
-			const first = await firstCanvas(engine, prompt, rule, extras.head, options.seed, signal);
+			const first = await firstCanvas(engine, prompt, rule, head, options.seed, signal);
 			forwards += first.forwards;
 			open = first.open;
 			checkSteps({ ...request, open });

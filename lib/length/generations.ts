@@ -272,7 +272,7 @@ async function generate(
 		`option generate: the length method '${rule?.method}' does not go with this sampler`,
 	);
 	// The rule was made with margins that the model itself need not have.
-	const stream = denoise(model.engine, model.tokenizer, { ...request, rule }, extras);
+	const stream = denoise(model.engine, model.tokenizer, { ...request, rule, head: extras.head });
 	for (;;) {
 		const { done, value } = await stream.next();
 		if (done) return rule ? value : cut(value, endIds(model.config));

@@ -111,6 +111,7 @@ export interface LengthHeadReport {
 
 /**
  * Trains the heads and gives them to the model: `length: { method: 'head' }` uses them, `model.save` writes them.
+ * Calibrations of earlier heads are dropped.
  * @throws `ERR_DN_ARGUMENT`
  */
 export async function trainLengthHead(
@@ -199,7 +200,9 @@ export async function trainLengthHead(
 		}
 		onProgress?.({ stage: 'training', fraction: (epoch + 1) / passes.regressors });
 	}
-	lengthExtras(engine).head = new LengthHead({ token, pooled, quantile }, { levels, max, pairs: n });
+	const extras = lengthExtras(engine);
+	extras.head = new LengthHead({ token, pooled, quantile }, { levels, max, pairs: n });
+	extras.calibrations = extras.calibrations.filter(({ method }) => method !== 'head');
 	return {
 		pairs: n,
 		tooLong,

@@ -189,6 +189,10 @@ export function resolveLength(
 			scene.extras.head,
 			"option length.method: 'head' is not available: the model has no length head; trainLengthHead makes one",
 		);
+		check(
+			scene.extras.head.max === max,
+			`option length.max is ${max}, but the length heads were trained for max ${scene.extras.head.max}`,
+		);
 	}
 	/** The end by a rule: at the margin of the prompt's group when there is a calibration. */
 	const endBy = (look: LengthLook, u: number): number => {
