@@ -145,24 +145,24 @@ export function prepareRequest(
 		options.block === undefined || options.blockCausal !== null || open === 0 || options.block <= (rule?.max ?? open),
 		() => `option block is ${options.block}, longer than the ${rule?.max ?? open} tokens to generate`,
 	);
-	if (!rule?.looks) checkSteps(request);
+	checkSteps(request);
 	return request;
 }
 
-/** Throws `ERR_DN_ARGUMENT` unless there is a step for every block of a canvas with `open` positions to fill. */
-function checkSteps({ prompt, options, rule, open }: GenerationRequest): void {
+/**
+ * Throws `ERR_DN_ARGUMENT` unless there is a step for every block: of a length that is looked for or grows, for as many as
+ * `max` tokens have, so that no answer to a look is an error.
+ */
+export function checkSteps({ prompt, options, rule, open }: GenerationRequest): void {
 	const { steps, block, blockCausal } = options;
 	if (steps === undefined || (block === undefined && blockCausal === null && !rule?.grow)) return;
 	const { before } = prompt;
+	const count = rule?.looks ? rule.max : (rule?.initial ?? open);
 	const positions = prompt.open
 		? before.map((_, i) => i).filter((i) => prompt.open?.[i])
-		: Int32Array.from({ length: open }, (_, i) => before.length + i);
+		: Int32Array.from({ length: count }, (_, i) => before.length + i);
 	const blocks = countWindows(positions, options, rule);
-	const where = rule?.grow
-		? ` that length.max ${rule.max} allows`
-		: rule?.looks
-			? ` of the ${open} positions that length.method '${rule.method}' chose`
-			: '';
+	const where = rule?.looks || rule?.grow ? ` that length.max ${rule.max} allows` : '';
 	check(steps >= blocks, `option steps is ${steps}, fewer than the ${blocks} blocks${where}`);
 }
 
@@ -193,7 +193,6 @@ export async function* denoise(
 			const first = await firstCanvas(engine, prompt, rule, head, options.seed, signal);
 			forwards += first.forwards;
 			open = first.open;
-			checkSteps({ ...request, open });
 			ends = rule.exact === true && (first.length as number) < rule.max;
 		}
 		const canvas = makeCanvas(prompt, open, engine.config);

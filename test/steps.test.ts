@@ -45,10 +45,10 @@ test('a canvas that follows the text takes no more than the steps, and is filled
 			for (const options of [
 				{ steps: 3 },
 				{ steps: 9, plan: 'linear' },
-				{ steps: 8, block: 3 },
+				{ steps: 10, block: 3 },
 				{ steps: 5, sampler: 'ancestral' },
 				{ steps: 4, sampler: 'threshold', threshold: 2 },
-				{ steps: 7, sampler: 'threshold', threshold: 2, block: 4 },
+				{ steps: 8, sampler: 'threshold', threshold: 2, block: 4 },
 				{ steps: 6, sampler: 'revocable', threshold: 0.2, verify: 0.9 },
 				{ steps: 1, sampler: 'klass' },
 			] as const satisfies GenerateOptions[]) {
@@ -63,7 +63,7 @@ test('a canvas that follows the text takes no more than the steps, and is filled
 	t.true(bound > 10, `${bound} runs used all their steps`);
 });
 
-test('fewer steps than blocks are refused for scattered positions and after a look, too', async (t) => {
+test('fewer steps than blocks are refused for scattered positions and lengths found by a look, too', async (t) => {
 	const model = await endless();
 	const open = new Uint8Array(12).fill(1, 4);
 	const scattered: Prompt = { tokens: new Int32Array(12).fill(5), open };
@@ -73,13 +73,11 @@ test('fewer steps than blocks are refused for scattered positions and after a lo
 	await refuse(scattered, { steps: 2, attention: { blockCausal: 3 } }, /fewer than the 3 blocks$/);
 	await refuse(scattered, { block: 9 }, /block is 9, longer than the 8 tokens/);
 	t.is((await model.generate(scattered, { steps: 4, block: 2, seed: 1 })).stats.forwards, 4);
-	const looked = { max: 16, method: 'constant' } as const;
-	await refuse(prompt, { length: looked, steps: 3, block: 4 }, /fewer than the 4 blocks$/);
-	const threshold = { max: 16, method: 'threshold', probability: 1 } as const;
-	await refuse(
-		prompt,
-		{ length: threshold, steps: 3, block: 4 },
-		/fewer than the 4 blocks of the 16 .*'threshold' chose/,
-	);
+	const three = { steps: 3, block: 4 };
+	await refuse(prompt, { ...three, length: { max: 16 } }, /fewer than the 4 blocks$/);
+	const looked = { max: 16, method: 'threshold' } as const;
+	await refuse(prompt, { ...three, length: looked }, /fewer than the 4 blocks that length.max 16 allows$/);
+	const followed = { max: 16, method: 'rho-eos', initial: 14 } as const;
+	await refuse(prompt, { ...three, length: followed }, /fewer than the 4 blocks$/);
 	await model.dispose();
 });

@@ -9,7 +9,7 @@ import { EvaluationContext, wholeNumber } from '../eval/context.js';
 import { mostTogether } from '../eval/generation.js';
 import { autoregressive, bounds } from '../eval/likelihood.js';
 import { endIds } from '../evaluator.js';
-import { denoise, type GenerateResult, prepareRequest } from '../generate.js';
+import { checkSteps, denoise, type GenerateResult, prepareRequest } from '../generate.js';
 import type { DiffuGPT } from '../model.js';
 import type { GenerateOptions } from '../options.js';
 import { philox, Stream } from '../random.js';
@@ -272,7 +272,9 @@ async function generate(
 		`option generate: the length method '${rule?.method}' does not go with this sampler`,
 	);
 	// The rule was made with margins that the model itself need not have.
-	const stream = denoise(model.engine, model.tokenizer, { ...request, rule, head: extras.head });
+	const asked = { ...request, rule, head: extras.head };
+	checkSteps(asked);
+	const stream = denoise(model.engine, model.tokenizer, asked);
 	for (;;) {
 		const { done, value } = await stream.next();
 		if (done) return rule ? value : cut(value, endIds(model.config));
