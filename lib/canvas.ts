@@ -27,7 +27,7 @@ export class Canvas {
 	/** (T) how often the position was reopened. */
 	reopened: Uint8Array;
 	readonly maskId: number;
-	/** An id that is never sampled beside the mask, -1: none: the end token where the end is given. */
+	/** An id that is never sampled beside the mask, -1: none: the end token where the length is fixed. */
 	bannedEnd = -1;
 	/** Position where generated text begins when it is one run (continuation, infilling), else -1. */
 	holeBegin: number;
@@ -90,9 +90,12 @@ export class Canvas {
 		this.#open--;
 	}
 
-	/** Makes the last position of the hole the end of the text, before anything is sampled: `id` is there and nowhere else. */
-	endWith(id: number): void {
-		this.commit(this.holeEnd - 1, id, false);
+	/**
+	 * Fixes the length of the text before anything is sampled: the end token `id` is never drawn. `ends`: it stands at the last
+	 * position of the hole; else all of the hole is text.
+	 */
+	keepLength(id: number, ends: boolean): void {
+		if (ends) this.commit(this.holeEnd - 1, id, false);
 		this.bannedEnd = id;
 	}
 

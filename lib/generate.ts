@@ -188,15 +188,15 @@ export async function* denoise(
 	let evaluator: Evaluator | undefined;
 	try {
 		let open = request.open;
-		let ends = false;
+		let drawn: number | undefined;
 		if (rule) {
 			const first = await firstCanvas(engine, prompt, rule, head, options.seed, signal);
 			forwards += first.forwards;
 			open = first.open;
-			ends = rule.exact === true && (first.length as number) < rule.max;
+			if (rule.exact) drawn = first.length;
 		}
 		const canvas = makeCanvas(prompt, open, engine.config);
-		if (ends) canvas.endWith(engine.config.eosId);
+		if (drawn !== undefined) canvas.keepLength(engine.config.eosId, drawn < open);
 		const most = Math.max(canvas.length, prompt.before.length + (rule?.max ?? 0) + prompt.after.length);
 		const loop = new Loop(canvas, options, rule, endIds(engine.config), tokenizer);
 		evaluator = evaluatorOf(engine, canvas, request, most, loop);

@@ -88,6 +88,28 @@ test('without a calibration the threshold is uniform; a sharp look is never cut 
 	await model.dispose();
 });
 
+test('where no end within max is drawn, all max tokens are text', async (t) => {
+	// Random weights: every id is about as likely as any other, the end among them.
+	const model = await DiffuGPT.fromConfig(toy.config, { seed: 8, device: 'cpu' });
+	const length = { max: 12, method: 'threshold', coverage: 'draw' } as const;
+	let whole = 0;
+	for (let seed = 0; seed < 40; seed++) {
+		const { length: drawn } = await model.predictLength(loose, { ...length, seed });
+		const { tokens, finishReason, stats } = await model.generate(loose, {
+			length,
+			sampler: 'ancestral',
+			steps: 4,
+			seed,
+		});
+		t.is(tokens.length, drawn);
+		t.is(finishReason, drawn === 12 ? 'length' : 'end-of-text');
+		t.is(stats.generatedTokens, drawn);
+		if (drawn === 12) whole++;
+	}
+	t.true(whole > 20, `${whole} of 40`);
+	await model.dispose();
+});
+
 test('what cannot be drawn is refused with the reason', async (t) => {
 	const model = await sharpModel({ eosId: sharpEnd });
 	const ask = (length: object): Promise<unknown> =>

@@ -41,7 +41,7 @@ export interface LengthOptions {
 	 * word, and the quantile head what it was trained for. @default of 'expected' and of the quantile head 0.95
 	 *
 	 * 'draw': the length is drawn, as a function of the seed, and the answer has exactly that length: its end token is put
-	 * there and none comes before it. The share is drawn among those of the method's calibration, which should be many and
+	 * there and none comes before it; where no end within `max` is drawn, all `max` tokens are text. The share is drawn among those of the method's calibration, which should be many and
 	 * evenly spread (0.01, 0.02, .. 0.99), so that lengths come out as varied as those of the calibration pairs. 'threshold'
 	 * without a calibration takes e for a distribution function and draws from it. Continuation only.
 	 */
