@@ -113,7 +113,8 @@ export class ByteBpe {
 		for (const id of ids) out.push(id);
 		if (word.length > cacheWordLength) return;
 		if (this.cache.size >= cacheWords) this.cache.clear();
-		this.cache.set(word, ids);
+		// A word is cut from its text, and V8 keeps the whole text alive for it: the key is a copy.
+		this.cache.set(Buffer.from(word).toString(), ids);
 	}
 
 	private merge(bytes: Uint8Array, spelling: string): number[] {

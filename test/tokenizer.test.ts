@@ -1,10 +1,13 @@
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { setFlagsFromString } from 'node:v8';
+import { runInNewContext } from 'node:vm';
 import test from 'ava';
 import { DiffusionNativeError, Tokenizer } from 'diffusion-native';
 import { Tokenizer as PackageTokenizer } from 'tokenizers';
 
+import { ByteBpe, byteToChar } from '../lib/byte-bpe.js';
 import { uniform } from '../lib/random.js';
 import { fixture, root } from './helpers/fixtures.js';
 
@@ -184,6 +187,23 @@ test('a long word without spaces takes time in proportion to its length', async 
 	const ids = gpt2.encode(long);
 	t.is(gpt2.decode(ids), long);
 	t.true(performance.now() - started < 60_000, 'a quadratic encoder takes hours');
+});
+
+test('remembered words do not keep their texts alive', (t) => {
+	setFlagsFromString('--expose-gc');
+	const collectGarbage = runInNewContext('gc') as () => void;
+	const used = (): number => {
+		collectGarbage();
+		return process.memoryUsage().heapUsed;
+	};
+	const bytes = new ByteBpe(new Map(byteToChar.map((char, id) => [char, id])), [], false, 'bytes');
+	const before = used();
+	for (let i = 0; i < 64; i++) {
+		const text = Buffer.alloc(2 ** 19, `a word of document ${i} `).toString('latin1');
+		bytes.encodeText(text.slice(0, 24), []);
+	}
+	const grown = used() - before;
+	t.true(grown < 2 ** 22, `${grown} bytes more after 32 MB of text`);
 });
 
 test('ids outside the vocabulary and texts that are no strings are refused', (t) => {
