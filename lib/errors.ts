@@ -41,6 +41,15 @@ export function check(condition: unknown, message: string | (() => string)): ass
 	throw new DiffusionNativeError('ERR_DN_ARGUMENT', typeof message === 'string' ? message : message());
 }
 
+/** Of a figure that is no finite number; `what` names it and what it is. */
+export function divergedError(what: string): DiffusionNativeError {
+	return new DiffusionNativeError(
+		'ERR_DN_DIVERGED',
+		`${what}: look for a parameter that holds NaN or infinity (parameters(), getParameter) or weights so large that logits ` +
+			'overflow, and go back to the last good checkpoint',
+	);
+}
+
 const codes: ReadonlySet<string> = new Set<ErrorCode>([
 	'ERR_DN_NO_BINARY',
 	'ERR_DN_DEVICE',

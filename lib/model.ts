@@ -17,7 +17,7 @@ import { type ModelConfig, type ModelConfigInput, resolveConfig } from './config
 import type { DenoiseStep } from './denoise-loop.js';
 import { type Device, type DType, openEngine } from './device.js';
 import type { Engine } from './engine.js';
-import { check, DiffusionNativeError } from './errors.js';
+import { check, divergedError } from './errors.js';
 import {
 	canvasSize,
 	denoise,
@@ -225,11 +225,7 @@ export class DiffuGPT {
 		const loss = result.denominator > 0 ? result.weighted / result.denominator : 0;
 		const unweighted = result.masked > 0 ? result.unweighted / result.masked : 0;
 		if (!Number.isFinite(loss) || !Number.isFinite(unweighted)) {
-			throw new DiffusionNativeError(
-				'ERR_DN_DIVERGED',
-				`the loss is ${loss} (unweighted ${unweighted}): look for a parameter that holds NaN or infinity ` +
-					'(parameters(), getParameter) or weights so large that logits overflow, and go back to the last good checkpoint',
-			);
+			throw divergedError(`the loss is ${loss} (unweighted ${unweighted})`);
 		}
 		return {
 			loss,

@@ -213,6 +213,12 @@ test('a loss that is no number is an error that says what to look for', async (t
 	await refuses(t, () => model.loss(batch), 'ERR_DN_DIVERGED', /the loss is NaN.*parameter.*checkpoint/, 'loss');
 	await using trainer = new Trainer(model, {});
 	await refuses(t, () => trainer.evaluate(data), 'ERR_DN_DIVERGED', /validation data .*NaN/, 'Trainer.evaluate');
+	const questions = [{ context: [1, 2], endings: [[3], [2, 1]], label: 0 }];
+	const message = /sequence sum to NaN.*parameter/;
+	for (const metric of ['multiple-choice', 'likelihood', 'nelbo'] as const) {
+		const records = metric === 'multiple-choice' ? questions : pairs;
+		await refuses(t, () => evaluate(model, records, { metric }), 'ERR_DN_DIVERGED', message, metric);
+	}
 	model.setParameter('ln_f.weight', scale);
 	t.true(Number.isFinite((await model.loss(batch)).loss));
 });

@@ -4,6 +4,7 @@
  * result. Only the rows that are asked for go through the head.
  */
 import { toNativeNoise, toNativeTrainBatch } from '../batch.js';
+import { divergedError } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
 
 /** One forward of one sequence. */
@@ -14,7 +15,7 @@ export interface ScoringJob<K> {
 	readonly key: K;
 }
 
-/** Yields the sum of the cross-entropies of each job, nats, in the order of the jobs. */
+/** Yields the sum of the cross-entropies of each job, nats, in the order of the jobs. @throws `ERR_DN_DIVERGED` */
 export async function* score<K>(
 	model: DiffuGPT,
 	objective: 'diffusion' | 'autoregressive',
@@ -47,7 +48,11 @@ export async function* score<K>(
 			while ((rows[r] as number) >= (packed.offsets[s + 1] as number)) s++;
 			sums[s] = (sums[s] as number) + (losses[r] as number);
 		}
-		return batch.map(({ key }, i) => ({ key, nats: sums[i] as number }));
+		return batch.map(({ key }, i) => {
+			const nats = sums[i] as number;
+			if (!Number.isFinite(nats)) throw divergedError(`the cross-entropies of a sequence sum to ${nats}`);
+			return { key, nats };
+		});
 	};
 	for await (const job of jobs) {
 		if (held.length > 0 && tokens + job.tokens.length > batchTokens) yield* await flush();

@@ -13,7 +13,7 @@
  */
 import type { ModelConfig } from '../config.js';
 import type { Engine } from '../engine.js';
-import { check } from '../errors.js';
+import { check, divergedError } from '../errors.js';
 import { endIds } from '../evaluator.js';
 import { makeCanvas, type ParsedPrompt } from '../prompt.js';
 import { Stream, uniform } from '../random.js';
@@ -135,7 +135,9 @@ async function lookWithHead(
 	const tokens = makeCanvas(prompt, open, engine.config).tokens;
 	const hidden = await hiddenAt(engine, [tokens], [prompt.before.length], open, signal);
 	const states = hidden[0] as Float32Array;
-	return { e: head.endProbabilities(states), tail: () => 0, regressed: head.regress(states) };
+	const e = head.endProbabilities(states);
+	if (e.some(Number.isNaN)) throw divergedError('the length head says NaN');
+	return { e, tail: () => 0, regressed: head.regress(states) };
 }
 
 /**
