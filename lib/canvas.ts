@@ -66,6 +66,11 @@ export class Canvas {
 		return this.#open;
 	}
 
+	/** Committed positions that may still be reopened. */
+	get tentativeCount(): number {
+		return this.tentative.reduce((sum, one) => sum + one, 0);
+	}
+
 	isOpen(position: number): boolean {
 		return this.state[position] === State.open;
 	}

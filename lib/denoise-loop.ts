@@ -137,13 +137,12 @@ export class Loop {
 
 	/** The next step of a window that looks at anything; undefined: the budget is spent and what is tentative stands. */
 	#planIn(window: Window, inside: Int32Array, open: Int32Array, tentative: Int32Array): Plan | undefined {
-		const { policy, samplerName, isPlanned, seed } = this.#options;
+		const { seed } = this.#options;
 		// Steps that look at nothing leave the canvas as it is: one copy serves them all.
 		const tokens = this.#canvas.tokens.slice();
 		const reopened = this.#canvas.reopened.slice();
 		for (;;) {
-			// With an exact length a mask may have been drawn: a plan that is spent goes on until nothing is open.
-			const last = (!isPlanned || this.#rule?.exact === true) && this.#blockStep + 1 >= window.steps;
+			const last = this.#isLast(window, this.#blockStep);
 			const view: CanvasView = {
 				step: this.#step,
 				tokens,
@@ -156,8 +155,8 @@ export class Loop {
 				seed,
 				memory: this.#memory,
 			};
-			const groups = last ? [] : verifiedGroups(policy, samplerName, view);
-			const positions = last ? open : chosenPositions(policy, samplerName, view);
+			const groups = last ? [] : verifiedGroups(this.#options, view);
+			const positions = last ? open : chosenPositions(this.#options, view);
 			if (positions.length + groups.length > 0) {
 				const begin = inside[0] as number;
 				const end = (inside[inside.length - 1] as number) + 1;
@@ -170,6 +169,19 @@ export class Loop {
 			}
 			this.#advance();
 		}
+	}
+
+	/** Whether everything open is committed in this step of a window: its budget ends. */
+	#isLast(window: Window, blockStep: number): boolean {
+		// With an exact length a mask may have been drawn: a plan that is spent goes on until nothing is open.
+		return (!this.#options.isPlanned || this.#rule?.exact === true) && blockStep + 1 >= window.steps;
+	}
+
+	/** Whether what is tentative will not be looked at again: nothing is open in the window, and nothing verifies. */
+	#isSettled({ begin, end }: Plan): boolean {
+		const { policy } = this.#options;
+		if (this.#canvas.tentativeCount === 0 || this.#canvas.openPositions(begin, end).length > 0) return false;
+		return !policy.verify || this.#isLast(this.#windows[0] as Window, this.#blockStep + 1);
 	}
 
 	/** What a device needs to go on by itself from the plan that `next` has just returned. */
@@ -194,9 +206,9 @@ export class Loop {
 	apply(plan: Plan, all: Look): DenoiseStep {
 		const canvas = this.#canvas;
 		const look = restrict(all, plan.positions);
-		const decision = this.#decide(plan, look);
 		const indexOf = new Map<number, number>();
 		for (let k = 0; k < look.positions.length; k++) indexOf.set(look.positions[k] as number, k);
+		const decision = this.#decide(plan, look);
 		for (const position of decision.reopen ?? []) canvas.reopen(position);
 		for (const position of decision.settle ?? []) canvas.tentative[position] = 0;
 		for (let j = 0; j < decision.commit.length; j++) {
@@ -206,8 +218,8 @@ export class Loop {
 			if (token === canvas.maskId) continue;
 			canvas.commit(position, token, decision.tentative ?? false);
 		}
-		if (plan.last) canvas.tentative.fill(0);
 		if (decision.stop) this.#stopped = true;
+		if (plan.last || this.#stopped || this.#isSettled(plan)) canvas.tentative.fill(0);
 		let committed = decision.commit.filter((position) => !canvas.isOpen(position)).sort((a, b) => a - b);
 		let reopened = [...(decision.reopen ?? [])].sort((a, b) => a - b);
 		let guesses = canvas.tokens.slice();
@@ -379,8 +391,8 @@ export class Loop {
 	}
 
 	#decide({ view, last }: Plan, look: Look): Decision {
-		const { policy, samplerName } = this.#options;
-		const decision = policy.decide(stepView(view, look));
+		const { policy, samplerName, isCustom } = this.#options;
+		const decision = policy.decide(stepView(view, look, isCustom));
 		if (last) return { commit: Array.from(look.positions) };
 		return checkedDecision(decision, samplerName, view, look, this.#canvas.maskId);
 	}
@@ -397,25 +409,26 @@ export class Loop {
 		}
 		const mayStall = this.#options.isCustom || this.#rule?.exact;
 		if (!mayStall || this.#idle < idleLimit + (this.#options.steps ?? 0)) return;
-		const { openCount, tentative } = this.#canvas;
-		const unsettled = tentative.reduce((sum, one) => sum + one, 0);
+		const { openCount, tentativeCount } = this.#canvas;
 		check(
 			false,
-			`the policy '${this.#options.samplerName}' made no progress in ${this.#idle} steps: ${openCount} positions are still open, ${unsettled} tentative`,
+			`the policy '${this.#options.samplerName}' made no progress in ${this.#idle} steps: ${openCount} positions are still open, ${tentativeCount} tentative`,
 		);
 	}
 
-	/** Most events still to come. */
+	/** Most events still to come: without a bound one for each position that is open, or may be opened again. */
 	#stepsLeft(): number {
+		const { openCount, tentativeCount } = this.#canvas;
+		let unsettled = openCount + tentativeCount;
+		if (unsettled === 0) return 0;
 		let left = 0;
-		let windowOpen = this.#canvas.openCount;
 		for (const [b, window] of this.#windows.entries()) {
 			const done = b === 0 ? this.#blockStep : 0;
-			const size = Math.min(windowOpen, window.end - window.begin);
+			const size = Math.min(unsettled, window.end - window.begin);
 			left += window.steps === Number.POSITIVE_INFINITY ? size : Math.max(0, window.steps - done);
-			windowOpen -= size;
+			unsettled -= size;
 		}
-		return this.#canvas.openCount === 0 && !this.#canvas.tentative.includes(1) ? 0 : left;
+		return left;
 	}
 }
 

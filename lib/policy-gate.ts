@@ -4,6 +4,7 @@
  */
 import { check } from './errors.js';
 import type { Look } from './evaluator.js';
+import type { ResolvedOptions } from './options.js';
 import type { CanvasView, Decision, SamplerPolicy, StepView } from './samplers/policy.js';
 
 /** Checks the shape of a user's policy before anything runs. @throws `ERR_DN_ARGUMENT` */
@@ -26,9 +27,17 @@ export function checkPolicy(policy: SamplerPolicy): void {
 
 const nothing = new Int32Array(0);
 
+/** Whose policy it is, and its name in messages. */
+type Sampler = Pick<ResolvedOptions, 'policy' | 'samplerName' | 'isCustom'>;
+
+/** A user's policy gets lists of its own, which it may sort or overwrite. */
+function shown(view: CanvasView, isCustom: boolean): CanvasView {
+	return isCustom ? { ...view, open: view.open.slice(), tentative: view.tentative.slice() } : view;
+}
+
 /** The positions that a policy wants to look at, without repetitions. @throws `ERR_DN_ARGUMENT` unless all are open */
-export function chosenPositions(policy: SamplerPolicy, name: string, view: CanvasView): Int32Array {
-	const choice: unknown = policy.choose ? policy.choose(view) : view.open;
+export function chosenPositions({ policy, samplerName: name, isCustom }: Sampler, view: CanvasView): Int32Array {
+	const choice: unknown = policy.choose ? policy.choose(shown(view, isCustom)) : view.open;
 	if (choice === view.open) return view.open;
 	check(isList(choice), `the policy '${name}': choose returned ${typeof choice}, expected a list of positions`);
 	if (choice.length === 0) return nothing; // most steps of a sampler with many more steps than positions
@@ -41,9 +50,12 @@ export function chosenPositions(policy: SamplerPolicy, name: string, view: Canva
 }
 
 /** The groups that a policy wants verified, empty ones left out. @throws `ERR_DN_ARGUMENT` unless all are tentative */
-export function verifiedGroups(policy: SamplerPolicy, name: string, view: CanvasView): readonly (readonly number[])[] {
+export function verifiedGroups(
+	{ policy, samplerName: name, isCustom }: Sampler,
+	view: CanvasView,
+): readonly (readonly number[])[] {
 	if (!policy.verify) return [];
-	const groups: unknown = policy.verify(view);
+	const groups: unknown = policy.verify(shown(view, isCustom));
 	check(
 		Array.isArray(groups) && groups.every(Array.isArray),
 		`the policy '${name}': verify returned no list of lists of positions`,
@@ -105,7 +117,9 @@ export function checkedDecision(
 }
 
 /** What a policy sees after a forward: written out, because it is made at every step. */
-export function stepView(view: CanvasView, look: Look): StepView {
+export function stepView(given: CanvasView, look: Look, isCustom: boolean): StepView {
+	const view = shown(given, isCustom);
+	const own = <A extends Int32Array | Float32Array>(values: A): A => (isCustom ? (values.slice() as A) : values);
 	return {
 		step: view.step,
 		tokens: view.tokens,
@@ -117,14 +131,14 @@ export function stepView(view: CanvasView, look: Look): StepView {
 		reopened: view.reopened,
 		seed: view.seed,
 		memory: view.memory,
-		positions: look.positions,
-		best: look.best,
-		drawn: look.drawn,
-		probability: look.probability,
-		margin: look.margin,
-		entropy: look.entropy,
-		drawnLogProb: look.drawnLogProb,
-		divergence: look.divergence,
+		positions: own(look.positions),
+		best: own(look.best),
+		drawn: own(look.drawn),
+		probability: own(look.probability),
+		margin: own(look.margin),
+		entropy: own(look.entropy),
+		drawnLogProb: own(look.drawnLogProb),
+		divergence: own(look.divergence),
 		verified: look.verified,
 		logProbs: look.logProbs,
 	};

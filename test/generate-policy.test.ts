@@ -85,7 +85,7 @@ test('a policy that breaks the rules is an error, never a hang', async (t) => {
 	await fails({ decide: () => ({ commit: [], settle: [0] }) }, /settled position 0, which is not tentative/);
 	await fails({ decide: () => ({ commit: [], settle: 4 as never }) }, /settle: number, expected a list/);
 	await fails(
-		{ decide: ({ positions }) => ({ commit: [...positions], tentative: true }) },
+		{ verify: () => [], decide: ({ positions }) => ({ commit: [...positions], tentative: true }) },
 		/0 positions are still open, 4 tentative/,
 	);
 	await fails({ decide: async () => ({ commit: [] }) } as never, /returned no/);
@@ -119,6 +119,71 @@ test('a policy that breaks the rules is an error, never a hang', async (t) => {
 		{ is: thrown },
 	);
 	t.is((await model.generate(prompt, { length: 3 })).tokens.length, 3);
+	await model.dispose();
+});
+
+test('what is tentative is final when nothing can look at it again', async (t) => {
+	const model = await sharpModel({ eosId: 43 }, 3, 14);
+	// No `verify`: as soon as the block is full.
+	const drafting: SamplerPolicy = {
+		decide: ({ positions }) => ({ commit: [positions[0] as number], tentative: true }),
+	};
+	const plain: SamplerPolicy = { decide: ({ positions }) => ({ commit: [positions[0] as number] }) };
+	for (const block of [2, 6]) {
+		const options = { length: 6, block, seed: 1 };
+		const { tokens, stats } = await model.generate(prompt, { ...options, sampler: drafting });
+		t.deepEqual(tokens, (await model.generate(prompt, { ...options, sampler: plain })).tokens);
+		t.is(stats.forwards, 6);
+	}
+	// The end of the budget: the canvas is cut at an end token then, in an event like any other.
+	let cut = 0;
+	for (let seed = 0; seed < 60; seed++) {
+		const options = { length: { max: 40 }, sampler: 'revocable', threshold: 0, verify: 1, temperature: 1 } as const;
+		const { events, result } = await collect(model, prompt, { ...options, steps: 1 + (seed % 4), seed });
+		t.deepEqual(events.at(-1)?.tokens, result.sequence);
+		const end = result.sequence.indexOf(43, 4);
+		t.is(result.finishReason, end < 0 ? 'length' : 'end-of-text');
+		t.is(result.sequence.length, end < 0 ? 44 : end + 1);
+		if (end >= 0) cut++;
+	}
+	t.true(cut > 5, `${cut} of 60 ended`);
+	await model.dispose();
+});
+
+test('steps of a stream never run out before it ends', async (t) => {
+	const model = await sharpModel({ eosId: 43 }, 3, 14);
+	for (const options of [{}, { block: 3 }, { steps: 5 }] as const) {
+		const revocable = { sampler: 'revocable', threshold: 0.1, length: 8, seed: 1, ...options } as const;
+		const { events } = await collect(model, prompt, revocable);
+		t.true(events.length > 2);
+		for (const { step, steps } of events) t.is(steps > step, step < events.length, `${step} of ${steps}`);
+	}
+	await model.dispose();
+});
+
+test('a policy may sort and overwrite what it is shown', async (t) => {
+	const model = await sharpModel();
+	const careless: SamplerPolicy = {
+		choose({ open }) {
+			const last = open.sort((a, b) => b - a).slice(0, 4);
+			open.fill(1);
+			return last;
+		},
+		decide({ positions, open, best, drawn, probability }) {
+			const commit = Array.from(positions.sort((a, b) => a - b).subarray(0, 2));
+			for (const list of [positions, open, best, drawn, probability]) list.fill(1);
+			return { commit };
+		},
+	};
+	const careful: SamplerPolicy = {
+		choose: ({ open }) => open.slice(-4),
+		decide: ({ positions }) => ({ commit: Array.from(positions.subarray(0, 2)) }),
+	};
+	const options = { length: 10, seed: 1, temperature: 1 };
+	const expected = await collect(model, prompt, { ...options, sampler: careful });
+	const found = await collect(model, prompt, { ...options, sampler: careless });
+	t.deepEqual(found.events, expected.events);
+	t.deepEqual(found.result.tokens, expected.result.tokens);
 	await model.dispose();
 });
 

@@ -64,7 +64,10 @@ export interface Decision {
 	reopen?: readonly number[];
 	/** Tentative positions that are now final. */
 	settle?: readonly number[];
-	/** What is committed now may be reopened later. @default false */
+	/**
+	 * What is committed now may be reopened later, while positions of the block are open or `verify` asks for it; then it is
+	 * final. @default false
+	 */
 	tentative?: boolean;
 	/** End here; open positions are left out of the result. @default false */
 	stop?: boolean;
