@@ -72,8 +72,10 @@ export function blockEvaluator(
 	const mask = maskOf(blockCausal);
 	const exact = fullEvaluator(engine, canvas, sampling, pinned, mask);
 	const caches: NativeCache[] = [];
-	// Full attention: the block the cache was built at, -1: none. Block-causal: positions below `final` are cached exactly.
+	// Full attention: the block the cache was built at, -1: none, and the canvas's length then. Block-causal: positions below
+	// `final` are cached exactly.
 	let builtAt = -1;
+	let builtLength = 0;
 	let final = 0;
 
 	const release = (): void => {
@@ -106,8 +108,9 @@ export function blockEvaluator(
 		const from = begin - shift;
 		const to = kind === 'prefix' ? T : Math.min(end, T);
 		const inside = positions.every((position) => position - shift >= from && position - shift < to);
-		if (builtAt !== begin || moved < T || !inside) {
+		if (builtAt !== begin || builtLength !== T || !inside) {
 			builtAt = begin;
+			builtLength = T;
 			return { from: 0, to: T, keys: T, whole: true };
 		}
 		return { from, to, keys: T, whole: false };

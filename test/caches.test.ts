@@ -270,6 +270,32 @@ test('scattered positions, infilling, growth and cuts work with caches', async (
 	await model.dispose();
 });
 
+test('the cache is built anew when an end token cuts the canvas inside a block', async (t) => {
+	const model = await sharpModel({ eosId: 43 });
+	const sampler: SamplerPolicy = {
+		decide: ({ positions, step }) =>
+			step === 1 ? { commit: [positions[4] as number], tokens: [43] } : { commit: [positions[0] as number] },
+	};
+	for (const cache of kinds) {
+		const options = { length: { max: 20 }, sampler, block: 8, cache, measureDrift: true, seed: 1 };
+		const { events, result } = await collect(model, { tokens: Int32Array.from(prompt) }, options);
+		t.is(result.tokens.length, 5);
+		t.deepEqual(
+			events.map(({ drift, tokens }) => [drift?.rows === 0, tokens.length]),
+			[
+				[true, 25],
+				[false, 11],
+				[true, 11],
+				[false, 11],
+				[false, 11],
+				[false, 11],
+			],
+			cache,
+		);
+	}
+	await model.dispose();
+});
+
 test('cached and uncached requests share a ragged batch, each with its own result', async (t) => {
 	const model = await sharpModel({ eosId: 43 });
 	const options = samplers.flatMap((sampler, i): GenerateOptions[] => {
