@@ -36,7 +36,10 @@ export interface LossOptions {
 	readonly weight?: '1/t' | 'none';
 	/** Row i predicts token i + 1. @default model.config.shift */
 	readonly shift?: boolean;
-	/** @default 'full', or 'causal' for the autoregressive objective */
+	/**
+	 * Of 'diffusion'; the other objectives have an attention of their own. A matrix takes one sequence.
+	 * @default 'full', or 'causal' for the autoregressive objective
+	 */
 	readonly attention?: AttentionOption;
 	/** @default 0 */
 	readonly seed?: number | bigint;
@@ -44,13 +47,13 @@ export interface LossOptions {
 	readonly step?: number;
 	/** @default 'diffusion' */
 	readonly objective?: Objective;
-	/** @default 'uniform' */
+	/** Not of 'autoregressive'. @default 'uniform' */
 	readonly timeSampler?: TimeSampler;
-	/** Range of t. @default [0.001, 1] */
+	/** Range of t; not of 'autoregressive' or of exact counts. @default [0.001, 1] */
 	readonly timeRange?: readonly [number, number];
 	/** Tokens per block of 'block-diffusion'. */
 	readonly block?: number;
-	/** DiffusionBERT's per-token schedule: informative tokens are masked earlier. @default none */
+	/** DiffusionBERT's per-token schedule: informative tokens are masked earlier. Not of 'autoregressive'. @default none */
 	readonly spindle?: SpindleSchedule;
 	readonly signal?: AbortSignal;
 }
@@ -114,6 +117,44 @@ export function toNativeMask(attention: AttentionOption): NativeMask {
 		}
 	}
 	check(false, `attention is ${JSON.stringify(attention)}, expected 'full', 'causal', { blockCausal } or { matrix }`);
+}
+
+/** A matrix says who attends to whom in one sequence. @throws `ERR_DN_ARGUMENT` for several, or of another length */
+export function checkMatrix(mask: NativeMask, sequences: readonly Int32Array[]): void {
+	if (mask.kind !== 'matrix') return;
+	check(sequences.length === 1, `attention { matrix } takes one sequence, ${sequences.length} were given`);
+	const T = (sequences[0] as Int32Array).length;
+	check(mask.width === T, `attention.matrix is ${mask.width} x ${mask.width}, the sequence has ${T} tokens`);
+}
+
+/** What an objective does not read. */
+const unread: Record<Objective, readonly (keyof LossOptions)[]> = {
+	diffusion: ['block'],
+	autoregressive: ['timeSampler', 'timeRange', 'block', 'spindle'],
+	'block-diffusion': [],
+};
+
+/** The one attention of an objective. */
+const fixedAttention: Partial<Record<Objective, AttentionOption>> = {
+	autoregressive: 'causal',
+	'block-diffusion': 'full',
+};
+
+/** Refuses options that would be ignored, once `toNativeNoise` has accepted them. @throws `ERR_DN_ARGUMENT` */
+export function checkUnread(options: LossOptions): void {
+	const { objective = 'diffusion', attention, timeSampler, timeRange } = options;
+	for (const key of unread[objective]) {
+		check(options[key] === undefined, `option ${key} has no meaning for the objective '${objective}'`);
+	}
+	const fixed = fixedAttention[objective];
+	check(
+		attention === undefined || fixed === undefined || attention === fixed,
+		`option attention: the objective '${objective}' has its own, which is '${fixed}'`,
+	);
+	check(
+		timeSampler !== 'exact-count' || timeRange === undefined,
+		"option timeRange has no meaning for the time sampler 'exact-count', which draws no time",
+	);
 }
 
 /** Fills the defaults of {@link LossOptions} and checks them against the model. */

@@ -3,6 +3,8 @@ import { constants } from 'node:buffer';
 
 import {
 	type AttentionOption,
+	checkMatrix,
+	checkUnread,
 	type DiffusionBatch,
 	type LossOptions,
 	lossOptionNames,
@@ -211,13 +213,15 @@ export class DiffuGPT {
 
 	/**
 	 * The training objective on a batch, without gradients.
-	 * @throws `ERR_DN_ARGUMENT`; `ERR_DN_DIVERGED` when the loss is not a finite number; `signal.reason`
+	 * @throws `ERR_DN_ARGUMENT`, also for an option that the objective does not read; `ERR_DN_DIVERGED` when the loss is not a finite number; `signal.reason`
 	 */
 	async loss(batch: DiffusionBatch, options: LossOptions = {}): Promise<LossResult> {
 		this.engine.check();
 		checkOptions('loss', options, lossOptionNames);
 		const noise = toNativeNoise(this.config, options);
+		checkUnread(options);
 		const packed = toNativeTrainBatch(batch, this.config);
+		checkMatrix(noise.attention, batch.tokens);
 		const result = await this.engine.run(
 			(native) => native.trainBatch(packed, noise, { recompute: false, precision: 'fp32', backward: false }),
 			options.signal,
@@ -439,11 +443,7 @@ function packForward(
 		}
 		offsets[s + 1] = (offsets[s] as number) + ids.length;
 	}
-	if (mask.kind === 'matrix') {
-		check(list.length === 1, `attention { matrix } takes one sequence, ${list.length} were given`);
-		const T = (list[0] as Int32Array).length;
-		check(mask.width === T, `attention.matrix is ${mask.width} x ${mask.width}, the sequence has ${T} tokens`);
-	}
+	checkMatrix(mask, list);
 	const given = options.rows;
 	check(
 		given === undefined || (Array.isArray(given) && given.length === list.length),

@@ -11,9 +11,11 @@ import {
 	annealingRatio,
 	calibrateLength,
 	DiffuGPT,
+	type DiffusionBatch,
 	DiffusionNativeError,
 	evaluate,
 	evaluateLength,
+	type LossOptions,
 	prepare,
 	type Schedule,
 	scheduleAt,
@@ -241,6 +243,46 @@ test('a bidirectional model without a mask token says maskId where one is needed
 		evaluateLength: () => evaluateLength(model, pairs, { max: 4 }),
 	}))
 		await refuses(t, call, 'ERR_DN_ARGUMENT', /needs a mask token.*maskId.*fromConfig.*fromPretrained/, name);
+});
+
+test('options that an objective does not read are refused, never ignored', async (t) => {
+	await using model = await DiffuGPT.fromConfig(smallConfig, { device: 'cpu' });
+	const matrix = new Uint8Array(9).fill(1);
+	const spindle = { lambda: 0.1, information: new Float32Array(61).fill(1) };
+	const one = { tokens: [ids] };
+	const two = { tokens: [ids, ids] };
+	for (const [options, message, batch = one] of [
+		[{ objective: 'autoregressive', attention: 'full' }, /option attention.*'autoregressive'.*'causal'/],
+		[{ objective: 'autoregressive', timeSampler: 'stratified' }, /option timeSampler .*'autoregressive'/],
+		[{ objective: 'autoregressive', timeRange: [0.5, 1] }, /option timeRange .*'autoregressive'/],
+		[{ objective: 'autoregressive', block: 2 }, /option block .*'autoregressive'/],
+		[{ objective: 'autoregressive', spindle }, /option spindle .*'autoregressive'/],
+		[{ objective: 'block-diffusion', block: 2, attention: 'causal' }, /option attention.*'block-diffusion'/],
+		[{ objective: 'block-diffusion', block: 2, attention: { matrix } }, /option attention.*'block-diffusion'/],
+		[{ block: 3 }, /option block .*'diffusion'/],
+		[{ block: -3.5 }, /option block .*'diffusion'/],
+		[{ timeSampler: 'exact-count', timeRange: [0.5, 1] }, /option timeRange .*'exact-count'/],
+		[{ attention: { matrix } }, /takes one sequence, 2 were given/, two],
+		[{ attention: { matrix: new Uint8Array(16) } }, /matrix is 4 x 4, the sequence has 3/],
+		[{ attention: { matrix: new Uint8Array(4) } }, /matrix is 2 x 2, the sequence has 3/],
+	] as [LossOptions, RegExp, DiffusionBatch?][]) {
+		await refuses(t, () => model.loss(batch, options), 'ERR_DN_ARGUMENT', message, JSON.stringify(options));
+	}
+	for (const options of [
+		{ objective: 'autoregressive', attention: 'causal' },
+		{ objective: 'block-diffusion', block: 2, attention: 'full' },
+		{ attention: { matrix } },
+	] as const) {
+		await t.notThrowsAsync(model.loss(one, options));
+	}
+	const annealed = { objective: 'block-diffusion', block: 2, attentionAnnealing: { steps: 3 } } as const;
+	await refuses(
+		t,
+		() => new Trainer(model, annealed),
+		'ERR_DN_ARGUMENT',
+		/attentionAnnealing .*'block-diffusion'/,
+		'Trainer',
+	);
 });
 
 test('no message names an internal function or field', async (t) => {

@@ -95,7 +95,7 @@ export interface TrainOptions {
 	readonly timeRange?: readonly [number, number];
 	/** DiffusionBERT's schedule; the information of the tokens defaults to that of their frequencies in `data`. */
 	readonly spindle?: { readonly lambda: number; readonly information?: SpindleSchedule['information'] };
-	/** @default full attention from the start */
+	/** Of 'diffusion'. @default full attention from the start */
 	readonly attentionAnnealing?: AttentionAnnealing;
 	/** Padding that teaches length. @default what the data was prepared with */
 	readonly padding?: Padding;
@@ -213,8 +213,8 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 	if (annealing !== undefined) {
 		checkAnnealing(annealing);
 		check(
-			options.objective !== 'autoregressive',
-			"attentionAnnealing has no meaning for the objective 'autoregressive'",
+			options.objective === undefined || options.objective === 'diffusion',
+			() => `attentionAnnealing has no meaning for the objective '${options.objective}', whose attention is its own`,
 		);
 	}
 	const learningRate = options.learningRate ?? 3e-4;
