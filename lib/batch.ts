@@ -5,7 +5,7 @@
 import type { NativeMask, NativeNoise, NativeTrainBatch } from './binding.js';
 import { checkMask, type ModelConfig } from './config.js';
 import { check } from './errors.js';
-import { mostInt32, suggest } from './option-checks.js';
+import { mostInt32, show, suggest } from './option-checks.js';
 
 /** Clean sequences, ragged. With `mask` and `t` given nothing is drawn. */
 export interface DiffusionBatch {
@@ -116,7 +116,7 @@ export function toNativeMask(attention: AttentionOption): NativeMask {
 			return { kind: 'matrix', matrix: attention.matrix, width };
 		}
 	}
-	check(false, `attention is ${JSON.stringify(attention)}, expected 'full', 'causal', { blockCausal } or { matrix }`);
+	check(false, `attention is ${show(attention)}, expected 'full', 'causal', { blockCausal } or { matrix }`);
 }
 
 /** A matrix says who attends to whom in one sequence. @throws `ERR_DN_ARGUMENT` for several, or of another length */
@@ -172,7 +172,7 @@ export function toNativeNoise(config: ModelConfig, options: LossOptions = {}): N
 	const [tMin, tMax] = (Array.isArray(range) ? range : [Number.NaN, Number.NaN]) as [number, number];
 	check(
 		tMin > 0 && tMin <= tMax && tMax <= 1,
-		`timeRange is ${JSON.stringify(range)}, expected [from, to] with 0 < from <= to <= 1`,
+		`timeRange is ${show(range)}, expected [from, to] with 0 < from <= to <= 1`,
 	);
 	const block = objective === 'block-diffusion' ? (options.block ?? 0) : 0;
 	check(
@@ -180,7 +180,7 @@ export function toNativeNoise(config: ModelConfig, options: LossOptions = {}): N
 		`the objective 'block-diffusion' needs the option block, tokens per block: it is ${String(block)}, expected 1 to ${mostInt32}`,
 	);
 	const shift = options.shift ?? config.shift;
-	check(typeof shift === 'boolean', `shift is ${JSON.stringify(shift)}, expected true or false`);
+	check(typeof shift === 'boolean', `shift is ${show(shift)}, expected true or false`);
 	const step = options.step ?? 0;
 	check(Number.isInteger(step) && step >= 0 && step < 2 ** 32, `step is ${String(step)}, expected 0 to 2^32 - 1`);
 	check(
@@ -326,6 +326,6 @@ function flags(
 function oneOf(name: string, value: string, allowed: readonly string[]): void {
 	check(
 		allowed.includes(value),
-		`${name} is ${JSON.stringify(value)}, expected ${allowed.map((word) => `'${word}'`).join(', ')}`,
+		`${name} is ${show(value)}, expected ${allowed.map((word) => `'${word}'`).join(', ')}`,
 	);
 }

@@ -1,5 +1,6 @@
 /** Model configuration: the fields, their checks and their defaults. */
 import { check } from './errors.js';
+import { show } from './option-checks.js';
 
 /** What a model is. */
 export interface ModelConfig {
@@ -54,7 +55,7 @@ export function resolveConfig(input: ModelConfigInput): ModelConfig {
 	const { layers, heads, channels, vocab } = input;
 	const context = input.context ?? 1024;
 	const family = input.family ?? 'gpt2';
-	check(family === 'gpt2', `config.family is ${JSON.stringify(family)}, expected 'gpt2'`);
+	check(family === 'gpt2', `config.family is ${show(family)}, expected 'gpt2'`);
 	const sized = { layers, heads, channels, context, vocab };
 	for (const key of sizes) {
 		check(
@@ -85,7 +86,7 @@ export function resolveConfig(input: ModelConfigInput): ModelConfig {
 	check(typeof resolved.shift === 'boolean', `config.shift is ${String(resolved.shift)}, expected true or false`);
 	check(
 		resolved.attention === 'bidirectional' || resolved.attention === 'causal',
-		`config.attention is ${JSON.stringify(resolved.attention)}, expected 'bidirectional' or 'causal'`,
+		`config.attention is ${show(resolved.attention)}, expected 'bidirectional' or 'causal'`,
 	);
 	return resolved;
 }

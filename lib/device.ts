@@ -3,6 +3,7 @@ import { binding, type NativeCudaInfo } from './binding.js';
 import type { ModelConfig } from './config.js';
 import { Engine } from './engine.js';
 import { check, DiffusionNativeError, fromNative } from './errors.js';
+import { show } from './option-checks.js';
 
 /**
  * 'auto': the first GPU of compute capability 8.0 or newer, else the CPU. 'cuda': the first such GPU. 'cuda:N': that one, by
@@ -37,11 +38,11 @@ export function openEngine(config: ModelConfig, options: DeviceOptions): OpenedE
 	const { device: asked = 'auto', dtype: askedDtype = 'auto', threads = 0 } = options;
 	check(
 		asked === 'auto' || asked === 'cpu' || asked === 'cuda' || (typeof asked === 'string' && /^cuda:\d+$/.test(asked)),
-		`option device is ${JSON.stringify(asked)}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'`,
+		`option device is ${show(asked)}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'`,
 	);
 	check(
 		['auto', 'fp32', 'bf16', 'int8'].includes(askedDtype),
-		`option dtype is ${JSON.stringify(askedDtype)}, expected 'auto', 'fp32', 'bf16' or 'int8'`,
+		`option dtype is ${show(askedDtype)}, expected 'auto', 'fp32', 'bf16' or 'int8'`,
 	);
 	check(
 		Number.isInteger(threads) && threads >= 0 && threads <= mostThreads,

@@ -12,6 +12,7 @@ import type { EvaluationData, EvaluationResult, Metric, Metrics } from './eval/o
 import { perplexity } from './eval/perplexity.js';
 import { lengthMetric } from './length/metric.js';
 import { DiffuGPT } from './model.js';
+import { show } from './option-checks.js';
 
 interface Entry<M extends Metric> {
 	run(
@@ -72,7 +73,7 @@ export async function evaluate<M extends Metric>(
 	const { metric, ...rest } = options;
 	check(
 		typeof metric === 'string' && Object.hasOwn(metrics, metric),
-		`option metric is ${JSON.stringify(metric)}, expected ${metricNames.map((name) => `'${name}'`).join(', ')}`,
+		`option metric is ${show(metric)}, expected ${metricNames.map((name) => `'${name}'`).join(', ')}`,
 	);
 	const entry = metrics[metric] as Entry<M>;
 	for (const [key, value] of Object.entries(rest)) {

@@ -33,7 +33,7 @@ import {
 import { forgetLengths, lengthExtras } from './length/extras.js';
 import type { LengthOptions, LengthPrediction } from './length/method.js';
 import { loadPretrained, type PretrainedOptions } from './load.js';
-import { checkOptions } from './option-checks.js';
+import { checkOptions, show } from './option-checks.js';
 import type { GenerateOptions } from './options.js';
 import type { Prompt } from './prompt.js';
 import { Tokenizer } from './tokenizer.js';
@@ -170,7 +170,7 @@ export class DiffuGPT {
 		check(Array.isArray(list) && list.length > 0, 'forward needs an Int32Array or a list of at least one');
 		check(
 			output === 'logits' || output === 'aligned-logits' || output === 'hidden',
-			`option output is ${JSON.stringify(output)}, expected 'logits', 'aligned-logits' or 'hidden'`,
+			`option output is ${show(output)}, expected 'logits', 'aligned-logits' or 'hidden'`,
 		);
 		const { batch, rows } = packForward(list, options, config);
 		// Under the shift, token i is spoken of by row i - 1, and token 0 by none: it borrows a row, which is overwritten.
@@ -356,7 +356,7 @@ export class DiffuGPT {
 		const { dtype = this.dtype === 'int8' ? 'int8' : 'fp32' } = options;
 		check(
 			Object.hasOwn(storedTypes, dtype),
-			`option dtype is ${JSON.stringify(dtype)}, expected 'fp32', 'fp16', 'bf16' or 'int8'`,
+			`option dtype is ${show(dtype)}, expected 'fp32', 'fp16', 'bf16' or 'int8'`,
 		);
 		const { config, tokenizer } = this;
 		const length = lengthExtras(this.engine);
@@ -387,7 +387,7 @@ export class DiffuGPT {
 	#parameter(name: string): NativeParameter {
 		this.engine.check();
 		const found = this.#parameters().find((parameter) => parameter.name === name);
-		check(found, `the model has no parameter ${JSON.stringify(name)}; parameters() lists them`);
+		check(found, `the model has no parameter ${show(name)}; parameters() lists them`);
 		return found;
 	}
 }

@@ -22,6 +22,16 @@ export function checkOptions(what: string, options: unknown, known: readonly str
 	check(onProgress === undefined || typeof onProgress === 'function', `${what}: option onProgress is not a function`);
 }
 
+/** A value in a message: as JSON, where that can be, bigints as `1n`; else its kind. */
+export function show(value: unknown): string {
+	if (typeof value === 'bigint') return `${value}n`;
+	try {
+		return JSON.stringify(value, (_, part) => (typeof part === 'bigint' ? `${part}n` : part)) ?? typeof value;
+	} catch {
+		return typeof value; // circular
+	}
+}
+
 /** Throws `ERR_DN_ARGUMENT` unless `signal` is an AbortSignal or absent. */
 export function checkSignal(what: string, signal: unknown): asserts signal is AbortSignal | undefined {
 	check(

@@ -8,7 +8,7 @@ import { mostReopened } from './canvas.js';
 import { checkMask, type ModelConfig } from './config.js';
 import { check } from './errors.js';
 import { type LengthOptions, resolveLength } from './length/method.js';
-import { mostInt32, suggest } from './option-checks.js';
+import { mostInt32, show, suggest } from './option-checks.js';
 import { checkPolicy } from './policy-gate.js';
 import { ancestral } from './samplers/ancestral.js';
 import { autoregressive } from './samplers/autoregressive.js';
@@ -259,10 +259,7 @@ export function resolveOptions(options: GenerateOptions, config: ModelConfig): R
 		policy = sampler;
 	} else {
 		entry = typeof sampler === 'string' && Object.hasOwn(samplers, sampler) ? samplers[sampler] : undefined;
-		check(
-			entry,
-			`sampler is ${JSON.stringify(sampler) ?? typeof sampler}, expected ${samplerNames.join(', ')} or a policy object`,
-		);
+		check(entry, `sampler is ${show(sampler)}, expected ${samplerNames.join(', ')} or a policy object`);
 		uses = entry.uses;
 		policy = entry.make(options);
 	}
@@ -345,7 +342,7 @@ function checkValues(options: GenerateOptions): void {
 		const value = options[key];
 		check(
 			value === undefined || values.includes(value as string),
-			() => `option ${key} is ${JSON.stringify(value)}, expected ${values.join(', ')}`,
+			() => `option ${key} is ${show(value)}, expected ${values.join(', ')}`,
 		);
 	};
 	const { length, topP, signal, attention, measureDrift } = options;
@@ -358,7 +355,7 @@ function checkValues(options: GenerateOptions): void {
 		const { blockCausal, ...rest } = attention;
 		check(
 			Number.isInteger(blockCausal) && blockCausal >= 1 && blockCausal <= mostInt32 && Object.keys(rest).length === 0,
-			`option attention is ${JSON.stringify(attention)}, expected 'full' or { blockCausal: 1 to ${mostInt32} }`,
+			`option attention is ${show(attention)}, expected 'full' or { blockCausal: 1 to ${mostInt32} }`,
 		);
 	} else oneOf('attention', ['full']);
 	check(

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 import test from 'ava';
-import { DiffuGPT, prepare, Tokenizer, Trainer, type TrainOptions } from 'diffusion-native';
+import { DiffuGPT, evaluate, prepare, Tokenizer, Trainer, type TrainOptions } from 'diffusion-native';
 
 import { smallConfig } from './helpers/models.js';
 import { refuses } from './helpers/refuses.js';
@@ -161,6 +161,35 @@ test('an option that is not known, or options that are no object, are refused ev
 			JSON.stringify(options),
 		);
 	t.deepEqual(readdirSync(scratch), [path.slice(scratch.length + 1)], 'nothing was written');
+});
+
+test('values that have no JSON are shown all the same, and defaults are compared with what is given', async (t) => {
+	await using model = await DiffuGPT.fromConfig(smallConfig, { device: 'cpu' });
+	const circular: Record<string, unknown> = {};
+	circular['self'] = circular;
+	const ids = Int32Array.of(1, 2, 3);
+	const prompt = { tokens: ids };
+	for (const [options, message] of [
+		[{ sampler: 1n }, /sampler is 1n, expected ancestral/],
+		[{ score: 2n }, /option score is 2n/],
+		[{ score: circular }, /option score is object/],
+		[{ attention: { blockCausal: 4n } }, /option attention is \{"blockCausal":"4n"\}/],
+		[{ length: { max: 4, method: 3n } }, /option length.method is 3n/],
+		[{ length: { max: 4, method: 'head', head: 3n } }, /option length.head is 3n/],
+		[{ length: { max: 4, method: 'rho-eos', low: 0.7 } }, /length.low is 0.7, above length.high, 0.6/],
+		[{ length: { max: 4, method: 'rho-eos', high: 0.3 } }, /length.low is 0.4, above length.high, 0.3/],
+		[{ length: { max: 4, method: 'daedal', low: 0.95 } }, /length.low is 0.95, above length.high, 0.9/],
+	] as [object, RegExp][]) {
+		await refuses(t, () => model.generate(prompt, options), 'ERR_DN_ARGUMENT', message, String(message));
+	}
+	for (const [name, call] of Object.entries({
+		loss: () => model.loss({ tokens: [ids] }, { objective: 1n as never }),
+		Trainer: () => new Trainer(model, { precision: 1n as never }),
+		evaluate: () => evaluate(model, [], { metric: 1n } as never),
+		forward: () => model.forward(ids, { output: 1n as never }),
+	})) {
+		await refuses(t, call, 'ERR_DN_ARGUMENT', / is 1n, expected/, name);
+	}
 });
 
 test('a run whose folder cannot be made ends at once', async (t) => {

@@ -9,7 +9,7 @@ import { fileKind, type Row, readDocuments, readJsonLines } from '../data/reader
 import type { Engine } from '../engine.js';
 import { check, DiffusionNativeError } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
-import { suggest } from '../option-checks.js';
+import { show, suggest } from '../option-checks.js';
 import type { Tokenizer } from '../tokenizer.js';
 import type { EvaluationData, EvaluationOptions, Metric, TextOrIds } from './options.js';
 
@@ -285,6 +285,6 @@ export function wholeNumber(name: string, value: unknown, least: number, most = 
 
 /** A value for a message. */
 export function shorten(value: unknown): string {
-	const text = JSON.stringify(value) ?? String(value);
+	const text = show(value);
 	return text.length > 60 ? `${text.slice(0, 57)}...` : text;
 }

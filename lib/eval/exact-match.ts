@@ -8,6 +8,7 @@ import { TokenDataset } from '../data/dataset.js';
 import { check } from '../errors.js';
 import { endIds } from '../evaluator.js';
 import type { LengthOptions } from '../length/method.js';
+import { show } from '../option-checks.js';
 import type { EvaluationContext } from './context.js';
 import { beforeEnd, Costs, type GenerationJob, generateAll, generateOptions } from './generation.js';
 import type { EvaluationData, ExactMatchOptions, ExactMatchResult } from './options.js';
@@ -41,7 +42,7 @@ export async function exactMatch(
 	const { extract = 'all' } = options;
 	check(
 		extract === 'all' || extract === 'after-hashes',
-		`option extract is ${JSON.stringify(extract)}, expected 'all' or 'after-hashes'`,
+		`option extract is ${show(extract)}, expected 'all' or 'after-hashes'`,
 	);
 	const ends = endIds(context.config);
 	const all = new Tally();

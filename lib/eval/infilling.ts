@@ -6,6 +6,7 @@
  */
 import { TokenDataset } from '../data/dataset.js';
 import { check } from '../errors.js';
+import { show } from '../option-checks.js';
 import { decodeDrawn } from '../prompt.js';
 import type { EvaluationContext } from './context.js';
 import { blockWithin, Costs, type GenerationJob, generateAll, generateOptions } from './generation.js';
@@ -70,7 +71,7 @@ async function* jobs(
 		const { where } = row;
 		const part = (name: string): string => {
 			const value = context.need(row, name);
-			check(typeof value === 'string', `${where}: the field '${name}' is ${JSON.stringify(value)}, expected text`);
+			check(typeof value === 'string', `${where}: the field '${name}' is ${show(value)}, expected text`);
 			return value;
 		};
 		const [prefix, middle, suffix] = [part('prefix'), part('middle'), part('suffix')];

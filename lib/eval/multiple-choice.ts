@@ -11,6 +11,7 @@
 import { TokenDataset } from '../data/dataset.js';
 import type { Row } from '../data/readers.js';
 import { check } from '../errors.js';
+import { show } from '../option-checks.js';
 import { Stream, uniform } from '../random.js';
 import { type EvaluationContext, isTextOrIds, shorten, wholeNumber } from './context.js';
 import { autoregressive, bounds, type Scorable } from './likelihood.js';
@@ -47,7 +48,7 @@ export async function multipleChoice(
 	const { form: asked = 'weighted', compat = false } = options;
 	check(
 		asked === 'weighted' || asked === 'unweighted',
-		`option form is ${JSON.stringify(asked)}, expected 'weighted' or 'unweighted'`,
+		`option form is ${show(asked)}, expected 'weighted' or 'unweighted'`,
 	);
 	const samples = wholeNumber('samples', options.samples ?? 32, 1);
 	if (context.causal) context.needCausal();

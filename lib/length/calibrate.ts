@@ -13,7 +13,7 @@
  */
 import { check } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
-import { checkOptions } from '../option-checks.js';
+import { checkOptions, show } from '../option-checks.js';
 import { type LengthCalibration, lengthExtras, storeCalibration } from './extras.js';
 import { firstCanvas } from './look.js';
 import { type LengthMethod, type LengthOptions, type LengthRule, resolveLength } from './method.js';
@@ -87,7 +87,7 @@ export async function calibrateLength(
 	const coverages = [...new Set(([] as number[]).concat(options.coverage ?? [0.8, 0.9, 0.95, 0.99]))];
 	check(
 		coverages.length > 0 && coverages.every((c) => typeof c === 'number' && c > 0 && c < 1),
-		`option coverage is ${JSON.stringify(options.coverage)}, expected numbers between 0 and 1`,
+		`option coverage is ${show(options.coverage)}, expected numbers between 0 and 1`,
 	);
 	check(
 		method !== 'block' && method !== 'rho-eos',
@@ -99,7 +99,7 @@ export async function calibrateLength(
 		edges === undefined ||
 			(Array.isArray(edges) &&
 				edges.every((edge, i) => Number.isFinite(edge) && (i === 0 || edge > (edges[i - 1] as number)))),
-		`option edges is ${JSON.stringify(edges)}, expected ascending numbers`,
+		`option edges is ${show(edges)}, expected ascending numbers`,
 	);
 	const settings = settingsOf(options, method, form);
 	const { form: _, ...asked } = settings;
@@ -130,7 +130,7 @@ export async function calibrateLength(
 function checkForm({ form, method, head }: CalibrateOptions): 'multiplicative' | undefined {
 	check(
 		form === undefined || form === 'additive' || form === 'multiplicative',
-		`option form is ${JSON.stringify(form)}, expected 'additive' or 'multiplicative'`,
+		`option form is ${show(form)}, expected 'additive' or 'multiplicative'`,
 	);
 	if (form === undefined) return undefined;
 	const own = estimatorOf({ method, ...(head ? { head } : {}) }).form;

@@ -9,7 +9,7 @@
 import { check } from '../errors.js';
 import { wholeNumber } from '../eval/context.js';
 import type { DiffuGPT } from '../model.js';
-import { checkOptions } from '../option-checks.js';
+import { checkOptions, show } from '../option-checks.js';
 import { boundOf, type EndSignal, endSignal, fitMargins, lookOf, warningsOf } from './calibrate.js';
 import {
 	calibrationSettings,
@@ -130,7 +130,7 @@ export async function evaluateLength(
 	const coverage = options.coverage ?? [0.8, 0.9, 0.95];
 	check(
 		Array.isArray(coverage) && coverage.length > 0 && coverage.every((c) => c > 0 && c < 1),
-		`option coverage is ${JSON.stringify(coverage)}, expected numbers between 0 and 1`,
+		`option coverage is ${show(coverage)}, expected numbers between 0 and 1`,
 	);
 	for (const name of ['limit', 'calibrationLimit'] as const)
 		if (options[name] !== undefined) wholeNumber(name, options[name], 1);

@@ -11,7 +11,7 @@ import { toSeed } from '../batch.js';
 import type { ModelConfig } from '../config.js';
 import { check } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
-import { checkOptions } from '../option-checks.js';
+import { checkOptions, show } from '../option-checks.js';
 import { makeCanvas } from '../prompt.js';
 import { permutation, Stream, uniform } from '../random.js';
 import { Turns } from '../turns.js';
@@ -132,7 +132,7 @@ export async function trainLengthHead(
 	check(learningRate > 0 && learningRate < 1, `option learningRate is ${learningRate}, expected a number from 0 to 1`);
 	check(
 		levels.length > 0 && levels.every((level) => level > 0 && level < 1),
-		`option levels is ${JSON.stringify(options.levels)}, expected numbers between 0 and 1`,
+		`option levels is ${show(options.levels)}, expected numbers between 0 and 1`,
 	);
 	const seed = toSeed(options.seed ?? 0);
 	const { pairs, tooLong } = await readPairs(model, data, max, options);

@@ -10,6 +10,7 @@
  * fits after i tokens (lib/length/look.ts). No hit means the whole canvas.
  */
 import { check } from '../errors.js';
+import { show } from '../option-checks.js';
 import type { LengthCalibration, LengthExtras } from './extras.js';
 import { type Adapter, daedalAdapter, rhoAdapter } from './resize.js';
 import { boundAt, type EstimatorSettings, estimatorOf, groupOf, type LengthLook } from './rules.js';
@@ -33,10 +34,10 @@ export type HeadKind = 'token' | 'pooled' | 'quantile';
 export interface LengthOptions {
 	/** Most new tokens. */
 	readonly max: number;
-	/** @default 'constant': a canvas of `max` tokens, cut at the end token */
+	/** @default 'constant' for generation: a canvas of `max` tokens, cut at the end token; 'first-step' for `predictLength` */
 	readonly method?: LengthMethod;
 	/**
-	 * The share of answers that must fit, in (0, 1). With a calibration of the method for this coverage and `max`
+	 * The share of answers that must fit, 0 to 1. With a calibration of the method for this coverage and `max`
 	 * (`calibrateLength`) the share is the one measured; 'expected' without one takes the model's probabilities at their
 	 * word, and the quantile head what it was trained for. @default of 'expected' and of the quantile head 0.95
 	 *
@@ -157,17 +158,14 @@ export function resolveLength(
 	scene?: LengthScene,
 ): LengthRule {
 	const { max, method = fallback } = options;
-	check(
-		Object.hasOwn(uses, method),
-		`option length.method is ${JSON.stringify(method)}, expected ${lengthMethods.join(', ')}`,
-	);
+	check(Object.hasOwn(uses, method), `option length.method is ${show(method)}, expected ${lengthMethods.join(', ')}`);
 	for (const [key, value] of Object.entries(options)) {
 		check(
 			value === undefined || key === 'max' || key === 'method' || uses[method].includes(key as keyof LengthOptions),
 			`option length.${key} has no meaning for the method '${method}'`,
 		);
 	}
-	checkValues(options);
+	checkValues(options, method);
 	const infilling = scene?.infilling ?? false;
 	if (infilling) {
 		const why = noInfilling[method];
@@ -223,11 +221,13 @@ export function resolveLength(
 			};
 		}
 		case 'rho-eos': {
-			const { low = 0.4, high = 0.6 } = options;
-			return { ...base, initial: Math.min(initial, max), adapt: rhoAdapter({ low, high, grow, max }) };
+			const adapt = rhoAdapter({ ...boundsOf(method, options), grow, max });
+			return { ...base, initial: Math.min(initial, max), adapt };
 		}
 		case 'daedal': {
-			const { window = 32, low = 0.5, high = 0.9 } = { ...options, ...calibration?.settings };
+			const own = { ...options, ...calibration?.settings };
+			const { window = 32 } = own;
+			const { low, high } = boundsOf(method, own);
 			const first = Math.min(calibration?.settings.initial ?? initial, max);
 			const step = calibration?.settings.grow ?? grow;
 			const adapt = daedalAdapter({ window, high, grow: step, max, infilling });
@@ -309,7 +309,15 @@ function calibrationOf(
 	return { ...found, levels };
 }
 
-function checkValues(options: LengthOptions): void {
+/** `low` and `high` of 'daedal' or 'rho-eos', defaults filled in. */
+function boundsOf(
+	method: LengthMethod,
+	{ low, high }: Pick<LengthOptions, 'low' | 'high'>,
+): { low: number; high: number } {
+	return method === 'daedal' ? { low: low ?? 0.5, high: high ?? 0.9 } : { low: low ?? 0.4, high: high ?? 0.6 };
+}
+
+function checkValues(options: LengthOptions, method: LengthMethod): void {
 	const { max, head, stop } = options;
 	check(Number.isSafeInteger(max) && max >= 1, `option length.max is ${String(max)}, expected a whole number >= 1`);
 	for (const key of ['quantile', 'probability', 'coverage', 'low', 'high'] as const) {
@@ -329,18 +337,16 @@ function checkValues(options: LengthOptions): void {
 			`option length.${key} is ${String(value)}, expected a whole number >= 1`,
 		);
 	}
-	const { entropy, low, high } = options;
+	const { entropy } = options;
 	check(
 		entropy === undefined || (Number.isFinite(entropy) && entropy >= 0),
 		`option length.entropy is ${String(entropy)}, expected nats >= 0`,
 	);
-	check(
-		low === undefined || high === undefined || low <= high,
-		`option length.low is ${low}, above length.high, ${high}`,
-	);
+	const { low, high } = boundsOf(method, options);
+	check(low <= high, `option length.low is ${low}, above length.high, ${high}`);
 	check(
 		head === undefined || ['token', 'pooled', 'quantile'].includes(head),
-		`option length.head is ${JSON.stringify(head)}, expected 'token', 'pooled' or 'quantile'`,
+		`option length.head is ${show(head)}, expected 'token', 'pooled' or 'quantile'`,
 	);
 	check(
 		head === undefined || head === 'token' || options.probability === undefined,
@@ -348,7 +354,7 @@ function checkValues(options: LengthOptions): void {
 	);
 	check(
 		stop === undefined || ['end', 'second-end', 'entropy'].includes(stop),
-		`option length.stop is ${JSON.stringify(stop)}, expected 'end', 'second-end' or 'entropy'`,
+		`option length.stop is ${show(stop)}, expected 'end', 'second-end' or 'entropy'`,
 	);
 	check(
 		stop === 'entropy' ||

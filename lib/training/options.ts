@@ -5,7 +5,7 @@ import type { ModelConfig } from '../config.js';
 import { TokenDataset } from '../data/dataset.js';
 import { checkPadding, type Padding } from '../data/format.js';
 import { check } from '../errors.js';
-import { suggest } from '../option-checks.js';
+import { show, suggest } from '../option-checks.js';
 import { type AttentionAnnealing, checkAnnealing, checkSchedule, type Schedule } from './schedules.js';
 
 /** What one optimiser step did. */
@@ -199,16 +199,13 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 	const betas = options.betas ?? ([0.9, 0.95] as const);
 	check(
 		betas.length === 2 && betas.every((beta) => beta >= 0 && Math.fround(beta) < 1),
-		`betas is ${JSON.stringify(betas)}, expected two numbers from 0 to below 1, in fp32 too`,
+		`betas is ${show(betas)}, expected two numbers from 0 to below 1, in fp32 too`,
 	);
 	const eps = options.eps ?? 1e-8;
 	// Where gradients and moments are 0, the update is 0 / eps.
 	check(Number.isFinite(eps) && Math.fround(eps) > 0, `eps is ${String(eps)}, expected a number > 0, in fp32 too`);
 	const precision = options.precision ?? 'fp32';
-	check(
-		precision === 'fp32' || precision === 'bf16',
-		`precision is ${JSON.stringify(precision)}, expected 'fp32' or 'bf16'`,
-	);
+	check(precision === 'fp32' || precision === 'bf16', `precision is ${show(precision)}, expected 'fp32' or 'bf16'`);
 	const annealing = options.attentionAnnealing;
 	if (annealing !== undefined) {
 		checkAnnealing(annealing);
@@ -228,12 +225,12 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 	const padding = options.padding ?? data?.padding ?? 'none';
 	checkPadding(padding);
 	const { recompute = false, maskEnds = false, loggers = [] } = options;
-	check(typeof maskEnds === 'boolean', `maskEnds is ${JSON.stringify(maskEnds)}, expected true or false`);
+	check(typeof maskEnds === 'boolean', `maskEnds is ${show(maskEnds)}, expected true or false`);
 	check(
 		!maskEnds || (options.objective !== 'autoregressive' && options.timeSampler !== 'exact-count'),
 		"maskEnds has no meaning for the objective 'autoregressive' or the time sampler 'exact-count'",
 	);
-	check(typeof recompute === 'boolean', `recompute is ${JSON.stringify(recompute)}, expected true or false`);
+	check(typeof recompute === 'boolean', `recompute is ${show(recompute)}, expected true or false`);
 	check(
 		Array.isArray(loggers) && loggers.every((logger) => typeof logger?.log === 'function'),
 		'loggers is not a list of objects with a method log',
@@ -282,7 +279,7 @@ function fits(name: string, data: TokenDataset, config: ModelConfig): void {
 /** An option that is an object of its own: an object, and no keys but these. */
 function known(name: string, value: object | undefined, keys: readonly string[]): void {
 	if (value === undefined) return;
-	check(typeof value === 'object' && value !== null, `${name} is ${JSON.stringify(value)}, expected an object`);
+	check(typeof value === 'object' && value !== null, `${name} is ${show(value)}, expected an object`);
 	for (const key of Object.keys(value)) {
 		check(keys.includes(key), () => `${name}.${key} is not an option of Trainer${suggest(key, keys)}`);
 	}

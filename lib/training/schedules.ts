@@ -4,7 +4,7 @@
  */
 import type { NativeMask } from '../binding.js';
 import { check } from '../errors.js';
-import { suggest } from '../option-checks.js';
+import { show, suggest } from '../option-checks.js';
 
 /** Learning rate over the steps of a run. A function gets the step, from 0. `steps` defaults to the run's `maxSteps`. */
 export type Schedule =
@@ -56,7 +56,7 @@ export function checkSchedule(schedule: number | Schedule): void {
 	const { kind } = schedule;
 	check(
 		kind === 'constant' || kind === 'linear' || kind === 'cosine' || kind === 'one-cycle',
-		`learningRate.kind is ${JSON.stringify(kind)}, expected 'constant', 'linear', 'cosine' or 'one-cycle'`,
+		`learningRate.kind is ${show(kind)}, expected 'constant', 'linear', 'cosine' or 'one-cycle'`,
 	);
 	const fields: Record<typeof kind, readonly string[]> = {
 		constant: ['kind', 'peak', 'warmupSteps'],
@@ -88,7 +88,7 @@ export function checkSchedule(schedule: number | Schedule): void {
 		check(
 			cycleBeta1 === undefined ||
 				[cycleBeta1?.base, cycleBeta1?.max].every((beta) => typeof beta === 'number' && beta >= 0 && beta < 1),
-			`learningRate.cycleBeta1 is ${JSON.stringify(cycleBeta1)}, expected { base, max }, two numbers from 0 to below 1`,
+			`learningRate.cycleBeta1 is ${show(cycleBeta1)}, expected { base, max }, two numbers from 0 to below 1`,
 		);
 	}
 }
@@ -157,7 +157,7 @@ export interface AttentionAnnealing {
 export function checkAnnealing(annealing: AttentionAnnealing): void {
 	check(
 		typeof annealing === 'object' && annealing !== null,
-		`attentionAnnealing is ${JSON.stringify(annealing)}, expected an object { steps, kind }`,
+		`attentionAnnealing is ${show(annealing)}, expected an object { steps, kind }`,
 	);
 	for (const key of Object.keys(annealing)) {
 		check(
@@ -172,7 +172,7 @@ export function checkAnnealing(annealing: AttentionAnnealing): void {
 	);
 	check(
 		kind === 'diffullama' || kind === 'seed',
-		`attentionAnnealing.kind is ${JSON.stringify(kind)}, expected 'diffullama' or 'seed'`,
+		`attentionAnnealing.kind is ${show(kind)}, expected 'diffullama' or 'seed'`,
 	);
 }
 
