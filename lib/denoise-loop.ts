@@ -36,7 +36,7 @@ export interface DenoiseStep {
 	resized?: Resize[];
 	/** With `measureDrift`: how far this step's rows are from an exact forward's. */
 	drift?: Drift;
-	/** The generated text so far: committed tokens up to the first end token, open ones left out, whole characters only. */
+	/** The text so far, as `GenerateResult.text`: of committed tokens, open ones left out, whole characters only. */
 	text: string;
 }
 

@@ -33,7 +33,10 @@ export interface GenerateResult {
 	tokens: Int32Array;
 	/** The final canvas: prompt, new ids (the end token too) and suffix. */
 	sequence: Int32Array;
-	/** 'end-of-text': variable length, and an end token was committed. An aborted generation rejects. */
+	/**
+	 * 'end-of-text': variable length, and an end token was committed. 'abort' is never returned: an aborted generation rejects
+	 * with `signal.reason`.
+	 */
 	finishReason: 'length' | 'end-of-text' | 'abort';
 	/** The seed that reproduces this result. */
 	seed: bigint;
@@ -43,7 +46,7 @@ export interface GenerateResult {
 export interface GenerateStats {
 	/** Forwards this request took part in; twins and verification copies share their canvas's forward. */
 	forwards: number;
-	/** New tokens before the first end token. */
+	/** New tokens before the first end token; all of them where the open positions of `prompt.tokens` are scattered. */
 	generatedTokens: number;
 	/** Time spent, without the time the consumer of the stream took. */
 	ms: number;

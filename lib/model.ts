@@ -239,7 +239,11 @@ export class DiffuGPT {
 		};
 	}
 
-	/** Generates text; the last value of `stream`. @throws `ERR_DN_ARGUMENT`, `ERR_DN_BUSY`, or `signal.reason` */
+	/**
+	 * Generates text; the last value of `stream`.
+	 * @throws `ERR_DN_ARGUMENT`; `ERR_DN_BUSY`; `ERR_DN_OUT_OF_MEMORY`; `ERR_DN_DIVERGED` where a logit is not a finite number;
+	 * `signal.reason`
+	 */
 	async generate(prompt: Prompt, options: GenerateOptions = {}): Promise<GenerateResult> {
 		const request = prepareRequest(this.engine, this.tokenizer, prompt, options, usualStepsPerCall);
 		const steps = denoise(this.engine, this.tokenizer, request);
@@ -252,6 +256,7 @@ export class DiffuGPT {
 	/**
 	 * Generates step by step. Nothing happens before the first `next()`, where options are checked. Leaving the loop stops
 	 * after the current step.
+	 * @throws from `next()`, what `generate` does
 	 */
 	async *stream(prompt: Prompt, options: GenerateOptions = {}): AsyncGenerator<DenoiseStep, GenerateResult> {
 		return yield* denoise(this.engine, this.tokenizer, prepareRequest(this.engine, this.tokenizer, prompt, options));
@@ -260,6 +265,7 @@ export class DiffuGPT {
 	/**
 	 * Generates for many prompts in ragged batches. Each result equals its own solo run, bit for bit on the CPU. All
 	 * arguments are checked before anything runs; when one request fails, the others stop and the call rejects.
+	 * @throws what `generate` does
 	 */
 	async generateBatch(
 		prompts: readonly Prompt[],
@@ -315,7 +321,11 @@ export class DiffuGPT {
 		return results;
 	}
 
-	/** How long the answer would be, from one forward. @throws `ERR_DN_ARGUMENT` */
+	/**
+	 * How long the answer would be, from one forward; 'daedal' takes one per growth.
+	 * @throws `ERR_DN_ARGUMENT`; `ERR_DN_BUSY`; `ERR_DN_OUT_OF_MEMORY`; `ERR_DN_DIVERGED` where a probability is not a number;
+	 * `signal.reason`
+	 */
 	predictLength(prompt: Prompt, options: LengthOptions & PredictOptions): Promise<LengthPrediction> {
 		return predictLength(this.engine, this.tokenizer, prompt, options);
 	}

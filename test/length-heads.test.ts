@@ -1,6 +1,6 @@
 /** Trained length heads: the margins, canvases and requests that go with them. */
 import test from 'ava';
-import { calibrateLength, trainLengthHead } from 'diffusion-native';
+import { calibrateLength, evaluateLength, trainLengthHead } from 'diffusion-native';
 
 import { lengthExtras } from '../lib/length/extras.js';
 import { prompt } from './helpers/generate.js';
@@ -50,6 +50,13 @@ test('heads are asked on the canvas that they were trained on', async (t) => {
 	};
 	await t.throwsAsync(model.predictLength(prompt, { max: 30, method: 'head' }), refused);
 	await t.throwsAsync(model.generate(prompt, { length: { max: 30, method: 'head', head: 'pooled' } }), refused);
+	// An evaluation of all methods leaves out what cannot be asked.
+	const heads = async (size: number): Promise<number> => {
+		const { bounds } = await evaluateLength(model, pairs(3), { max: size });
+		return new Set(bounds.map(({ method }) => method).filter((name) => name.startsWith('head'))).size;
+	};
+	t.is(await heads(max), 3);
+	t.is(await heads(16), 0);
 	await model.dispose();
 });
 

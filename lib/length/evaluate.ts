@@ -116,7 +116,12 @@ export interface Candidate {
 
 const frontierCoverages = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99];
 
-/** @throws `ERR_DN_ARGUMENT` naming the option, the line of a bad record, the missing head or calibration; `signal.reason` */
+/**
+ * Measures how well the length methods bound the true lengths of pairs: what fits, what is wasted, calibrations on fresh pairs
+ * and the frontier between the two; with `generations`, whole generations under every method.
+ * @throws `ERR_DN_ARGUMENT` naming the option, the line of a bad record, the missing head or calibration; `ERR_DN_DIVERGED`;
+ * `signal.reason`
+ */
 export async function evaluateLength(
 	model: DiffuGPT,
 	data: PairData,
@@ -329,7 +334,7 @@ function candidatesOf(methods: readonly MethodChoice[] | undefined, extras: Leng
 		'block',
 	];
 	const heads = (['token', 'pooled', 'quantile'] as const).map((head) => ({ method: 'head' as const, head }));
-	const wanted = methods ?? [...plain, ...(extras.head ? heads : [])];
+	const wanted = methods ?? [...plain, ...(extras.head?.max === max ? heads : [])];
 	check(Array.isArray(wanted) && wanted.length > 0, 'option methods is not a list of length methods');
 	const named = wanted.map((choice) => {
 		const { method = 'constant', ...options } = typeof choice === 'string' ? { method: choice } : choice;
