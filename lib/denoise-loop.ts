@@ -173,8 +173,7 @@ export class Loop {
 
 	/** Whether everything open is committed in this step of a window: its budget ends. */
 	#isLast(window: Window, blockStep: number): boolean {
-		// With an exact length a mask may have been drawn: a plan that is spent goes on until nothing is open.
-		return (!this.#options.isPlanned || this.#rule?.exact === true) && blockStep + 1 >= window.steps;
+		return !this.#options.isPlanned && blockStep + 1 >= window.steps;
 	}
 
 	/** Whether what is tentative will not be looked at again: nothing is open in the window, and nothing verifies. */
@@ -214,13 +213,11 @@ export class Loop {
 		for (let j = 0; j < decision.commit.length; j++) {
 			const position = decision.commit[j] as number;
 			const token = decision.tokens?.[j] ?? (look.drawn[indexOf.get(position) as number] as number);
-			// Where the end token is the one that is banned, a mask may be drawn: the position stays open for another draw.
-			if (token === canvas.maskId) continue;
 			canvas.commit(position, token, decision.tentative ?? false);
 		}
 		if (decision.stop) this.#stopped = true;
 		if (plan.last || this.#stopped || this.#isSettled(plan)) canvas.tentative.fill(0);
-		let committed = decision.commit.filter((position) => !canvas.isOpen(position)).sort((a, b) => a - b);
+		let committed = [...decision.commit].sort((a, b) => a - b);
 		let reopened = [...(decision.reopen ?? [])].sort((a, b) => a - b);
 		let guesses = canvas.tokens.slice();
 		let guessed = false;
@@ -407,8 +404,7 @@ export class Loop {
 		} else {
 			this.#idle++;
 		}
-		const mayStall = this.#options.isCustom || this.#rule?.exact;
-		if (!mayStall || this.#idle < idleLimit + (this.#options.steps ?? 0)) return;
+		if (!this.#options.isCustom || this.#idle < idleLimit + (this.#options.steps ?? 0)) return;
 		const { openCount, tentativeCount } = this.#canvas;
 		check(
 			false,

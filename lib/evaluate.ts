@@ -96,7 +96,7 @@ export async function evaluate<M extends Metric>(
 	return { ...result, ...shared } as unknown as Metrics[M]['result'];
 }
 
-/** Whether another last token changes the hidden state of the first one (trap 30: full attention can be lost silently). */
+/** Whether another last token changes the hidden state of the first one (full attention can be lost silently). */
 async function looksAhead({ model, config, signal }: EvaluationContext): Promise<boolean> {
 	const length = Math.min(4, config.context);
 	const one = Int32Array.from({ length }, (_, i) => i % config.vocab);

@@ -42,7 +42,7 @@ const none = new Int32Array(0);
 
 /**
  * Checks and encodes a prompt. Under the shift nothing predicts position 0: an empty prefix before a suffix, or one of which
- * the tokenizer's normaliser leaves nothing, gets the beginning-of-text token there (algorithms.md, trap 27).
+ * the tokenizer's normaliser leaves nothing, gets the beginning-of-text token there.
  * @throws `ERR_DN_ARGUMENT`
  */
 export function parsePrompt(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | null): ParsedPrompt {

@@ -1,6 +1,6 @@
 /**
- * The configuration file of `train`: this library's keys, and those of the original project's config.json
- * (algorithms.md 6). Each original key becomes settings of ours or is said to have none; a name that is neither is an error.
+ * The configuration file of `train`: this library's keys, and those of the original project's config.json.
+ * Each original key becomes settings of ours or is said to have none; a name that is neither is an error.
  */
 import type { ModelConfig, ModelConfigInput } from '../config.js';
 import { check } from '../errors.js';

@@ -1,7 +1,7 @@
 /**
  * 'exact-match': the share of { prompt, answer, kind? } records whose generated answer equals the reference. The generated
  * text ends before its first end token; both are compared without white space at their ends (or, for GSM8K, after '####'
- * and without commas: algorithms.md 7.1). The prompt's ids are those of prompt and answer tokenised together, the length
+ * and without commas). The prompt's ids are those of prompt and answer tokenised together, the length
  * is never taken from the answer. Default length: up to 64 tokens, cut at the end token; default temperature: 0.
  */
 import { TokenDataset } from '../data/dataset.js';

@@ -109,7 +109,7 @@ async function* jobs(
 	const { config } = context;
 	let index = 0;
 	if (data === null || data === undefined) {
-		// Position 0 is never predicted under the shift: a text begins behind the beginning-of-text token (trap 27).
+		// Position 0 is never predicted under the shift: a text begins behind the beginning-of-text token.
 		const tokens = Int32Array.of(config.bosId);
 		const length = given.length ?? Math.min(64, config.context - 1);
 		const count = Math.min(samples, context.limit);

@@ -1,7 +1,7 @@
 /**
  * 'infilling': { prefix, middle, suffix } records, the middle filled in at its own number of tokens (the oracle length) and
  * compared with the original by ROUGE-1, ROUGE-2, ROUGE-L F1 (lib/eval/rouge.ts) and by equality without white space at the
- * ends (algorithms.md 7.1, ROCStories). The three are tokenised together; an id across a seam belongs to the later part.
+ * ends (as DiffuLLaMA evaluates ROCStories). The three are tokenised together; an id across a seam belongs to the later part.
  * A causal model sees the prefix only and continues it. Default: one token per step, the most probable first.
  */
 import { TokenDataset } from '../data/dataset.js';

@@ -1,9 +1,9 @@
 /**
  * 'lambada': passages, one per line of a text file or { text } records; the last word is hidden, its number of tokens is
- * given, and the prediction must equal it without white space at the ends (Paperno et al. 2016; algorithms.md 7.1). A
+ * given, and the prediction must equal it without white space at the ends (Paperno et al. 2016). A
  * diffusion model fills it in as many steps as it has tokens, the most probable first; a causal model decodes greedily.
  * The beginning-of-text token stands in front. `compat` draws at temperature 1 and leaves that token away, as upstream does;
- * upstream's double count of hits (trap 22) is in neither.
+ * upstream's double count of hits is in neither.
  */
 import { TokenDataset } from '../data/dataset.js';
 import { check } from '../errors.js';

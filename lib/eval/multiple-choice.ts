@@ -1,12 +1,12 @@
 /**
- * 'multiple-choice': { context, endings, label } records; right when the labelled ending scores best (algorithms.md 7.1).
+ * 'multiple-choice': { context, endings, label } records; right when the labelled ending scores best.
  * Diffusion models, 'weighted': the bound on log p(ending | context) by exact counts (lib/eval/likelihood.ts), the correct
  * evidence lower bound; endings so short that all their masks cost no more than the draws are computed exactly.
  * 'unweighted': DiffuLLaMA's score, for k = T .. 1 every ending token masked with probability k / T, the mean cross-entropy
  * of the masked tokens (0 when none is), averaged over k. Causal models: log p(ending | context). An ending wins by its sum
  * and, `perToken`, by its mean over its tokens; 'unweighted' is a mean already. Ties go to the first ending.
  * Context and ending are tokenised together with the separator between them, spaces at the context's end moved to the
- * ending; `compat` tokenises each by itself without the separator, as upstream does for HellaSwag and SIQA (trap 24).
+ * ending; `compat` tokenises each by itself without the separator, as upstream does for HellaSwag and SIQA.
  */
 import { TokenDataset } from '../data/dataset.js';
 import type { Row } from '../data/readers.js';

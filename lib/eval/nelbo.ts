@@ -1,5 +1,5 @@
 /**
- * 'nelbo': the negative evidence lower bound per token in nats, an upper bound on -log p (algorithms.md 2.1):
+ * 'nelbo': the negative evidence lower bound per token in nats, an upper bound on -log p (docs/numerics.md, Objective):
  * E_t [(1/t) sum over masked i of -log p(x0_i | x_t)] with t ~ U(0, 1], estimated per sequence by exact counts
  * (lib/eval/likelihood.ts), summed over the sequences and divided by all scored tokens. Uniform predictions give ln V
  * exactly. exp of it bounds the perplexity from above.

@@ -1,7 +1,7 @@
 /**
  * Trained length heads on the frozen backbone's hidden states: states after the final layer norm at the masked positions
  * behind a prompt, those that speak of the position (under the shift, one row earlier), on a canvas of `max` masks. The
- * prompt is never counted: position 0 of a head is the first token of the answer (algorithms.md, traps 14 and 16).
+ * prompt is never counted: position 0 of a head is the first token of the answer.
  *
  * - token: P(the text has ended at or before position i), label 1 for i >= length, padding included; cross-entropy.
  * - pooled: log(1 + length) from the mean of the states; squared error.

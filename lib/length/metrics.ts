@@ -1,5 +1,5 @@
 /**
- * How good length bounds are (algorithms.md 4.2). A bound is the number of answer tokens a canvas has room for; it is right
+ * How good length bounds are (docs/length.md, Measuring). A bound is the number of answer tokens a canvas has room for; it is right
  * when it is at least the true length. Means are over all rows unless a field says otherwise.
  */
 import { Stream, uniform } from '../random.js';

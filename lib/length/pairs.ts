@@ -1,7 +1,6 @@
 /**
  * Prompts with their true answers, as ids, from records, JSONL files and token files of pairs, and what one look says of
- * each. The length of an answer is its tokens without end and padding; prompt and answer are tokenised together
- * (algorithms.md, trap 17).
+ * each. The length of an answer is its tokens without end and padding; prompt and answer are tokenised together.
  */
 import { checkMask } from '../config.js';
 import { TokenDataset } from '../data/dataset.js';

@@ -1,6 +1,6 @@
 /**
  * Ancestral sampling in random order: the reverse process of masked diffusion on the uniform grid of T steps
- * (DiffuGPT / DiffuLLaMA, arXiv 2410.17891; algorithms.md 3.1). With k = T - 1 - step forwards still to come, each open
+ * (DiffuGPT / DiffuLLaMA, arXiv 2410.17891). With k = T - 1 - step forwards still to come, each open
  * position is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t) = 1 / (k + 1), with a fresh draw from the
  * model; the last forward reveals the rest.
  *

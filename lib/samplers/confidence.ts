@@ -1,7 +1,7 @@
 /**
  * Confidence order: per step commit the planned number of positions with the highest score, among those still open.
- * Plan 'even' is LLaDA's (arXiv 2502.09992; algorithms.md 3.4): n div S per step, the remainder first; inside blocks it is
- * LLaDA's semi-autoregressive sampler. Plan 'linear' is DiffuGPT's (algorithms.md 3.2, with its ranking corrected):
+ * Plan 'even' is LLaDA's (arXiv 2502.09992): n div S per step, the remainder first; inside blocks it is
+ * LLaDA's semi-autoregressive sampler. Plan 'linear' is DiffuGPT's (arXiv 2410.17891, with its ranking corrected):
  * floor(n (T - j) / T) stay open after pass j. Steps that would commit nothing are skipped and cost no forward.
  *
  * Scores: 'probability' of the best token, 'margin' to the runner-up, 'entropy' (negated), or 'random', whose order does not

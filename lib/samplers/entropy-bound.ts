@@ -1,5 +1,5 @@
 /**
- * Entropy-bounded decoding (EB-Sampler, arXiv 2505.24857; algorithms.md 11). Positions sorted by the probability of their
+ * Entropy-bounded decoding (EB-Sampler, arXiv 2505.24857). Positions sorted by the probability of their
  * best token; commit the largest prefix whose entropies satisfy sum - max <= gamma (nats), at least one. The sum less the
  * largest bounds the error of drawing the tokens independently of each other.
  */

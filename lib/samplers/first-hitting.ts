@@ -1,5 +1,5 @@
 /**
- * First-hitting sampler (arXiv 2409.02908; algorithms.md 3.6): exact simulation of the reverse process in continuous time.
+ * First-hitting sampler (arXiv 2409.02908): exact simulation of the reverse process in continuous time.
  * From n open positions the time of the next reveal is t * u^(1/n); the position revealed is uniform among them and its
  * token is drawn from the model. A model without time input, such as this one, never sees t, so only the order remains:
  * one uniformly chosen position per forward, as many forwards as open positions.

@@ -121,12 +121,12 @@ export function divergence(p: Float64Array, q: Float64Array): number {
 	return sum;
 }
 
-/** LLaDA's plan: n tokens over `steps` steps, n div steps each, the remainder first (algorithms.md 3.4). */
+/** LLaDA's plan: n tokens over `steps` steps, n div steps each, the remainder first (docs/sampling.md, Samplers). */
 export function evenPlan(n: number, steps: number, step: number): number {
 	return Math.floor(n / steps) + (step < n % steps ? 1 : 0);
 }
 
-/** DiffuGPT's plan: after pass `step` (0-based), floor(n (steps - step - 1) / steps) stay open (algorithms.md 3.2, 11). */
+/** DiffuGPT's plan: after pass `step` (0-based), floor(n (steps - step - 1) / steps) stay open (docs/sampling.md, Samplers). */
 export function linearPlan(n: number, steps: number, step: number): number {
 	const openAfter = (passes: number): number => Math.floor((n * (steps - passes)) / steps);
 	return openAfter(step) - openAfter(step + 1);

@@ -1,5 +1,5 @@
 /**
- * Confidence-aware parallel decoding of Fast-dLLM (arXiv 2505.22618; algorithms.md 3.5). Positions are sorted by the
+ * Confidence-aware parallel decoding of Fast-dLLM (arXiv 2505.22618). Positions are sorted by the
  * probability of their best token, c_1 >= c_2 >= ...
  *
  * `threshold`: commit the best, and every other with c >= tau. tau = 0 fills a block in one forward, tau > 1 commits one

@@ -13,9 +13,9 @@ namespace dn {
 enum class MaskKind : uint8_t {
   kFull,            // every pair
   kCausal,          // k <= q
-  kAnnealed,        // k <= q, or a random bit that is 1 with probability `ratio` (algorithms.md 2.2)
+  kAnnealed,        // k <= q, or a random bit that is 1 with probability `ratio` (docs/numerics.md)
   kBlockCausal,     // k / block <= q / block
-  kBlockDiffusion,  // the doubled sequence [x_t ; x_0], each half `half` long (algorithms.md 1.5)
+  kBlockDiffusion,  // the doubled sequence [x_t ; x_0], each half `half` long
   kMatrix,          // matrix[q * matrix_width + k] != 0
 };
 

@@ -63,7 +63,7 @@ struct DenoiseRow {
   float guidance = 0;      // w: logits become u + (w + 1)(l - u)
   float temperature = 1;   // 0: the drawn token is the best one
   float top_p =
-      1;  // nucleus: keep items whose preceding cumulative mass is <= top_p, 1: all (algorithms.md 3)
+      1;  // nucleus: keep items whose preceding cumulative mass is <= top_p, 1: all (docs/numerics.md)
   int32_t top_k = 0;  // keep the k best (ties kept), 0: all
   // Ids whose probability is exactly zero, -1: none: the mask id, and an end token that must not come.
   int32_t banned = -1;

@@ -1,5 +1,5 @@
 // GPT-2 on a Backend: forward, backward and the optimiser step, over packed ragged batches.
-// Network (algorithms.md 1.1): h = wte[x] + wpe[pos]; per block h += attn(LN1(h)), h += mlp(LN2(h)); hidden =
+// Network (docs/numerics.md): h = wte[x] + wpe[pos]; per block h += attn(LN1(h)), h += mlp(LN2(h)); hidden =
 // LNf(h); logits = hidden * wte^T. The class knows tokens and rows; what a row means (diffusion, the
 // one-position shift, sampling) is its callers' business.
 #pragma once

@@ -1,7 +1,6 @@
 // The forward process of masked diffusion: which tokens of a batch are masked, and what each masked one
 // weighs in the loss. Also builds the plain next-token batch of the autoregressive objective, so that both
-// train with the same code. Formulas: algorithms.md 2.1 (objective), 2.6 (clipped range, spindle), 1.5 (block
-// diffusion), 11 (decisions).
+// train with the same code. Formulas: docs/numerics.md, Objective.
 //
 // Every draw is a function of (seed, step, number of the sequence within the step, token), never of the
 // micro-batch:

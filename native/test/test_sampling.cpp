@@ -73,7 +73,8 @@ class Row {
   float* workspace_ = nullptr;
 };
 
-// The distribution that `row` asks for, by sorting, in double (algorithms.md 3: temperature, nucleus, top-k).
+// The distribution that `row` asks for, by sorting, in double (docs/numerics.md, Sampling: temperature,
+// nucleus, top-k).
 std::vector<double> expected_distribution(const std::vector<float>& logits, const std::vector<float>& guide,
                                           const DenoiseRow& row) {
   const size_t V = logits.size();

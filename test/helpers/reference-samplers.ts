@@ -1,6 +1,6 @@
 /**
  * The deterministic decoders once more, slowly and plainly: full logits of every step from `model.forward`, double
- * precision, straight from the formulas of algorithms.md. Shares no code with lib/samplers.
+ * precision, straight from the formulas of docs/sampling.md. Shares no code with lib/samplers.
  */
 import type { DiffuGPT } from 'diffusion-native';
 
