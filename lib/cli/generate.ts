@@ -12,6 +12,7 @@ import type { GenerateResult } from '../generate.js';
 import { type LengthMethod, type LengthOptions, lengthMethods } from '../length/method.js';
 import { DiffuGPT } from '../model.js';
 import { type GenerateOptions, type SamplerName, samplerNames } from '../options.js';
+import { decodeDrawn } from '../prompt.js';
 import { traceHtml } from '../trace-html.js';
 import { printable, Redraw, renderStep, style, type ViewOptions } from './denoise-view.js';
 import { JsonLines } from './json-lines.js';
@@ -192,7 +193,12 @@ interface Gap {
 
 function viewOptions({ tokenizer, config: { maskId } }: DiffuGPT, { prefix = '', suffix = '' }: Gap): ViewOptions {
 	const count = (text: string): number => (text === '' || !tokenizer ? 0 : tokenizer.encode(text).length);
-	return { maskId, decode: (ids) => tokenizer?.decode(ids) ?? '', before: count(prefix), after: count(suffix) };
+	return {
+		maskId,
+		decode: (ids) => (tokenizer ? decodeDrawn(tokenizer, ids) : ''),
+		before: count(prefix),
+		after: count(suffix),
+	};
 }
 
 /** The playback, written at the end into a file that is opened at the beginning, where a wrong path should be noticed. */
@@ -212,7 +218,7 @@ class Page {
 	}
 
 	async write({ config, tokenizer }: DiffuGPT, result: GenerateResult): Promise<void> {
-		const decode = tokenizer ? (ids: Int32Array): string => tokenizer.decode(ids) : null;
+		const decode = tokenizer ? (ids: Int32Array): string => decodeDrawn(tokenizer, ids) : null;
 		await this.file.writeFile(traceHtml(this.events, result, config.maskId, decode));
 	}
 
