@@ -21,7 +21,10 @@ export interface DiffusionBatch {
 
 const batchNames: readonly string[] = ['tokens', 'maskable', 'mask', 't'] satisfies (keyof DiffusionBatch)[];
 
-/** Who attends to whom inside one sequence. A matrix is (T, T) of 0/1, row = query. */
+/**
+ * Who attends to whom inside one sequence. `blockCausal`: each block of so many positions sees itself and what lies before
+ * it. `matrix`: (T, T) of 0/1, row = query.
+ */
 export type AttentionOption = 'full' | 'causal' | { readonly blockCausal: number } | { readonly matrix: Uint8Array };
 
 /** How the cross-entropies of one batch become a loss, and what is drawn. */
@@ -51,10 +54,11 @@ export interface LossOptions {
 	readonly timeSampler?: TimeSampler;
 	/** Range of t; not of 'autoregressive' or of exact counts. @default [0.001, 1] */
 	readonly timeRange?: readonly [number, number];
-	/** Tokens per block of 'block-diffusion'. */
+	/** Tokens per block; 'block-diffusion' needs it, no other objective reads it. @default none */
 	readonly block?: number;
 	/** DiffusionBERT's per-token schedule: informative tokens are masked earlier. Not of 'autoregressive'. @default none */
 	readonly spindle?: SpindleSchedule;
+	/** Aborting rejects with `signal.reason`. @default none */
 	readonly signal?: AbortSignal;
 }
 
@@ -74,13 +78,19 @@ export const lossOptionNames = [
 	'signal',
 ] as const satisfies readonly (keyof LossOptions)[];
 
+/** What is trained: tokens masked at a diffusion time t, the next token, or masked blocks given the clean ones before them. */
 export type Objective = 'diffusion' | 'autoregressive' | 'block-diffusion';
+/**
+ * How t is drawn: 'uniform', one by one; 'stratified', spread evenly over the sequences of a step; 'exact-count', a number of
+ * masked tokens in place of a time.
+ */
 export type TimeSampler = 'uniform' | 'stratified' | 'exact-count';
 
 /** Keep probability 1 - t - lambda sin(pi t) (1 - mean(H) / H_i), clamped to [0, 1]. */
 export interface SpindleSchedule {
 	/** (V) information of each token id, -log p, in nats. */
 	readonly information: Float32Array;
+	/** Strength, >= 0; 0: every token is masked at t. */
 	readonly lambda: number;
 }
 

@@ -18,9 +18,13 @@ export interface NativeConfig {
 	vocab: number;
 }
 
+/** One tensor of a model. */
 export interface NativeParameter {
+	/** GPT-2's name, without prefix. */
 	name: string;
+	/** Sizes of its dimensions, outermost first. */
 	shape: number[];
+	/** Elements: the product of `shape`. */
 	count: number;
 }
 

@@ -13,7 +13,9 @@ export const mostReopened = 255;
 export interface Resize {
 	/** First position concerned. */
 	at: number;
+	/** Positions taken out. */
 	removed: number;
+	/** Open positions put in. */
 	inserted: number;
 }
 

@@ -16,9 +16,13 @@ export type Device = 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
  */
 export type DType = 'auto' | 'fp32' | 'bf16' | 'int8';
 
+/** Where a model computes, and in what. */
 export interface DeviceOptions {
+	/** Device of parameters and products. @default 'auto' */
 	readonly device?: Device;
+	/** Type of the activations. @default 'auto' */
 	readonly dtype?: DType;
+	/** CPU threads, at most 1024; 0: all cores. @default 0 */
 	readonly threads?: number;
 }
 

@@ -26,9 +26,12 @@ export type ErrorCode =
 
 /** The one error class of this package. `code` is stable; the message names the thing and what was expected. */
 export class DiffusionNativeError extends Error {
+	/** 'DiffusionNativeError'. */
 	override readonly name = 'DiffusionNativeError';
+	/** What went wrong; stable. */
 	readonly code: ErrorCode;
 
+	/** `options.cause`: the error behind this one. */
 	constructor(code: ErrorCode, message: string, options?: { cause?: unknown }) {
 		super(message, options);
 		this.code = code;

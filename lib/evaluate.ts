@@ -59,8 +59,9 @@ export const metricNames = Object.keys(metrics) as Metric[];
  * { prompt, answer } or { tokens, promptLength? }; 'likelihood' and 'exact-match' { prompt, answer }; 'multiple-choice'
  * { context, endings, label }; 'infilling' { prefix, middle, suffix }; 'lambada' { text }; 'generative-perplexity'
  * { prompt }; 'length' { prompt, answer, kind? }. Ids may stand for texts except in 'infilling' and 'lambada'.
- * @throws `ERR_DN_ARGUMENT` naming the record, the option or the kind of model that does not fit; `ERR_DN_DIVERGED` where the
- * model gives no finite number; `signal.reason`
+ * @throws `ERR_DN_ARGUMENT` naming the record, the option or the kind of model that does not fit; `ERR_DN_CHECKPOINT` when
+ * the data cannot be read; `ERR_DN_DIVERGED` where the model gives no finite number; `ERR_DN_BUSY`; `ERR_DN_OUT_OF_MEMORY`;
+ * `signal.reason`
  */
 export async function evaluate<M extends Metric>(
 	model: DiffuGPT,

@@ -32,6 +32,7 @@ export interface Look extends RowStatistics {
 export interface Drift {
 	/** Mean over the rows; 0 when there are none. */
 	mean: number;
+	/** Largest of the rows; 0 when there are none. */
 	max: number;
 	/** Rows compared; 0 when the forward was an exact one. */
 	rows: number;

@@ -40,17 +40,21 @@ export interface GenerateResult {
 	finishReason: 'length' | 'end-of-text' | 'abort';
 	/** The seed that reproduces this result. */
 	seed: bigint;
+	/** What it cost. */
 	stats: GenerateStats;
 }
 
+/** What a generation cost. */
 export interface GenerateStats {
 	/** Forwards this request took part in; twins and verification copies share their canvas's forward. */
 	forwards: number;
 	/** New tokens before the first end token; all of them where the open positions of `prompt.tokens` are scattered. */
 	generatedTokens: number;
-	/** Time spent, without the time the consumer of the stream took. */
+	/** Time spent, milliseconds, without the time the consumer of the stream took. */
 	ms: number;
+	/** `generatedTokens` by the time spent. */
 	tokensPerSecond: number;
+	/** `generatedTokens` by `forwards`; 0 without forwards. */
 	tokensPerForward: number;
 	/** Positions of the largest canvas that was denoised, prompt included. */
 	canvas: number;
@@ -280,6 +284,7 @@ class DriftTotal {
 export interface PredictOptions {
 	/** Of a length that is drawn: the one that `generate` draws with this seed. @default 0 */
 	readonly seed?: number | bigint;
+	/** Aborting rejects with `signal.reason`. @default none */
 	readonly signal?: AbortSignal;
 }
 

@@ -11,7 +11,7 @@ import { packageRoot } from './binding.js';
 import { check, DiffusionNativeError } from './errors.js';
 import { cachedSnapshot, downloadSnapshot, type HubRequest } from './hub-cache.js';
 
-/** What happens while a model is fetched and loaded. */
+/** What happens while a model is fetched and loaded; `loaded` and `total` are bytes. */
 export type LoadProgress =
 	/** Bytes of one file that have arrived; `total` is its size. */
 	| { status: 'download'; file: string; loaded: number; total: number }
@@ -30,7 +30,9 @@ export interface ResolveOptions {
 	localFilesOnly?: boolean | undefined;
 	/** Ask the hub whether a branch has moved although the cache has it. @default false */
 	refresh?: boolean | undefined;
+	/** Told about downloads. @default none */
 	onProgress?: ((progress: LoadProgress) => void) | undefined;
+	/** Aborting rejects with `signal.reason`. @default none */
 	signal?: AbortSignal | undefined;
 }
 

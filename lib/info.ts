@@ -10,6 +10,7 @@ export interface Info {
 	version: string;
 	/** Path of the loaded addon. */
 	binding: string;
+	/** The CPU. */
 	cpu: {
 		/** Instruction set in use: 'portable', 'avx2', 'avx512', ... */
 		isa: string;
@@ -18,6 +19,7 @@ export interface Info {
 		/** Cores that a model uses by default. */
 		threads: number;
 	};
+	/** CUDA and its devices. */
 	cuda: {
 		/** The addon was built with CUDA. */
 		compiled: boolean;

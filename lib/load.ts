@@ -13,11 +13,11 @@ import type { Tokenizer } from './tokenizer.js';
 
 /** Options of `DiffuGPT.fromPretrained`. */
 export interface PretrainedOptions extends DeviceOptions, Omit<ResolveOptions, 'refresh'> {
-	/** Overrides what the files say: maskId, eosId, padId, shift, attention, ... */
+	/** Overrides what the files say: maskId, eosId, padId, shift, attention, ... @default {} */
 	readonly config?: Partial<ModelConfig>;
-	/** Told about downloads and loading. */
+	/** Told about downloads and loading. @default none */
 	readonly onProgress?: ((progress: LoadProgress) => void) | undefined;
-	/** Aborting rejects with `signal.reason`. */
+	/** Aborting rejects with `signal.reason`. @default none */
 	readonly signal?: AbortSignal | undefined;
 }
 

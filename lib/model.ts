@@ -82,6 +82,7 @@ export interface ForwardOptions {
 	 * emptied (length 0). @default none
 	 */
 	readonly reuse?: readonly Float32Array[];
+	/** Aborting rejects with `signal.reason`. @default none */
 	readonly signal?: AbortSignal;
 }
 
@@ -103,11 +104,12 @@ const batchWidth = 128;
 /**
  * A GPT-2 shaped language model: a masked diffusion model (bidirectional), or a plain GPT-2 (causal). Methods may be called
  * concurrently; they share the device fairly, step by step. After `dispose` everything but `dispose` fails with
- * `ERR_DN_DISPOSED`.
+ * `ERR_DN_DISPOSED`; where too many calls wait, a further one fails with `ERR_DN_BUSY`.
  */
 export class DiffuGPT {
 	/** @internal */
 	readonly engine: Engine;
+	/** What the model is. */
 	readonly config: ModelConfig;
 	/** 'cpu', or 'cuda:N'. */
 	readonly device: string;
@@ -133,14 +135,19 @@ export class DiffuGPT {
 	/**
 	 * Loads a model.
 	 * @param pathOrHubId a directory (wins when it exists), a Hugging Face id, or 'diffusion-native/tiny'.
-	 * @throws `ERR_DN_CHECKPOINT` naming the file, `ERR_DN_DEVICE` with the reason, `ERR_DN_HUB`, `ERR_DN_ARGUMENT`
+	 * @throws `ERR_DN_CHECKPOINT` naming the file; `ERR_DN_DEVICE` with the reason; `ERR_DN_HUB`; `ERR_DN_ARGUMENT`;
+	 * `ERR_DN_OUT_OF_MEMORY`; `ERR_DN_NO_BINARY`; `signal.reason`
 	 */
 	static async fromPretrained(pathOrHubId: string, options: PretrainedOptions = {}): Promise<DiffuGPT> {
 		const { opened, tokenizer } = await loadPretrained(pathOrHubId, options);
 		return new DiffuGPT(opened, tokenizer);
 	}
 
-	/** A model with GPT-2's random initialisation. @throws `ERR_DN_ARGUMENT`, `ERR_DN_DEVICE`, `ERR_DN_OUT_OF_MEMORY` */
+	/**
+	 * A model with GPT-2's random initialisation.
+	 * @throws `ERR_DN_ARGUMENT` naming the field or option; `ERR_DN_DEVICE` with the reason; `ERR_DN_OUT_OF_MEMORY`;
+	 * `ERR_DN_NO_BINARY`
+	 */
 	static async fromConfig(input: ModelConfigInput, options: FromConfigOptions = {}): Promise<DiffuGPT> {
 		checkOptions('fromConfig', options, ['device', 'dtype', 'seed', 'threads', 'tokenizer']);
 		const config = resolveConfig(input);
@@ -159,7 +166,7 @@ export class DiffuGPT {
 	/**
 	 * Logits or hidden states, one array per sequence: (rows, V) or (rows, C). The arrays of several sequences are views of
 	 * one buffer.
-	 * @throws `ERR_DN_ARGUMENT`, also when they do not fit one buffer; `ERR_DN_OUT_OF_MEMORY`; `signal.reason`
+	 * @throws `ERR_DN_ARGUMENT`, also when they do not fit one buffer; `ERR_DN_BUSY`; `ERR_DN_OUT_OF_MEMORY`; `signal.reason`
 	 */
 	async forward(sequences: Int32Array | readonly Int32Array[], options: ForwardOptions = {}): Promise<Float32Array[]> {
 		this.engine.check();
@@ -213,7 +220,8 @@ export class DiffuGPT {
 
 	/**
 	 * The training objective on a batch, without gradients.
-	 * @throws `ERR_DN_ARGUMENT`, also for an option that the objective does not read; `ERR_DN_DIVERGED` when the loss is not a finite number; `signal.reason`
+	 * @throws `ERR_DN_ARGUMENT`, also for an option that the objective does not read; `ERR_DN_BUSY`; `ERR_DN_OUT_OF_MEMORY`;
+	 * `ERR_DN_DIVERGED` when the loss is not a finite number; `signal.reason`
 	 */
 	async loss(batch: DiffusionBatch, options: LossOptions = {}): Promise<LossResult> {
 		this.engine.check();
@@ -330,7 +338,7 @@ export class DiffuGPT {
 		return predictLength(this.engine, this.tokenizer, prompt, options);
 	}
 
-	/** Names (GPT-2's, without prefix), shapes and element counts. */
+	/** Names (GPT-2's, without prefix), shapes and element counts. @throws `ERR_DN_DISPOSED` */
 	parameters(): NativeParameter[] {
 		this.engine.check();
 		return this.#parameters().map(({ name, shape, count }) => ({ name, shape: [...shape], count }));
@@ -357,7 +365,7 @@ export class DiffuGPT {
 	/**
 	 * Writes a directory that `fromPretrained` and, unless it is int8, Hugging Face's GPT-2 loader accept; complete, or not at
 	 * all.
-	 * @throws `ERR_DN_CHECKPOINT` with the path and the system's reason
+	 * @throws `ERR_DN_CHECKPOINT` with the path and the system's reason; `ERR_DN_ARGUMENT`; `ERR_DN_BUSY`
 	 */
 	async save(directory: string, options: SaveOptions = {}): Promise<void> {
 		this.engine.check();
@@ -386,6 +394,7 @@ export class DiffuGPT {
 		return this.engine.dispose();
 	}
 
+	/** `dispose`, for `await using`. */
 	[Symbol.asyncDispose](): Promise<void> {
 		return this.dispose();
 	}

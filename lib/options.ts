@@ -78,8 +78,8 @@ export interface GenerateOptions {
 	 */
 	readonly measureDrift?: boolean;
 	/**
-	 * Of 'threshold': commit at this probability or above (0.9). Of 'klass': the same (0.9). Of 'revocable': draft at this
-	 * probability or above (0.6).
+	 * Of 'threshold' and 'klass': commit at this probability or above. Of 'revocable': draft at this probability or above.
+	 * @default 0.9; of 'revocable' 0.6
 	 */
 	readonly threshold?: number;
 	/** Of 'factor'. @default 1 */
@@ -121,7 +121,7 @@ export interface GenerateOptions {
 	readonly stepsPerCall?: number;
 	/** 0 .. 2^64 - 1. The same seed and options give the same tokens. @default random */
 	readonly seed?: number | bigint;
-	/** Aborting rejects with `signal.reason`, within one native call (`stepsPerCall`). */
+	/** Aborting rejects with `signal.reason`, within one native call (`stepsPerCall`). @default none */
 	readonly signal?: AbortSignal;
 }
 

@@ -5,8 +5,8 @@ import { check } from './errors.js';
 import type { DecodeOptions } from './tokenizer.js';
 
 /**
- * What to generate from. A string, or `prefix` alone, is continued; `prefix` and `suffix` have a gap between them filled;
- * `tokens` are ids, of which those with `open` 1 (default: those equal to the mask id) are filled.
+ * What to generate from. A string, or `prefix` alone, is continued; `prefix` and `suffix` (default '') have a gap between
+ * them filled; `tokens` (T) are ids, of which those with (T) `open` 1 (default: those equal to the mask id) are filled.
  */
 export type Prompt =
 	| string

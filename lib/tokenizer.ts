@@ -46,7 +46,7 @@ const replacement = Uint8Array.of(0xef, 0xbf, 0xbd);
 
 /** Turns ids that arrive piece by piece into text, never splitting a character. */
 export interface TokenDecoder {
-	/** The text that is complete after these ids. */
+	/** The text that is complete after these ids. @throws what `Tokenizer.decode` does */
 	push(ids: ArrayLike<number>): string;
 	/** What is left: U+FFFD when the ids ended inside a character. The decoder is then as new. */
 	end(): string;
@@ -200,7 +200,7 @@ export class Tokenizer {
 		return new Tokenizer(gpt2Json(vocab as Record<string, number>, merges, added), vocabPath);
 	}
 
-	/** GPT-2's own tokenizer, 50257 tokens, from the package. Read once per thread. */
+	/** GPT-2's own tokenizer, 50257 tokens, from the package. Read once per thread. @throws `ERR_DN_CHECKPOINT` when it is missing there */
 	static gpt2(): Tokenizer {
 		if (!packaged) {
 			const path = join(packageRoot(), 'assets', 'gpt2', 'tokenizer.json');
@@ -267,6 +267,7 @@ export class Tokenizer {
 	/**
 	 * Ids of a text. No token is added at either end. Lone surrogates become U+FFFD, everything else decodes back to exactly
 	 * this text (unless the tokenizer's own normaliser changes it; GPT-2's has none).
+	 * @throws `ERR_DN_ARGUMENT` when it is no string
 	 */
 	encode(text: string, options: EncodeOptions = {}): Int32Array {
 		check(typeof text === 'string', `encode: text is ${typeof text}, expected a string`);

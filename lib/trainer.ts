@@ -46,13 +46,13 @@ export interface ResumeOptions extends TrainOptions {
 	readonly dtype?: DType;
 	/** CPU threads. @default all cores */
 	readonly threads?: number;
-	/** Of loading: aborting rejects with `signal.reason`. */
+	/** Of loading: aborting rejects with `signal.reason`. @default none */
 	readonly signal?: AbortSignal;
 }
 
 /** Options of the calls of a trainer that compute. */
 export interface StepOptions {
-	/** Aborting rejects with `signal.reason`. */
+	/** Aborting rejects with `signal.reason`. @default none */
 	readonly signal?: AbortSignal;
 }
 
@@ -61,7 +61,8 @@ const inTraining = new WeakSet<Engine>();
 
 /**
  * Trains a model. Made with `new Trainer(model, options)` or `Trainer.resume(dir)`.
- * A model has at most one trainer at a time; `dispose` frees gradients and moments and lets go of the model.
+ * A model has at most one trainer at a time; `dispose` frees gradients and moments and lets go of the model;
+ * what computes or saves fails with `ERR_DN_DISPOSED` from then on.
  */
 export class Trainer implements AsyncDisposable {
 	/** What is trained. */
@@ -172,7 +173,8 @@ export class Trainer implements AsyncDisposable {
 	 * its validation out.
 	 * @throws `signal.reason` when aborted; `ERR_DN_ARGUMENT` without `data` or `maxSteps`; `ERR_DN_BUSY` while another `run` or
 	 * step of this trainer is not over; `ERR_DN_DIVERGED` naming step and batch, with the weights as they were before that step,
-	 * or for a validation loss; `ERR_DN_CHECKPOINT` when a checkpoint cannot be written (earlier ones stay).
+	 * or for a validation loss; `ERR_DN_CHECKPOINT` when a checkpoint cannot be written (earlier ones stay);
+	 * `ERR_DN_OUT_OF_MEMORY`.
 	 */
 	async *run(options: { readonly signal?: AbortSignal } = {}): AsyncGenerator<TrainMetrics, void, void> {
 		checkOptions('run', options, ['signal']);
@@ -237,7 +239,8 @@ export class Trainer implements AsyncDisposable {
 	/**
 	 * One optimiser step on a given batch, whatever `data` is; `mask` and `t` may be given.
 	 * @throws `ERR_DN_ARGUMENT` naming what is wrong with the batch; `ERR_DN_BUSY` while another step is not over;
-	 * `ERR_DN_DIVERGED` when the loss or the gradient is not finite; `signal.reason`. Nothing is updated then.
+	 * `ERR_DN_DIVERGED` when the loss or the gradient is not finite; `ERR_DN_OUT_OF_MEMORY`; `signal.reason`. Nothing is updated
+	 * then.
 	 */
 	async step(batch: DiffusionBatch, options: StepOptions = {}): Promise<TrainMetrics> {
 		checkOptions('step', options, ['signal']);
@@ -247,7 +250,7 @@ export class Trainer implements AsyncDisposable {
 	/**
 	 * Gradients of the normalised loss on a batch, before clipping, by parameter name. Nothing is updated.
 	 * @throws `ERR_DN_ARGUMENT` naming what is wrong with the batch; `ERR_DN_BUSY` while another step is not over;
-	 * `signal.reason`
+	 * `ERR_DN_OUT_OF_MEMORY`; `signal.reason`
 	 */
 	async gradients(batch: DiffusionBatch, options: StepOptions = {}): Promise<Map<string, Float32Array>> {
 		checkOptions('gradients', options, ['signal']);
@@ -276,7 +279,7 @@ export class Trainer implements AsyncDisposable {
 	/**
 	 * Loss on a data set as `run` evaluates it: the NELBO per token and the mean cross-entropy of masked tokens, nats.
 	 * @throws `ERR_DN_ARGUMENT` for data of another tokenizer; `ERR_DN_BUSY` while a step is not over; `ERR_DN_DIVERGED` when the
-	 * loss is not finite; `signal.reason`
+	 * loss is not finite; `ERR_DN_OUT_OF_MEMORY`; `signal.reason`
 	 */
 	async evaluate(data: TokenDataset, options: StepOptions = {}): Promise<{ loss: number; unweighted: number }> {
 		checkOptions('evaluate', options, ['signal']);
@@ -315,6 +318,7 @@ export class Trainer implements AsyncDisposable {
 		if (this.#begun && !this.model.engine.disposed) await this.model.engine.run((native) => native.endTraining());
 	}
 
+	/** `dispose`, for `await using`. */
 	[Symbol.asyncDispose](): Promise<void> {
 		return this.dispose();
 	}

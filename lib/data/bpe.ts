@@ -34,7 +34,7 @@ export interface TrainTokenizerOptions {
 	readonly columns?: readonly string[];
 	/** Longest line held in memory, characters. @default 16,777,216 */
 	readonly maxLine?: number;
-	/** Aborting rejects with `signal.reason`, also during the learning. */
+	/** Aborting rejects with `signal.reason`, also during the learning. @default none */
 	readonly signal?: AbortSignal;
 }
 

@@ -10,6 +10,7 @@ import type { DataTokenizer } from './prepare-options.js';
 
 /** One sequence as it lies in the file, without padding. */
 export interface DataSequence {
+	/** (T) token ids. */
 	readonly tokens: Int32Array;
 	/** Tokens at the front that are never masked; 0 unless the format is 'pairs'. */
 	readonly promptLength: number;
@@ -24,7 +25,7 @@ export interface OpenDatasetOptions {
 	readonly context?: number;
 	/**
 	 * Only these sequences: number of the first one, and of the one after the last. For splitting a foreign file into
-	 * training and validation; files of this library are split when they are prepared.
+	 * training and validation; files of this library are split when they are prepared. @default all
 	 */
 	readonly range?: readonly [number, number];
 	/** The tokenizer the ids must have been made with; a different one is an error. @default not checked */
@@ -35,6 +36,7 @@ const handles = new FinalizationRegistry<number>((fd) => closeSync(fd));
 
 /** A prepared data set. Opened with `TokenDataset.open`, made with `prepare`. */
 export class TokenDataset implements Disposable {
+	/** Path of the file, as given. */
 	readonly path: string;
 	/** Sequences of the file that this data set is: the first one, and the one after the last. */
 	readonly range: readonly [number, number];
@@ -129,6 +131,7 @@ export class TokenDataset implements Disposable {
 		return this.#header.longest;
 	}
 
+	/** What a sequence is. */
 	get format(): DataFormat {
 		return this.#header.format;
 	}
@@ -186,7 +189,11 @@ export class TokenDataset implements Disposable {
 		return { tokens, promptLength: record.readUInt32LE(12) };
 	}
 
-	/** How often each id occurs, (V); reads the whole file once, a piece at a time. */
+	/**
+	 * How often each id occurs, (V); reads the whole file once, a piece at a time.
+	 * @throws `ERR_DN_ARGUMENT` for an id beyond `vocab`, or when the file is closed; `ERR_DN_CHECKPOINT` when the file holds an
+	 * id beyond its own vocabulary or was cut.
+	 */
 	counts(vocab: number): Float64Array {
 		const counts = new Float64Array(vocab);
 		const piece = 1 << 18;
@@ -201,8 +208,9 @@ export class TokenDataset implements Disposable {
 	}
 
 	/**
-	 * Throws `ERR_DN_ARGUMENT` unless every id of the file means the same to this tokenizer (or the file does not say). A
-	 * tokenizer that has gained tokens since is fine; one that lacks or renames an id of the file is not.
+	 * Checks that every id of the file means the same to this tokenizer (or that the file does not say). A tokenizer that has
+	 * gained tokens since is fine; one that lacks or renames an id of the file is not.
+	 * @throws `ERR_DN_ARGUMENT` naming file and tokenizers
 	 */
 	checkTokenizer(tokenizer: TokenizerIdentity): void {
 		const { fingerprint, vocab } = this.#header;
@@ -232,6 +240,7 @@ export class TokenDataset implements Disposable {
 		this.#fd = -1;
 	}
 
+	/** `close`, for `using`. */
 	[Symbol.dispose](): void {
 		this.close();
 	}

@@ -24,7 +24,10 @@ export interface DataTokenizer {
 	decodeBytes?(ids: ArrayLike<number>): Uint8Array;
 }
 
-/** A document or a prompt with its answer. `split` decides the part it falls in; equal values stay together. */
+/**
+ * A document (a text, or ids) or a prompt with its answer. `promptLength`: tokens at the front that are never masked, 0 by
+ * default. `split` decides the part it falls in, by default the record itself; equal values stay together.
+ */
 export type DataRecord =
 	| string
 	| Int32Array
@@ -37,8 +40,9 @@ export type PrepareInput = string | readonly string[] | Iterable<DataRecord> | A
 
 /** How far `prepare` is. */
 export interface PrepareProgress {
-	/** Bytes read of the input files, and in all; both 0 for records. */
+	/** Bytes read of the input files; 0 for records. */
 	readonly bytes: number;
+	/** Bytes of the input files; 0 for records. */
 	readonly totalBytes: number;
 	/** Documents or pairs written, of both parts. */
 	readonly documents: number;
@@ -97,9 +101,9 @@ export interface PrepareOptions {
 	readonly maxLine?: number;
 	/** Threads that tokenize long inputs, when the tokenizer is a `Tokenizer`; the file is the same for any number. @default all cores, at most 8 */
 	readonly threads?: number;
-	/** Called at most ten times a second, and at the end. */
+	/** Called at most ten times a second, and at the end. @default none */
 	readonly onProgress?: (progress: PrepareProgress) => void;
-	/** Aborting rejects with `signal.reason` and leaves no file. */
+	/** Aborting rejects with `signal.reason` and leaves no file. @default none */
 	readonly signal?: AbortSignal;
 }
 

@@ -23,6 +23,7 @@ export type EvaluationData =
 	| AsyncIterable<EvaluationRecord>
 	| null;
 
+/** How far an evaluation is. */
 export interface EvaluationProgress {
 	/** Records (sequences) read so far. */
 	readonly records: number;
@@ -36,11 +37,11 @@ export interface EvaluationOptions {
 	readonly seed?: number | bigint;
 	/** Only the first so many records or sequences. @default all */
 	readonly limit?: number;
-	/** Aborting rejects with `signal.reason`. */
+	/** Aborting rejects with `signal.reason`. @default none */
 	readonly signal?: AbortSignal;
-	/** Called after every record. */
+	/** Called after every record. @default none */
 	readonly onProgress?: (progress: EvaluationProgress) => void;
-	/** Called with what was found of each record, in their order. */
+	/** Called with what was found of each record, in their order. @default none */
 	readonly onRecord?: (record: Readonly<Record<string, unknown>>) => void;
 	/** Most tokens of one forward; changes no result. @default 4096 */
 	readonly batchTokens?: number;
@@ -63,6 +64,7 @@ export interface SequenceOptions extends EvaluationOptions {
 	readonly stride?: number;
 }
 
+/** Options of 'nelbo'. */
 export interface NelboOptions extends SequenceOptions {
 	/** Draws per sequence. @default 8 */
 	readonly samples?: number;
@@ -70,6 +72,7 @@ export interface NelboOptions extends SequenceOptions {
 	readonly enumerate?: number;
 }
 
+/** Options of 'likelihood'. */
 export interface LikelihoodOptions extends EvaluationOptions {
 	/** Draws per answer. @default 128 */
 	readonly samples?: number;
@@ -79,16 +82,21 @@ export interface LikelihoodOptions extends EvaluationOptions {
 	readonly endToken?: boolean;
 }
 
+/** Options of 'perplexity'. */
 export type PerplexityOptions = SequenceOptions;
 
 /** Metrics that generate. */
 export interface GenerationOptions extends EvaluationOptions {
-	/** How to generate. The seed of a record is a function of `seed` and its number. */
+	/**
+	 * How to generate. The seed of a record is a function of `seed` and its number.
+	 * @default the model's and the metric's defaults
+	 */
 	readonly generate?: Omit<GenerateOptions, 'seed' | 'signal'>;
 	/** Generations in flight at once, 1 to 512; changes no result. @default 64 */
 	readonly concurrency?: number;
 }
 
+/** Options of 'exact-match'. */
 export interface ExactMatchOptions extends GenerationOptions {
 	/**
 	 * What is compared. 'all': the texts, without white space at the ends. 'after-hashes': what follows the last '####',
@@ -97,6 +105,7 @@ export interface ExactMatchOptions extends GenerationOptions {
 	readonly extract?: 'all' | 'after-hashes';
 }
 
+/** Options of 'multiple-choice'. */
 export interface MultipleChoiceOptions extends EvaluationOptions {
 	/** 'weighted': the NELBO of the ending. 'unweighted': DiffuLLaMA's mean over T masking rates. @default 'weighted' */
 	readonly form?: 'weighted' | 'unweighted';
@@ -106,13 +115,16 @@ export interface MultipleChoiceOptions extends EvaluationOptions {
 	readonly compat?: boolean;
 }
 
+/** Options of 'infilling'. */
 export type InfillingOptions = GenerationOptions;
 
+/** Options of 'lambada'. */
 export interface LambadaOptions extends GenerationOptions {
 	/** As upstream: drawn at temperature 1, no beginning-of-text token in front. @default false */
 	readonly compat?: boolean;
 }
 
+/** Options of 'generative-perplexity'. */
 export interface GenerativePerplexityOptions extends GenerationOptions {
 	/** The causal model that scores the texts. */
 	readonly judge: DiffuGPT;
@@ -126,7 +138,9 @@ export interface GenerativePerplexityOptions extends GenerationOptions {
 export interface EvaluationResult {
 	/** Records or sequences that were scored. */
 	readonly records: number;
+	/** The seed that reproduces this result. */
 	readonly seed: bigint;
+	/** Time spent, milliseconds. */
 	readonly ms: number;
 	/** Whether a later token changes an earlier hidden state, measured: true for a bidirectional model that is loaded well. */
 	readonly seesFuture: boolean;
@@ -134,6 +148,7 @@ export interface EvaluationResult {
 
 /** A mean over tokens. */
 export interface TokenMean {
+	/** Records that the mean is over. */
 	readonly records: number;
 	/** Scored tokens. */
 	readonly tokens: number;
@@ -145,14 +160,19 @@ export interface TokenMean {
 	readonly populationError: number | null;
 }
 
+/** Result of 'nelbo'. */
 export interface NelboResult extends EvaluationResult {
+	/** The metric asked for. */
 	readonly metric: 'nelbo';
 	/** Negative evidence lower bound, nats per token. */
 	readonly nelbo: number;
+	/** Of `nelbo`; see {@link TokenMean}. */
 	readonly standardError: number | null;
+	/** Of `nelbo`; see {@link TokenMean}. */
 	readonly populationError: number | null;
 	/** exp(nelbo). */
 	readonly perplexityBound: number;
+	/** Scored tokens. */
 	readonly tokens: number;
 	/** Forwarded sequences. */
 	readonly draws: number;
@@ -160,7 +180,9 @@ export interface NelboResult extends EvaluationResult {
 	readonly kinds: Readonly<Record<string, TokenMean>>;
 }
 
+/** Result of 'likelihood'. */
 export interface LikelihoodResult extends EvaluationResult {
+	/** The metric asked for. */
 	readonly metric: 'likelihood';
 	/** Mean over the answers of the bound on log p(answer | prompt), nats. For a causal model it is no bound but exact. */
 	readonly logLikelihood: number;
@@ -168,30 +190,41 @@ export interface LikelihoodResult extends EvaluationResult {
 	readonly perToken: number;
 	/** Of `logLikelihood`, the Monte Carlo error; null: one draw tells none. */
 	readonly standardError: number | null;
+	/** Scored tokens of all answers. */
 	readonly tokens: number;
 	/** Answers computed by all their masks (or, for a causal model, all answers). */
 	readonly exact: number;
 }
 
+/** Result of 'perplexity'. */
 export interface PerplexityResult extends EvaluationResult {
+	/** The metric asked for. */
 	readonly metric: 'perplexity';
 	/** Mean negative log-likelihood, nats per token. */
 	readonly nll: number;
+	/** Of `nll`; see {@link TokenMean}. */
 	readonly populationError: number | null;
 	/** exp(nll). */
 	readonly perplexity: number;
+	/** Scored tokens. */
 	readonly tokens: number;
+	/** By the records' field `kind`, where there is one. */
 	readonly kinds: Readonly<Record<string, TokenMean>>;
 }
 
 /** A share with its Wilson 95 % interval. */
 export interface Rate {
+	/** All of them. */
 	readonly count: number;
+	/** Those that are right. */
 	readonly correct: number;
+	/** correct / count; 0 of none. */
 	readonly rate: number;
+	/** Wilson's 95 % interval of `rate`. */
 	readonly interval: Interval;
 }
 
+/** What the generations of a metric cost. */
 export interface GenerationCosts {
 	/** Mean new tokens before the end token. */
 	readonly meanTokens: number;
@@ -201,36 +234,51 @@ export interface GenerationCosts {
 	readonly tokensPerSecond: number;
 }
 
+/** Result of 'exact-match': the share of answers that are right, and what they cost. */
 export interface ExactMatchResult extends EvaluationResult, Rate, GenerationCosts {
+	/** The metric asked for. */
 	readonly metric: 'exact-match';
 	/** Records whose answer and end token do not fit the length asked for: they cannot be right. */
 	readonly unreachable: number;
+	/** By the records' field `kind`, where there is one. */
 	readonly kinds: Readonly<Record<string, Rate & { readonly meanTokens: number; readonly meanForwards: number }>>;
 }
 
+/** Result of 'multiple-choice': the share of records whose labelled ending has the best score. */
 export interface MultipleChoiceResult extends EvaluationResult, Rate {
+	/** The metric asked for. */
 	readonly metric: 'multiple-choice';
+	/** The form asked for; 'autoregressive' for a causal model. */
 	readonly form: 'weighted' | 'unweighted' | 'autoregressive';
 	/** The ending with the best score per token. */
 	readonly perToken: Rate;
 }
 
+/** Result of 'infilling'. */
 export interface InfillingResult extends EvaluationResult, GenerationCosts {
+	/** The metric asked for. */
 	readonly metric: 'infilling';
-	/** Mean F1, 0 to 1. */
+	/** Mean F1 of ROUGE-1, 0 to 1. */
 	readonly rouge1: number;
+	/** Mean F1 of ROUGE-2, 0 to 1. */
 	readonly rouge2: number;
+	/** Mean F1 of ROUGE-L, 0 to 1. */
 	readonly rougeL: number;
+	/** Share of middles that are equal but for white space at the ends. */
 	readonly exactMatch: Rate;
 	/** A causal model saw the prefix only. */
 	readonly prefixOnly: boolean;
 }
 
+/** Result of 'lambada': the share of last words that are right, and what they cost. */
 export interface LambadaResult extends EvaluationResult, Rate, GenerationCosts {
+	/** The metric asked for. */
 	readonly metric: 'lambada';
 }
 
+/** Result of 'generative-perplexity'. */
 export interface GenerativePerplexityResult extends EvaluationResult, GenerationCosts {
+	/** The metric asked for. */
 	readonly metric: 'generative-perplexity';
 	/** exp of the judge's mean negative log-likelihood per token. */
 	readonly perplexity: number;
@@ -251,19 +299,30 @@ export interface GenerativePerplexityResult extends EvaluationResult, Generation
 /** Of 'length': those of `evaluateLength`; the seeds of its generations are `seeds`. */
 export type LengthMetricOptions = EvaluationOptions & Omit<EvaluateLengthOptions, keyof EvaluationOptions>;
 
+/** Result of 'length': that of `evaluateLength`. */
 export type LengthMetricResult = EvaluationResult & Omit<LengthEvaluation, 'ms'> & { readonly metric: 'length' };
 
-/** Options and result of each metric. */
+/** Options and result of each metric, by its name. */
 export interface Metrics {
+	/** Evidence bound of a diffusion model, per token. */
 	nelbo: { options: NelboOptions; result: NelboResult };
+	/** Perplexity of a causal model. */
 	perplexity: { options: PerplexityOptions; result: PerplexityResult };
+	/** Log-likelihood of answers given their prompts. */
 	likelihood: { options: LikelihoodOptions; result: LikelihoodResult };
+	/** Generated answers against the true ones. */
 	'exact-match': { options: ExactMatchOptions; result: ExactMatchResult };
+	/** Endings ranked by their likelihood. */
 	'multiple-choice': { options: MultipleChoiceOptions; result: MultipleChoiceResult };
+	/** Middles filled in, by ROUGE and equality. */
 	infilling: { options: InfillingOptions; result: InfillingResult };
+	/** The last word of a passage. */
 	lambada: { options: LambadaOptions; result: LambadaResult };
+	/** Generated texts under a causal judge. */
 	'generative-perplexity': { options: GenerativePerplexityOptions; result: GenerativePerplexityResult };
+	/** Length methods; see `evaluateLength`. */
 	length: { options: LengthMetricOptions; result: LengthMetricResult };
 }
 
+/** Names of the metrics. */
 export type Metric = keyof Metrics;

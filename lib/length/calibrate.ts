@@ -32,6 +32,7 @@ import { boundAt, estimatorOf, groupOf, type LengthLook, sharpSpread } from './r
 export interface CalibrateOptions
 	extends PairOptions,
 		Pick<LengthOptions, 'max' | 'head' | 'initial' | 'grow' | 'window' | 'low' | 'high'> {
+	/** The method to calibrate; not 'block' or 'rho-eos', which decide while they denoise. */
 	readonly method: LengthMethod;
 	/** Target shares of answers that fit. @default [0.8, 0.9, 0.95, 0.99] */
 	readonly coverage?: number | readonly number[];
@@ -45,6 +46,7 @@ export interface CalibrateOptions
 	 * @default [2] when both groups have 100 pairs or more, else []
 	 */
 	readonly edges?: readonly number[];
+	/** Called after every pair; `fraction`: share of the pairs done, 0 to 1. @default none */
 	readonly onProgress?: (progress: { readonly pairs: number; readonly fraction: number }) => void;
 }
 
@@ -56,6 +58,7 @@ const calibrateNames = [
 
 /** What a calibration found. */
 export interface CalibrationReport {
+	/** What was stored with the model. */
 	readonly calibration: LengthCalibration;
 	/** Per target: the share of the calibration pairs that fit, and the mean of bound - length. */
 	readonly achieved: readonly {
@@ -68,13 +71,16 @@ export interface CalibrationReport {
 	readonly tooLong: number;
 	/** How well e tells positions after the end from those before it, see {@link endSignal}. */
 	readonly signal: EndSignal | undefined;
+	/** What is wrong with the end signal; empty when it is good or was not measured. */
 	readonly warnings: readonly string[];
 }
 
 /**
  * Fits the margins of a method and stores them with the model: `length: { max, method, coverage }` uses them, `model.save`
  * writes them. Replaces an earlier calibration of the same method and `max`.
- * @throws `ERR_DN_ARGUMENT` for a method that decides while denoising, a missing head, empty data, a malformed line
+ * @throws `ERR_DN_ARGUMENT` for a method that decides while denoising, a missing head, empty data, a malformed line;
+ * `ERR_DN_CHECKPOINT` when the data cannot be read; `ERR_DN_DIVERGED` where the model gives no finite number;
+ * `ERR_DN_OUT_OF_MEMORY`; `signal.reason`
  */
 export async function calibrateLength(
 	model: DiffuGPT,
@@ -228,8 +234,9 @@ export async function lookOf(
 
 /** Whether the end can be read from e at all. */
 export interface EndSignal {
-	/** Mean of e over positions before the true end, and from it on. */
+	/** Mean of e over positions before the true end. */
 	readonly before: number;
+	/** Mean of e from the true end on. */
 	readonly after: number;
 	/** P(e after > e before) for one position of each drawn from the same answer's canvas, averaged; 0.5: no signal. */
 	readonly auc: number;

@@ -55,6 +55,7 @@ export interface EvaluateLengthOptions extends PairOptions, CompareOptions {
 	 * @default false
 	 */
 	readonly keep?: boolean;
+	/** Told how far each stage is. @default none */
 	readonly onProgress?: (progress: LengthProgress) => void;
 }
 
@@ -64,13 +65,17 @@ const evaluateLengthNames = [
 	...(['max', 'methods', 'coverage', 'calibration', 'calibrationLimit', 'keep'] as const),
 ] satisfies (keyof EvaluateLengthOptions)[];
 
+/** How far {@link evaluateLength} is. */
 export interface LengthProgress {
+	/** What is going on: looks that give the bounds, whole generations, NELBOs of the references. */
 	readonly stage: 'looks' | 'generations' | 'likelihoods';
+	/** Share of the stage that is done, 0 to 1. */
 	readonly fraction: number;
 }
 
 /** Bounds of one method at one setting on one kind of pairs. */
 export interface BoundRow extends BoundMetrics {
+	/** The method with the values of its options. */
 	readonly method: string;
 	/** Target share; null: uncalibrated, with the method's own defaults. */
 	readonly coverage: number | null;
@@ -84,15 +89,23 @@ export interface BoundRow extends BoundMetrics {
 
 /** What {@link evaluateLength} finds. */
 export interface LengthEvaluation {
+	/** The whole canvas: most new tokens. */
 	readonly max: number;
+	/** Pairs that were scored. */
 	readonly pairs: number;
+	/** Scored pairs by kind; '' is all. */
 	readonly kinds: Readonly<Record<string, number>>;
+	/** Mean tokens of their answers. */
 	readonly meanLength: number;
+	/** Pairs left out because prompt or answer does not fit. */
 	readonly tooLong: number;
+	/** Where the margins came from, and the pairs they were fitted on. */
 	readonly calibration: { readonly source: 'data' | 'stored' | 'split'; readonly pairs: number };
+	/** Target shares of answers that fit. */
 	readonly coverage: readonly number[];
 	/** Of the first step's end probabilities, by kind; '' is all. */
 	readonly signal: Readonly<Record<string, EndSignal>>;
+	/** One row per method, setting and kind. */
 	readonly bounds: readonly BoundRow[];
 	/** Coverage against looseness, all kinds together. */
 	readonly frontier: readonly {
@@ -103,7 +116,9 @@ export interface LengthEvaluation {
 	}[];
 	/** Null when none were asked for. */
 	readonly generations: GenerationComparison | null;
+	/** A weak end signal, and pairs left out. */
 	readonly warnings: readonly string[];
+	/** Time spent, milliseconds. */
 	readonly ms: number;
 }
 
@@ -119,8 +134,9 @@ const frontierCoverages = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99];
 /**
  * Measures how well the length methods bound the true lengths of pairs: what fits, what is wasted, calibrations on fresh pairs
  * and the frontier between the two; with `generations`, whole generations under every method.
- * @throws `ERR_DN_ARGUMENT` naming the option, the line of a bad record, the missing head or calibration; `ERR_DN_DIVERGED`;
- * `signal.reason`
+ * @throws `ERR_DN_ARGUMENT` naming the option, the line of a bad record, the missing head or calibration;
+ * `ERR_DN_CHECKPOINT` when the data cannot be read; `ERR_DN_DIVERGED` where a model gives no finite number;
+ * `ERR_DN_OUT_OF_MEMORY`; `signal.reason`
  */
 export async function evaluateLength(
 	model: DiffuGPT,

@@ -8,6 +8,7 @@ import type { HeadKind, LengthMethod, LengthOptions } from './method.js';
 
 /** A fitted safety margin; see `calibrateLength`. */
 export interface LengthCalibration {
+	/** The method it is of. */
 	readonly method: LengthMethod;
 	/** Canvas it was fitted on: it holds for this `max` only. */
 	readonly max: number;

@@ -37,7 +37,9 @@ export interface CompareOptions {
 	readonly likelihoods?: number;
 	/** Masks drawn per reference. @default 8 */
 	readonly samples?: number;
+	/** Aborting rejects with `signal.reason`. @default none */
 	readonly signal?: AbortSignal;
+	/** Told how far each stage is, 0 to 1. @default none */
 	readonly onProgress?: (progress: {
 		readonly stage: 'looks' | 'generations' | 'likelihoods';
 		readonly fraction: number;
@@ -46,11 +48,13 @@ export interface CompareOptions {
 
 /** Generations of one method for one kind of pairs. Spreads are over seeds. */
 export interface GenerationRow {
+	/** The method with the values of its options; 'fixed' and 'early cut' are the baselines. */
 	readonly method: string;
 	/** Target share of its bound; null: it has none. */
 	readonly coverage: number | null;
 	/** '' is all kinds together. */
 	readonly kind: string;
+	/** Pairs of that kind. */
 	readonly pairs: number;
 	/** Answer tokens per second of whole generations, the look included; only for all kinds together. */
 	readonly tokensPerSecond: Spread | null;
@@ -80,9 +84,13 @@ export interface GenerationRow {
 	readonly fits: number | null;
 }
 
+/** What whole generations under every method are like. */
 export interface GenerationComparison {
+	/** Pairs that were generated for. */
 	readonly pairs: number;
+	/** The seeds, in decimal. */
 	readonly seeds: readonly string[];
+	/** One row per method and kind. */
 	readonly rows: readonly GenerationRow[];
 }
 

@@ -89,6 +89,7 @@ export interface LengthHeadOptions extends PairOptions {
 	readonly levels?: readonly number[];
 	/** @default 0 */
 	readonly seed?: number | bigint;
+	/** Told how far each stage is, 0 to 1: reading hidden states, then training. @default none */
 	readonly onProgress?: (progress: { readonly stage: 'states' | 'training'; readonly fraction: number }) => void;
 }
 
@@ -99,7 +100,9 @@ const headOptionNames = [
 
 /** What {@link trainLengthHead} reports: mean losses of the last pass. */
 export interface LengthHeadReport {
+	/** Pairs that the heads were trained on. */
 	readonly pairs: number;
+	/** Pairs left out because prompt or answer does not fit. */
 	readonly tooLong: number;
 	/** Cross-entropy of the token head, nats. */
 	readonly token: number;
@@ -112,7 +115,8 @@ export interface LengthHeadReport {
 /**
  * Trains the heads and gives them to the model: `length: { method: 'head' }` uses them, `model.save` writes them.
  * Calibrations of earlier heads are dropped.
- * @throws `ERR_DN_ARGUMENT`
+ * @throws `ERR_DN_ARGUMENT` naming the option, the line of a bad record or the kind of model that does not fit;
+ * `ERR_DN_CHECKPOINT` when the data cannot be read; `ERR_DN_OUT_OF_MEMORY`; `signal.reason`
  */
 export async function trainLengthHead(
 	model: DiffuGPT,

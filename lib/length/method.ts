@@ -58,13 +58,13 @@ export interface LengthOptions {
 	/** Of 'daedal' and 'rho-eos': positions added (or dropped) at a time. @default 8 */
 	readonly grow?: number;
 	/**
-	 * Of 'daedal': how many of the last positions that predict an end are averaged (32). Of 'block' with stop 'entropy': how
-	 * many tokens are looked at (256).
+	 * Of 'daedal': how many of the last positions that predict an end are averaged. Of 'block' with stop 'entropy': how many
+	 * tokens are looked at. @default 32; of 'block' 256
 	 */
 	readonly window?: number;
-	/** Of 'daedal': the first canvas grows while the average is below this (0.5). Of 'rho-eos': grow below this share (0.4). */
+	/** Of 'daedal': the first canvas grows while the average is below this. Of 'rho-eos': grow below this share. @default 0.5; of 'rho-eos' 0.4 */
 	readonly low?: number;
-	/** Of 'daedal': insert masks while the average is below this (0.9). Of 'rho-eos': shrink above this share (0.6). */
+	/** Of 'daedal': insert masks while the average is below this. Of 'rho-eos': shrink above this share. @default 0.9; of 'rho-eos' 0.6 */
 	readonly high?: number;
 	/** Of 'block': tokens added at a time. @default 32 */
 	readonly block?: number;
@@ -82,6 +82,7 @@ export interface LengthOptions {
 export interface LengthPrediction {
 	/** Tokens before the end token (of infilling: between prefix and suffix); `max` when no end was found. */
 	length: number;
+	/** The method that answered. */
 	method: LengthMethod;
 	/**
 	 * (max) aligned probability of an end token at each open position; of 'head', the token head's. 'daedal': of the

@@ -7,11 +7,15 @@ import { Turns } from '../turns.js';
 
 /** Of the bounds of one method on one set of pairs. */
 export interface BoundMetrics {
+	/** Pairs. */
 	readonly pairs: number;
 	/** Share of bounds that are right: above + exact. */
 	readonly correct: number;
+	/** Share of bounds below the length. */
 	readonly below: number;
+	/** Share of bounds above the length. */
 	readonly above: number;
+	/** Share of bounds equal to the length. */
 	readonly exact: number;
 	/** Mean of bound - length over the rows above; null when there are none. */
 	readonly tightness: number | null;
@@ -77,6 +81,7 @@ export function bestConstant(lengths: readonly number[], coverage: number): numb
 	return sorted[Math.max(0, Math.ceil(sorted.length * coverage - 1e-9) - 1)] as number;
 }
 
+/** Mean difference of two figures a and b of the same rows. */
 export interface Difference {
 	/** Mean of a - b. */
 	readonly mean: number;
@@ -125,8 +130,11 @@ export function wasserstein(a: readonly number[], b: readonly number[]): number 
 
 /** Mean over seeds, and the least and largest. */
 export interface Spread {
+	/** Mean over seeds. */
 	readonly mean: number;
+	/** Least of the seeds. */
 	readonly min: number;
+	/** Largest of the seeds. */
 	readonly max: number;
 }
 

@@ -22,6 +22,7 @@ export interface PairOptions {
 	readonly columns?: Readonly<Record<string, string>>;
 	/** Between prompt and answer. @default ' ' */
 	readonly separator?: string;
+	/** Aborting rejects with `signal.reason`. @default none */
 	readonly signal?: AbortSignal;
 }
 

@@ -7,12 +7,15 @@ import type { MetricLogger, TrainMetrics } from '../training/options.js';
 
 /** Appends metrics to a file. A run that continues from an earlier step first drops the lines beyond it. */
 export class JsonlLogger implements MetricLogger {
+	/** The file. */
 	readonly path: string;
 
+	/** `path`: the file; its folder is made when a run starts. */
 	constructor(path: string) {
 		this.path = path;
 	}
 
+	/** Makes the folder and drops lines beyond `step`. @throws `ERR_DN_CHECKPOINT` with the system's reason */
 	async start({ step }: { readonly step: number }): Promise<void> {
 		const folder = dirname(this.path);
 		await makeDirectories(folder).catch((error) => {
@@ -36,7 +39,7 @@ export class JsonlLogger implements MetricLogger {
 		if (wanted !== text) await writeFileAtomic(this.path, wanted);
 	}
 
-	/** @throws `ERR_DN_CHECKPOINT` with the system's reason, a full disk for instance. */
+	/** Appends a line. @throws `ERR_DN_CHECKPOINT` with the system's reason, a full disk for instance. */
 	log(metrics: TrainMetrics): void {
 		try {
 			appendFileSync(this.path, `${JSON.stringify(metrics)}\n`);

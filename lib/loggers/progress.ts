@@ -20,11 +20,13 @@ export class ProgressLogger implements MetricLogger {
 	#first: { step: number; at: number } | undefined;
 	#lastLine = Number.NEGATIVE_INFINITY;
 
+	/** See {@link ProgressOptions}. */
 	constructor(options: ProgressOptions = {}) {
 		this.#stream = options.stream ?? process.stderr;
 		this.#everyMs = (options.everySeconds ?? 10) * 1000;
 	}
 
+	/** Shows the bar, on a terminal. */
 	start({ step, maxSteps }: { readonly step: number; readonly maxSteps: number }): void {
 		this.#maxSteps = maxSteps;
 		this.#first = { step, at: performance.now() };
@@ -42,6 +44,7 @@ export class ProgressLogger implements MetricLogger {
 		this.#bar.start(maxSteps, step, { loss: '-', rate: '-', left: '-', note: '' });
 	}
 
+	/** Moves the bar, or writes a line when one is due. */
 	log(metrics: TrainMetrics): void {
 		const left = duration(this.#secondsLeft(metrics.step));
 		const loss = metrics.loss.toFixed(4);
@@ -61,6 +64,7 @@ export class ProgressLogger implements MetricLogger {
 		this.#stream.write(`${parts.join('  ')}\n`);
 	}
 
+	/** Ends the bar. */
 	close(): void {
 		this.#bar?.stop();
 		this.#bar = undefined;

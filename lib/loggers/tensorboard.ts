@@ -75,9 +75,11 @@ const tags: readonly (readonly [string, keyof TrainMetrics])[] = [
 
 /** Writes scalars into a folder that TensorBoard reads. Every run gets a file of its own. */
 export class TensorBoardLogger implements MetricLogger {
+	/** The folder. */
 	readonly dir: string;
 	#path: string | undefined;
 
+	/** `dir`: the folder; it is made at the first step. */
 	constructor(dir: string) {
 		this.dir = dir;
 	}
@@ -87,7 +89,7 @@ export class TensorBoardLogger implements MetricLogger {
 		return this.#path;
 	}
 
-	/** @throws `ERR_DN_CHECKPOINT` with the system's reason, a full disk for instance. */
+	/** Appends the scalars of a step. @throws `ERR_DN_CHECKPOINT` with the system's reason, a full disk for instance. */
 	async log(metrics: TrainMetrics): Promise<void> {
 		const now = Date.now() / 1000;
 		const messages: Buffer[] = [];
@@ -110,6 +112,7 @@ export class TensorBoardLogger implements MetricLogger {
 		}
 	}
 
+	/** The next run gets a new file. */
 	close(): void {
 		this.#path = undefined;
 	}

@@ -10,7 +10,9 @@
 import { Stream, uniform } from '../random.js';
 import { type CanvasView, evenPlan, linearPlan, ranked, type SamplerPolicy, type StepView } from './policy.js';
 
+/** What 'confidence' ranks open positions by: the best token's probability, its lead over the runner-up, low entropy, or chance. */
 export type Score = 'probability' | 'margin' | 'entropy' | 'random';
+/** How many tokens 'confidence' commits per step: LLaDA's n div steps, the remainder first, or DiffuGPT's straight line. */
 export type Plan = 'even' | 'linear';
 
 export function confidence(score: Score, plan: Plan): SamplerPolicy {

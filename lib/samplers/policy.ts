@@ -22,6 +22,7 @@ export interface CanvasView {
 	readonly tentative: Int32Array;
 	/** (T) how often each position was reopened. */
 	readonly reopened: Uint8Array;
+	/** The request's seed. */
 	readonly seed: bigint;
 	/** Whatever the policy wants to remember within one request; empty at first. */
 	readonly memory: Record<string, unknown>;
@@ -60,9 +61,9 @@ export interface Decision {
 	commit: readonly number[];
 	/** The ids to commit, one per entry of `commit`. @default the drawn ones */
 	tokens?: readonly number[];
-	/** Tentative positions to open again. */
+	/** Tentative positions to open again. @default none */
 	reopen?: readonly number[];
-	/** Tentative positions that are now final. */
+	/** Tentative positions that are now final. @default none */
 	settle?: readonly number[];
 	/**
 	 * What is committed now may be reopened later, while positions of the block are open or `verify` asks for it; then it is
@@ -84,7 +85,7 @@ export interface Decision {
  * number of open positions does not fall for a long time is stopped with `ERR_DN_ARGUMENT`.
  */
 export interface SamplerPolicy {
-	/** For error messages. */
+	/** For error messages. @default 'custom' */
 	name?: string;
 	/** Decides after a forward. */
 	decide(view: StepView): Decision;
@@ -95,7 +96,7 @@ export interface SamplerPolicy {
 	choose?(view: CanvasView): ArrayLike<number>;
 	/**
 	 * Groups of tentative positions to verify in the same forward. Each group costs one more sequence: a copy of the
-	 * canvas in which the group is masked again.
+	 * canvas in which the group is masked again. @default none
 	 */
 	verify?(view: CanvasView): readonly (readonly number[])[];
 	/** `view.logProbs` will be called. Costs R * V floats a step. @default false */

@@ -16,9 +16,11 @@ export interface TrainMetrics {
 	readonly loss: number;
 	/** Mean cross-entropy of the masked tokens, nats: what compares between runs. */
 	readonly unweighted: number;
+	/** Learning rate of the step. */
 	readonly learningRate: number;
 	/** Global norm of the gradient before clipping. */
 	readonly gradNorm: number;
+	/** `tokens` by `ms`. */
 	readonly tokensPerSecond: number;
 	/** Tokens of this step, padding that teaches length included. */
 	readonly tokens: number;
@@ -26,6 +28,7 @@ export interface TrainMetrics {
 	readonly totalTokens: number;
 	/** Passes over the data so far, with the fraction of the current one. */
 	readonly epoch: number;
+	/** Time of the step, milliseconds. */
 	readonly ms: number;
 	/** Loss on the validation data (the NELBO per token in nats), when it was evaluated after this step. */
 	readonly validation?: number;
@@ -59,21 +62,21 @@ export interface CheckpointOptions {
 
 /** Options of `new Trainer`. */
 export interface TrainOptions {
-	/** Needed by `run`, not by `step` and `gradients`. */
+	/** Needed by `run`, not by `step` and `gradients`. @default none */
 	readonly data?: TokenDataset;
 	/** Evaluated every `evalEvery` steps and at the end. @default no validation */
 	readonly validation?: TokenDataset;
 	/** @default 'diffusion' */
 	readonly objective?: Objective;
-	/** Tokens per block of 'block-diffusion'. */
+	/** Tokens per block; 'block-diffusion' needs it, no other objective reads it. @default none */
 	readonly block?: number;
 	/** Sequences per micro-batch. @default 8 */
 	readonly batchSize?: number;
-	/** Instead: at most so many tokens per micro-batch. */
+	/** In place of `batchSize`: at most so many tokens per micro-batch. @default none */
 	readonly batchTokens?: number;
 	/** Micro-batches per step; the loss is normalised over all of them together. @default 1 */
 	readonly accumulate?: number;
-	/** Optimiser steps of the whole run. Needed by `run`. */
+	/** Optimiser steps of the whole run. Needed by `run`. @default none */
 	readonly maxSteps?: number;
 	/** @default 3e-4 */
 	readonly learningRate?: number | Schedule;
@@ -93,7 +96,7 @@ export interface TrainOptions {
 	readonly timeSampler?: TimeSampler;
 	/** Range that t is drawn from. @default [0.001, 1] */
 	readonly timeRange?: readonly [number, number];
-	/** DiffusionBERT's schedule; the information of the tokens defaults to that of their frequencies in `data`. */
+	/** DiffusionBERT's schedule; the information of the tokens defaults to that of their frequencies in `data`. @default none */
 	readonly spindle?: { readonly lambda: number; readonly information?: SpindleSchedule['information'] };
 	/** Of 'diffusion'. @default full attention from the start */
 	readonly attentionAnnealing?: AttentionAnnealing;
@@ -114,7 +117,7 @@ export interface TrainOptions {
 	readonly evalSequences?: number;
 	/** @default nothing is saved */
 	readonly checkpoint?: CheckpointOptions;
-	/** Stop after so many evaluations without an improvement of more than `minDelta` nats (default 0). */
+	/** Stop after so many evaluations without an improvement of more than `minDelta` nats (default 0). @default none */
 	readonly earlyStop?: { readonly patience: number; readonly minDelta?: number };
 	/** Masks, times, attention bits and the order of the data follow from it. @default 0 */
 	readonly seed?: number | bigint;

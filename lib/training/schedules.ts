@@ -6,23 +6,30 @@ import type { NativeMask } from '../binding.js';
 import { check } from '../errors.js';
 import { show, suggest } from '../option-checks.js';
 
-/** Learning rate over the steps of a run. A function gets the step, from 0. `steps` defaults to the run's `maxSteps`. */
+/**
+ * Learning rate over the steps of a run. 'constant': `peak` after a rise over `warmupSteps` (default 0). A function gets the
+ * step, from 0.
+ */
 export type Schedule =
 	| { readonly kind: 'constant'; readonly peak: number; readonly warmupSteps?: number }
 	| {
 			/** Straight, or along half a cosine, from `peak` after the warm-up to `final` at the last step. */
 			readonly kind: 'linear' | 'cosine';
+			/** Largest learning rate. */
 			readonly peak: number;
 			/** Steps that rise in equal parts to `peak`. @default 0 */
 			readonly warmupSteps?: number;
-			/** @default 0 */
+			/** Last learning rate. @default 0 */
 			readonly final?: number;
+			/** Steps of the schedule. @default the run's `maxSteps` */
 			readonly steps?: number;
 	  }
 	| {
 			/** PyTorch's OneCycleLR with cosine annealing. */
 			readonly kind: 'one-cycle';
+			/** Largest learning rate. */
 			readonly peak: number;
+			/** Steps of the schedule. @default the run's `maxSteps` */
 			readonly steps?: number;
 			/** Share of the steps that rises. @default 0.1 */
 			readonly warmup?: number;
@@ -30,13 +37,14 @@ export type Schedule =
 			readonly div?: number;
 			/** First learning rate / last. @default 10000 */
 			readonly finalDiv?: number;
-			/** Also move Adam's beta1 against the learning rate, as PyTorch does. @default none */
+			/** Also move Adam's beta1 against the learning rate, from `max` down to `base` and back, as PyTorch does. @default none */
 			readonly cycleBeta1?: { readonly base: number; readonly max: number };
 	  }
 	| ((step: number) => number);
 
 /** Values of one step. */
 export interface ScheduledStep {
+	/** Learning rate. */
 	readonly learningRate: number;
 	/** Undefined: the configured beta1. */
 	readonly beta1: number | undefined;
