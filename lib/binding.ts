@@ -80,6 +80,11 @@ export interface NativeDenoise {
 	keep: (Float32Array | null)[] | null;
 	/** (D) those of the step before, or null; read with `keep` only. */
 	before: (Float32Array | null)[];
+	/**
+	 * Of one sequence with a cache and one row, without guide, logits and `keep`: up to `most` steps in all, each fed the id that
+	 * the one before drew, fewer after one of `stops` or when they take long. D of the statistics is their number.
+	 */
+	ahead: { most: number; stops: Int32Array } | null;
 }
 
 export interface NativeStats {

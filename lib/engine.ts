@@ -7,7 +7,7 @@
 import type { NativeCache, NativeMask, NativeModel, NativeParameter, NativeSampler } from './binding.js';
 import type { ModelConfig } from './config.js';
 import { DiffusionNativeError, fromNative } from './errors.js';
-import { logitRowsOf, merge, pickColumns } from './merge.js';
+import { logitRowsOf, merge, type Part, pickColumns } from './merge.js';
 import { mergeSteps, stepsOf } from './merge-steps.js';
 import type { KeptRows } from './row-history.js';
 
@@ -46,6 +46,11 @@ export interface DenoiseRequest {
 	logits?: boolean;
 	/** (R) also compare the rows' distributions with those of the step before. */
 	history?: KeptRows | undefined;
+	/**
+	 * Of one sequence with a cache and one row: up to `most` steps, each fed the id that the one before drew, fewer after one of
+	 * `stops`. Only while nobody else waits: single steps are merged.
+	 */
+	ahead?: { most: number; stops: Int32Array } | undefined;
 }
 
 /** What the head says of each wanted row; see NativeStats. R = row.length of the request. */
@@ -64,6 +69,8 @@ export interface RowStatistics {
 	logits?: Float32Array;
 	/** (R, V) those of the twins, when asked for and there are twins. */
 	guideLogits?: Float32Array;
+	/** Those of the steps that followed this one in the same call (`ahead`), in order. */
+	following?: RowStatistics[];
 }
 
 /** Several denoising steps of one canvas that the device takes by itself; see NativeLoop. */
@@ -372,23 +379,29 @@ export class Engine {
 
 	async #denoiseTogether(requests: DenoiseRequest[]): Promise<RowStatistics[]> {
 		const { batch, denoise, parts } = merge(requests);
+		const isAlone = requests.length === 1 && this.#queue.length === 0;
+		if (isAlone) denoise.ahead = requests[0]?.ahead ?? null;
 		const stats = await this.#native.denoise(batch, denoise);
 		this.counters.batches++;
 		this.counters.requests += requests.length;
 		const W = denoise.watch.length;
 		const V = this.config.vocab;
+		// Views of the batch's arrays, which live for a step: cheaper than thousands of small copies.
+		const view = (begin: number, end: number, columns: Part['columns']): RowStatistics => ({
+			best: stats.best.subarray(begin, end),
+			drawn: stats.drawn.subarray(begin, end),
+			probability: stats.probability.subarray(begin, end),
+			margin: stats.margin.subarray(begin, end),
+			entropy: stats.entropy.subarray(begin, end),
+			drawnLogProb: stats.drawnLogProb.subarray(begin, end),
+			watched: pickColumns(stats.watched, W, begin, end, columns),
+		});
 		return parts.map(({ begin, end, columns, logitsBegin, guided, compared }): RowStatistics => {
 			const R = end - begin;
-			// Views of the batch's arrays, which live for a step: cheaper than thousands of small copies.
-			const result: RowStatistics = {
-				best: stats.best.subarray(begin, end),
-				drawn: stats.drawn.subarray(begin, end),
-				probability: stats.probability.subarray(begin, end),
-				margin: stats.margin.subarray(begin, end),
-				entropy: stats.entropy.subarray(begin, end),
-				drawnLogProb: stats.drawnLogProb.subarray(begin, end),
-				watched: pickColumns(stats.watched, W, begin, end, columns),
-			};
+			const result = view(begin, end, columns);
+			if (denoise.ahead) {
+				result.following = Array.from({ length: stats.best.length - 1 }, (_, i) => view(i + 1, i + 2, columns));
+			}
 			if (compared) result.divergence = stats.divergence.subarray(begin, end);
 			if (logitsBegin >= 0) {
 				result.logits = stats.logits.subarray(logitsBegin * V, (logitsBegin + R) * V);

@@ -160,22 +160,37 @@ export function fullEvaluator(
 /**
  * Causal attention with an exact cache: each forward feeds the tokens from the last one cached up to the one before the
  * position asked for, which must be the first open one. Guidance keeps a second cache.
+ *
+ * @param stops ids after which nothing more is asked for
  */
 export function cachedEvaluator(
 	engine: Engine,
 	canvas: Canvas,
-	sampling: Sampling,
+	sampling: Sampling & Pick<ResolvedOptions, 'stepsPerCall'>,
 	pinned: boolean,
 	capacity: number,
+	stops: Int32Array,
 ): Evaluator {
 	const { config } = engine;
 	const ends = endIds(config);
-	const { seed, guidance, temperature, topK, topP, signal } = sampling;
+	const { seed, guidance, temperature, topK, topP, signal, stepsPerCall = 1 } = sampling;
 	const guided = guidance !== 0;
 	const caches: NativeCache[] = [];
 	let cached = 0;
+	// Steps that a call has already taken, from (position, step) on if `token` is what was committed before it.
+	let following: RowStatistics[] = [];
+	let next = { position: -1, step: -1, token: -1 };
+	const serve = (positions: Int32Array, step: number, stats: RowStatistics): Look => {
+		cached = positions[0] as number;
+		next = { position: cached + 1, step: step + 1, token: stats.drawn[0] as number };
+		return makeLook(positions, stats, ends.length, ends.length, new Map(), config, guidance);
+	};
 	return {
 		async look({ positions, step, logits, history }) {
+			const ahead = following.shift();
+			const isNext = positions[0] === next.position && step === next.step;
+			if (ahead && isNext && canvas.tokens[next.position - 1] === next.token) return serve(positions, step, ahead);
+			following = [];
 			while (caches.length < (guided ? 2 : 1)) caches.push(await engine.createCache(capacity, signal));
 			const position = positions[0] as number;
 			const tokens = canvas.tokens.slice(cached, position);
@@ -203,11 +218,13 @@ export function cachedEvaluator(
 					watch: ends,
 					logits,
 					history,
+					ahead:
+						guided || logits || history ? undefined : { most: Math.min(stepsPerCall, canvas.length - position), stops },
 				},
 				signal,
 			);
-			cached = position;
-			return makeLook(positions, stats, ends.length, ends.length, new Map(), config, guidance);
+			following = stats.following ?? [];
+			return serve(positions, step, stats);
 		},
 		release() {
 			for (const cache of caches.splice(0)) engine.releaseCache(cache);

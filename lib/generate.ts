@@ -257,7 +257,11 @@ function evaluatorOf(
 ): Evaluator {
 	const { pinned } = prompt;
 	const { blockCausal, cache, measureDrift } = options;
-	if (options.isAutoregressive) return cachedEvaluator(engine, canvas, options, pinned, most);
+	if (options.isAutoregressive) {
+		// A text of variable length ends there.
+		const stops = rule ? endIds(engine.config) : new Int32Array(0);
+		return cachedEvaluator(engine, canvas, options, pinned, most, stops);
+	}
 	if (goesAhead(engine, options, rule)) return aheadEvaluator(engine, canvas, options, loop, maskOf(blockCausal));
 	if (!cache) return fullEvaluator(engine, canvas, options, pinned, maskOf(blockCausal));
 	return blockEvaluator(engine, canvas, options, pinned, { kind: cache, blockCausal, measureDrift, capacity: most });

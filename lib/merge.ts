@@ -70,6 +70,7 @@ export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise
 		logitRows: null,
 		keep: null,
 		before: [],
+		ahead: null,
 	};
 	if (requests.some(({ history }) => history)) {
 		denoise.keep = new Array<null>(D).fill(null);

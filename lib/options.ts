@@ -115,7 +115,8 @@ export interface GenerateOptions {
 	 * Most denoising steps of one native call. Where the device can take steps by itself (CUDA), a call carries so many and
 	 * the results are those of single steps; a stream's events then come in groups, and aborting takes effect between
 	 * calls. It takes single steps all the same on the CPU, with `cache`, `guidance`, a `length` that the canvas follows or
-	 * that is drawn, and the samplers 'klass', 'revocable', 'first-hitting', 'autoregressive' and one's own. Above 64 means 64.
+	 * that is drawn, and the samplers 'klass', 'revocable', 'first-hitting' and one's own. Above 64 means 64.
+	 * 'autoregressive' does so on every device, for 25 ms at most and while no other request waits.
 	 * @default 8 for `generate` and `generateBatch`, 1 for `stream`
 	 */
 	readonly stepsPerCall?: number;

@@ -191,8 +191,8 @@ Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
   auto batch = to_batch(object_argument(info, 0, "batch"), m);
   const Napi::Object input = object_argument(info, 1, "denoise");
   auto request = to_denoise(input, batch->row_count(), m.config().vocab);
-  auto stats = std::make_shared<std::vector<DenoiseStats>>(request->rows.size());
-  auto watched = std::make_shared<std::vector<float>>(request->rows.size() * request->watch.size());
+  auto stats = std::make_shared<std::vector<DenoiseStats>>();
+  auto watched = std::make_shared<std::vector<float>>();
   // Written in place by the pool thread, like the result of forward.
   const int64_t K = static_cast<int64_t>(request->logit_rows.size());
   Napi::Float32Array values =
@@ -207,6 +207,13 @@ Napi::Value ModelWrap::denoise(const Napi::CallbackInfo& info) {
   return start(
       info, std::move(keep),
       [&m, batch, request, stats, watched, logits, K] {
+        if (request->ahead.most > 1) {
+          m.decode(batch->batch, batch->rows, request->rows.at(0), request->watch, request->ahead,
+                   stats.get(), watched.get());
+          return;
+        }
+        stats->resize(request->rows.size());
+        watched->resize(request->rows.size() * request->watch.size());
         m.forward(batch->batch, batch->rows);
         m.denoise(stats->data(), watched->data(), request->rows.data(),
                   static_cast<int64_t>(request->rows.size()), request->watch.data(),

@@ -141,6 +141,11 @@ std::shared_ptr<DenoiseRequest> to_denoise(const Napi::Object& object, int64_t r
       request->logit_rows.push_back(listed);
     }
   }
+  if (!absent(object, "ahead")) {
+    const Napi::Object ahead = object_field(object, "ahead");
+    request->ahead.most = int_field(ahead, "most");
+    request->ahead.stops = int32_field(ahead, "stops");
+  }
   return request;
 }
 

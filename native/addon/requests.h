@@ -27,6 +27,7 @@ struct DenoiseRequest {
   std::vector<DenoiseRow> rows;  // keep and before are typed arrays that the caller keeps alive
   std::vector<int32_t> watch;
   std::vector<int64_t> logit_rows;  // rows kept by the forward whose raw logits are returned too
+  Model::DecodeLimits ahead;        // most 1: the one step
 };
 
 struct TrainRequest {

@@ -131,6 +131,16 @@ class Model {
   void logits(float* out, const int64_t* rows, int64_t R);  // host (R, V)
   void denoise(DenoiseStats* stats, float* watched, const DenoiseRow* rows, int64_t R, const int32_t* watch,
                int64_t watch_count);
+  // Left-to-right decoding with a cache: the step that `batch` (one sequence) and `row` (of the one row that
+  // is kept) ask for, and those that follow it, each fed the id that the one before drew. Ends after `most`
+  // of them, after an id of `stops`, or when it has taken long; appends to stats and watched what single
+  // steps give.
+  struct DecodeLimits {
+    int64_t most = 1;
+    std::vector<int32_t> stops;
+  };
+  void decode(Batch batch, std::vector<int64_t> rows, DenoiseRow row, const std::vector<int32_t>& watch,
+              const DecodeLimits& limits, std::vector<DenoiseStats>* stats, std::vector<float>* watched);
   // Several denoising steps of whole canvases, decided on the device (denoise_loop.h); the log says what
   // every step looked at and did. Error(kArgument) on a backend without such a loop. Keeps no hidden states.
   bool has_device_loop() const { return backend_->device_loop() != nullptr; }
