@@ -248,7 +248,7 @@ test('PyTorch is told what the processor can, not what DN_ISA keeps ours to', (t
 });
 
 test('a folder that LD_PRELOAD cannot name is refused', (t) => {
-	for (const folder of ['/tmp/with space', '/tmp/a:b'])
+	for (const folder of ['with space', 'a:b'])
 		t.throws(() => preloadable('without_amx', folder), { message: /cannot be preloaded.*no space or colon/ });
 });
 
