@@ -14,14 +14,14 @@ test('a loop that takes its turns lets a timer fire, and does not wait in every 
 	const timer = setInterval(() => fired++, 5);
 	let waited = 0;
 	let rounds = 0;
-	for (const begin = performance.now(); performance.now() - begin < 200; rounds++) {
+	for (; waited < 8; rounds++) {
 		const turn = turns.next();
 		if (turn) waited++;
 		await turn;
 	}
 	clearInterval(timer);
-	t.true(fired >= 3, `${fired} times`);
-	t.true(waited <= 10 && rounds > 100 * waited, `${waited} waits in ${rounds} rounds`);
+	t.true(fired >= 7, `${fired} times`);
+	t.true(rounds > 100 * waited, `${waited} waits in ${rounds} rounds`);
 });
 
 test('a bootstrap of many rows ends at an abort', async (t) => {
@@ -38,7 +38,8 @@ test('training a length head ends at an abort within a pass', async (t) => {
 	const model = await toyLengthModel();
 	const stop = new AbortController();
 	const passes: number[] = [];
-	const training = trainLengthHead(model, toyPairs(1200, 3n), {
+	// So many that a pass takes many turns on any machine.
+	const training = trainLengthHead(model, toyPairs(5000, 3n), {
 		max: 14,
 		epochs: 200,
 		signal: stop.signal,
