@@ -11,6 +11,7 @@ import { DiffuGPT, info, Tokenizer } from 'diffusion-native';
 import { padding } from '../lib/cli/terminal.js';
 import { lengthMethods } from '../lib/length/method.js';
 import { root } from './helpers/fixtures.js';
+import { patience } from './helpers/fork.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'diffusion-native-cli-'));
 const modelPath = join(folder, 'model');
@@ -40,7 +41,10 @@ function run(
 		child.stderr.setEncoding('utf8').on('data', (chunk: string) => {
 			stderr += chunk;
 		});
-		const timer = setTimeout(() => child.kill('SIGKILL'), 60_000);
+		const timer = setTimeout(() => {
+			stderr += `\nkilled after ${patience} ms`;
+			child.kill('SIGKILL');
+		}, patience);
 		child.on('error', reject);
 		child.on('close', (code) => {
 			clearTimeout(timer);

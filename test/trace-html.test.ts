@@ -128,8 +128,11 @@ const chromium = [process.env['CHROMIUM'], '/usr/bin/chromium', '/usr/bin/chromi
 	(path) => path && existsSync(path),
 );
 
-/** The document after its scripts ran for some virtual time. */
-async function dump(t: ExecutionContext, url: string): Promise<string> {
+/**
+ * The document after its scripts ran for some virtual time. A browser that crashes or hangs, which happens on busy machines,
+ * is started once more; what it shows has one chance.
+ */
+async function dump(t: ExecutionContext, url: string, again = true): Promise<string> {
 	const profile = mkdtempSync(join(folder, 'profile-'));
 	const flags = [
 		...['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-dev-shm-usage'],
@@ -141,7 +144,13 @@ async function dump(t: ExecutionContext, url: string): Promise<string> {
 		],
 		...['--virtual-time-budget=30000', '--dump-dom', url],
 	];
-	const { stdout } = await promisify(execFile)(chromium as string, flags, { timeout: 90_000, maxBuffer: 2 ** 26 });
+	let stdout: string;
+	try {
+		({ stdout } = await promisify(execFile)(chromium as string, flags, { timeout: 40_000, maxBuffer: 2 ** 26 }));
+	} catch (error) {
+		if (!again) throw error;
+		return dump(t, url, false);
+	}
 	t.true(stdout.includes('id="canvas"'), stdout.slice(0, 500));
 	return stdout;
 }

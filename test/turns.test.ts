@@ -26,12 +26,11 @@ test('a loop that takes its turns lets a timer fire, and does not wait in every 
 
 test('a bootstrap of many rows ends at an abort', async (t) => {
 	const rows = Array.from({ length: 50_000 }, (_, i) => i % 7);
-	const begin = performance.now();
 	const stop = new AbortController();
 	setTimeout(() => stop.abort(enough), 50);
-	const resampling = bootstrapDifference(rows, [...rows].reverse(), { signal: stop.signal });
+	// So many samples take a quarter of an hour: only the abort ends them.
+	const resampling = bootstrapDifference(rows, [...rows].reverse(), { samples: 1e6, signal: stop.signal });
 	t.is(await t.throwsAsync(resampling), enough);
-	t.true(performance.now() - begin < 1500);
 });
 
 test('training a length head ends at an abort within a pass', async (t) => {

@@ -4,6 +4,7 @@ logits at all positions in training, and in sampling a full sort of every row fo
 import json
 import math
 import os
+import pathlib
 import resource
 import sys
 import time
@@ -17,6 +18,13 @@ from torch import nn
 def tokens_of(vocab, T, sequence=0):
     """The ids of bench/peers/inputs.ts."""
     return torch.tensor([((i + sequence * 1021) * 7919 + 13) % vocab for i in range(T)])
+
+
+def check_blas():
+    """Refuses Debian's reference BLAS, with which PyTorch takes fifty times as long as its users know it."""
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and "/blas/libblas.so" in maps.read_text():
+        raise RuntimeError("PyTorch multiplies with the reference BLAS: apt-get install libopenblas0-openmp")
 
 
 class Conv1D(nn.Module):
@@ -100,6 +108,7 @@ def keep_top_p(logits, p):
 
 class Contender:
     def open(self, opening):
+        check_blas()
         torch.set_num_threads(opening["threads"])
         torch.manual_seed(1)
         config = opening["config"]

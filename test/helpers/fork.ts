@@ -11,7 +11,10 @@ export interface Ended {
 	ms: number;
 }
 
-/** Runs `source` as an ES module; kills it after `timeoutMs`. */
+/** A child process is killed after this, ms: beyond what a busy machine takes, below the time that ava waits. */
+export const patience = 150_000;
+
+/** Runs `source` as an ES module; kills it after `timeoutMs`, and says so at the end of `stderr`. */
 export function runScript(
 	source: string,
 	options: { nodeArguments?: string[]; timeoutMs?: number } = {},
@@ -23,9 +26,13 @@ export function runScript(
 			stdio: ['ignore', 'pipe', 'pipe'],
 			env: { ...process.env, NODE_OPTIONS: '' },
 		});
-		const timer = setTimeout(() => child.kill('SIGKILL'), options.timeoutMs ?? 60_000);
 		let stdout = '';
 		let stderr = '';
+		const limit = options.timeoutMs ?? patience;
+		const timer = setTimeout(() => {
+			stderr += `\nkilled after ${limit} ms`;
+			child.kill('SIGKILL');
+		}, limit);
 		child.stdout.setEncoding('utf8').on('data', (chunk: string) => {
 			stdout += chunk;
 		});
