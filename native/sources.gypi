@@ -32,7 +32,8 @@
       "native/cpu/matmul.cpp",
       "native/cpu/rows.cpp",
       "native/cpu/rows_portable.cpp",
-      "native/cpu/thread_pool.cpp"
+      "native/cpu/thread_pool.cpp",
+      "native/cpu/cores.cpp"
     ],
     "cpu_avx2_sources": [
       "native/cpu/attention_avx2.cpp",

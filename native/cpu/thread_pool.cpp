@@ -9,19 +9,14 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
 
+#include "cpu/fair_mutex.h"
 #include "cpu/isa.h"
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #include <pthread.h>
@@ -40,6 +35,8 @@ constexpr std::chrono::microseconds kSpin{30};
 // How long after that it looks between yields: the host's own work between two steps of a loop takes less,
 // and waking a sleeper can take longer than a step.
 constexpr std::chrono::microseconds kYield{1000};
+// How long a system that refused a thread is not asked for another one.
+constexpr std::chrono::seconds kRefused{1};
 
 // Region state word: number in the upper half, closed flag, workers inside.
 constexpr uint64_t kClosed = uint64_t{1} << 31;
@@ -69,32 +66,6 @@ bool spin_until(std::chrono::microseconds yields, F&& done) {
   }
 }
 
-#if defined(__linux__)
-// The cgroup's CPU quota in whole cores rounded up, or 0 when there is none.
-int cgroup_cores() {
-  double quota = 0, period = 0;
-  char text[64];
-  if (FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "re")) {  // version 2: "max 100000" or "150000 100000"
-    const bool limited = std::fscanf(f, "%63s %lf", text, &period) == 2 && std::strcmp(text, "max") != 0;
-    if (limited) quota = std::atof(text);
-    std::fclose(f);
-  } else {
-    const auto number = [](const char* path) {
-      double value = 0;
-      if (FILE* file = std::fopen(path, "re")) {
-        if (std::fscanf(file, "%lf", &value) != 1) value = 0;
-        std::fclose(file);
-      }
-      return value;
-    };
-    quota = number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
-    period = number("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
-  }
-  if (!(quota > 0) || !(period > 0)) return 0;
-  return std::max(1, static_cast<int>(std::min((quota + period - 1) / period, double{kMaxThreads})));
-}
-#endif
-
 // Keeps this library mapped for good: sleeping workers would return into unmapped code if the host closed it.
 void pin_library() {
 #if (defined(__linux__) || defined(__APPLE__)) && defined(RTLD_NODELETE)
@@ -107,20 +78,6 @@ void pin_library() {
 
 }  // namespace
 
-int available_threads() {
-  static const int count = [] {
-    int cores = static_cast<int>(std::thread::hardware_concurrency());
-#if defined(__linux__)
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) cores = CPU_COUNT(&set);
-    const int quota = cgroup_cores();
-    if (quota > 0) cores = std::min(cores, quota);
-#endif
-    return std::max(1, std::min(cores, kMaxThreads));
-  }();
-  return count;
-}
-
 struct ThreadPool::Impl {
   struct Worker {
     std::mutex mutex;
@@ -128,7 +85,7 @@ struct ThreadPool::Impl {
     bool sleeping = false;  // guarded by mutex
   };
 
-  std::mutex turn;  // held by the caller whose region runs
+  FairMutex turn;  // held by the caller whose region runs
 
   // The region; written by the caller while closed, read by workers that have entered.
   TaskFn fn = nullptr;
@@ -141,7 +98,8 @@ struct ThreadPool::Impl {
 
   std::mutex done_mutex;
   std::condition_variable done;
-  std::vector<Worker*> workers;  // workers[i] is worker i + 1; never shrinks, never freed
+  std::vector<Worker*> workers;                 // workers[i] is worker i + 1; never shrinks, never freed
+  std::chrono::steady_clock::time_point again;  // not before it is the system asked for another thread
 
   void work(int worker) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
@@ -188,6 +146,8 @@ struct ThreadPool::Impl {
 
   // Starts workers 1 .. count if they are missing. Fewer than asked for when the system refuses threads.
   int start(int count) {
+    const auto now = std::chrono::steady_clock::now();
+    if (static_cast<int>(workers.size()) < count && now < again) count = static_cast<int>(workers.size());
     if (workers.empty()) {
       pin_library();
       detected_isa();  // asks for the AMX state, which threads inherit
@@ -208,6 +168,7 @@ struct ThreadPool::Impl {
         workers.push_back(worker);
       } catch (const std::exception&) {
         delete worker;
+        again = now + kRefused;
         break;
       }
     }
@@ -234,7 +195,7 @@ void ThreadPool::run(int64_t tasks, int threads, TaskFn fn, void* context) {
     return;
   }
   Impl& pool = *impl_;
-  std::lock_guard<std::mutex> turn(pool.turn);
+  std::lock_guard<FairMutex> turn(pool.turn);
   const int helpers = pool.start(wanted - 1);
   pool.fn = fn;
   pool.context = context;

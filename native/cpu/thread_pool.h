@@ -1,6 +1,7 @@
 // The process-wide pool of worker threads. A parallel region hands out task numbers to the caller and the
-// workers; which thread runs a task never changes a result. Regions of concurrent callers take turns, so
-// several models in one process do not oversubscribe the cores.
+// workers; which thread runs a task never changes a result. Regions of concurrent callers take turns
+// of about a millisecond, so several models in one process neither oversubscribe the cores nor wait for each
+// other's whole steps.
 #pragma once
 
 #include <algorithm>
@@ -8,13 +9,9 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/cores.h"
+
 namespace dn::cpu {
-
-// Threads of a region at most, the caller included.
-constexpr int kMaxThreads = 1024;
-
-// Cores this process may use (affinity mask, cgroup quota), at least 1.
-int available_threads();
 
 class ThreadPool {
  public:

@@ -3,13 +3,17 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "cpu/fair_mutex.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
 #include "test/check.h"
+#include "test/temporary_folder.h"
 
 namespace {
 
@@ -51,8 +55,7 @@ DN_TEST(thread_pool_near_tasks_run_once_and_begin_with_the_thread_s_own) {
   for (int i = 0; i < 4; ++i) CHECK(owner[static_cast<size_t>(i)] == i);
 }
 
-// No two threads may share a worker number: per-worker buffers rely on it. Plain counters, so TSan sees a
-// breach too.
+// No two threads may share a worker number: per-worker buffers rely on it.
 DN_TEST(thread_pool_worker_numbers_are_exclusive) {
   std::atomic<bool> inside[8] = {};
   std::atomic<int> clashes{0};
@@ -99,6 +102,83 @@ DN_TEST(thread_pool_concurrent_callers) {
   for (auto& caller : callers) caller.join();
   CHECK(wrong == 0);
 }
+
+// Who has waited longer than kPatience is next, even if the owner asks again at once.
+DN_TEST(fair_mutex_is_handed_to_who_has_waited) {
+  FairMutex mutex;
+  for (int round = 0; round < 20; ++round) {
+    std::atomic<bool> had{false};
+    mutex.lock();
+    std::thread other([&] {
+      std::lock_guard<FairMutex> lock(mutex);
+      had = true;
+    });
+    while (mutex.waiting() == 0) std::this_thread::yield();
+    std::this_thread::sleep_for(2 * FairMutex::kPatience);
+    mutex.unlock();
+    mutex.lock();
+    CHECK(had);
+    mutex.unlock();
+    other.join();
+  }
+}
+
+// Regions of a caller that has one after the other do not keep another caller waiting for all of them.
+DN_TEST(thread_pool_callers_take_turns) {
+  constexpr int kRegions = 10, kMost = 4000;
+  std::atomic<bool> done{false}, begun{false};
+  std::atomic<int> greedy{0};
+  std::thread other([&] {
+    while (!done && greedy < kMost) {
+      parallel(2, 2, [&](int64_t, int) {
+        const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(500);
+        while (std::chrono::steady_clock::now() < end) continue;
+      });
+      ++greedy;
+      begun = true;
+    }
+  });
+  while (!begun) std::this_thread::yield();
+  for (int region = 0; region < kRegions; ++region) parallel(2, 2, [](int64_t, int) {});
+  done = true;
+  other.join();
+  CHECK_MSG(greedy < kMost / 4, std::to_string(greedy) + " regions went before " + std::to_string(kRegions));
+}
+
+#if defined(__linux__)
+// Quotas of the process's own cgroup and of those above it, for both versions of cgroups.
+DN_TEST(available_cores_follow_the_quotas_of_cgroups) {
+  const dn::TemporaryFolder folder;
+  const std::string root = folder / "cgroup";
+  const auto write = [&](const std::string& path, const std::string& text) {
+    std::filesystem::create_directories((root + path).substr(0, (root + path).rfind('/')));
+    std::ofstream(root + path) << text;
+  };
+  const auto cores = [&](const char* groups) {
+    write("/self", groups);
+    return cgroup_cores(root, root + "/self");
+  };
+  CHECK(cores("0::/\n") == 0);
+  write("/a/b/cpu.max", "max 100000\n");
+  CHECK(cores("0::/a/b\n") == 0);
+  write("/a/b/cpu.max", "250000 100000\n");
+  CHECK(cores("0::/a/b\n") == 3);
+  CHECK(cores("0::/a\n") == 0);
+  write("/a/cpu.max", "150000 100000\n");
+  CHECK(cores("0::/a/b\n") == 2);
+  CHECK(cores("0::/not/seen/here\n") == 0);
+  write("/cpu.max", "1000 100000\n");
+  CHECK(cores("0::/not/seen/here\n") == 1);
+  CHECK(cores("0::/a/b\n") == 1);
+  std::filesystem::remove(root + "/cpu.max");
+  write("/cpu/c/cpu.cfs_quota_us", "400000\n");
+  write("/cpu/c/cpu.cfs_period_us", "100000\n");
+  CHECK(cores("3:memory:/a/b\n4:cpu,cpuacct:/c\n0::/a/b\n") == 4);
+  write("/cpu/c/cpu.cfs_quota_us", "-1\n");
+  CHECK(cores("4:cpu,cpuacct:/c\n") == 0);
+  CHECK(cores("nonsense\n5:cpu:nonsense\n") == 0);
+}
+#endif
 
 // Two tasks that wait for each other finish only when two threads really run them.
 DN_TEST(thread_pool_tasks_run_at_the_same_time) {
