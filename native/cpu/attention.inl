@@ -31,7 +31,7 @@ __attribute__((always_inline)) inline void ask_ahead(const ForwardTile& t, const
 
 static void forward_begin(const ForwardTile& t, const float* q, int64_t q_stride, const ForwardAhead& ahead) {
   ask_ahead(t, ahead, 0, t.rows);
-  copy_rows(t.q, q, q_stride, t.rows, t.rows, t.HS, t.HSp, t.scale * kLog2E);
+  copy_rows(t.q, q, q_stride, t.rows, t.HS, t.HSp, t.scale * kLog2E);
   for (int64_t i = 0; i < t.rows * t.HSp; ++i) t.acc[i] = 0;
   for (int64_t i = 0; i < t.rows * kSumLanes; ++i) t.sum[i] = 0;
   for (int64_t r = 0; r < t.rows; ++r) t.max[r] = -simd::kInfinity;
@@ -59,7 +59,7 @@ static void softmax_rows(const ForwardTile& t, int64_t first, int64_t rows, int6
     }
     const float block_max = simd::reduce_max(m);
     old_max[r] = t.max[first + r];
-    new_max[r] = block_max > old_max[r] ? block_max : old_max[r];
+    new_max[r] = block_max <= old_max[r] ? old_max[r] : block_max;  // NaN: the block's
     t.max[first + r] = new_max[r];
     if (new_max[r] == -simd::kInfinity) new_max[r] = 0;  // nothing visible so far: e^(-inf - 0) = 0 below
   }
@@ -90,7 +90,7 @@ static void forward_block(const ForwardTile& t, const KeyRows& keys, const uint6
   const bool in_place = t.rows <= kTileRows && t.HS == t.HSp;
   const float* const values = in_place ? keys.v : t.values;
   const int64_t values_stride = in_place ? keys.stride : t.HSp;
-  if (!in_place) copy_rows(t.values, keys.v, keys.stride, count, count, t.HS, t.HSp, 1.0f);
+  if (!in_place) copy_rows(t.values, keys.v, keys.stride, count, t.HS, t.HSp, 1.0f);
   for (int64_t first = 0; first < t.rows; first += kTileRows) {
     const int64_t rows = t.rows - first < kTileRows ? t.rows - first : kTileRows;
     uint64_t row_words[kTileRows];
@@ -129,8 +129,8 @@ static void forward_end(const ForwardTile& t, float* out, int64_t out_stride, fl
 static void backward_begin(const BackwardTile& t, const float* q, int64_t stride, const float* dout,
                            int64_t dout_stride, const float* out, int64_t out_stride, const float* lse,
                            int64_t lse_stride) {
-  copy_rows(t.q, q, stride, t.T, t.T, t.HS, t.HSp, t.scale);
-  copy_rows(t.dout, dout, dout_stride, t.T, t.T, t.HS, t.HSp, 1.0f);
+  copy_rows(t.q, q, stride, t.T, t.HS, t.HSp, t.scale);
+  copy_rows(t.dout, dout, dout_stride, t.T, t.HS, t.HSp, 1.0f);
   for (int64_t i = 0; i < t.T * t.HSp; ++i) t.dq[i] = 0;
   for (int64_t r = 0; r < t.T; ++r) {
     Vec sum = simd::zero();
@@ -144,7 +144,7 @@ static void backward_begin(const BackwardTile& t, const float* q, int64_t stride
 }
 
 static void backward_keys(const BackwardTile& t, const float* k, const float* v, int64_t stride) {
-  copy_rows(t.keys, k, stride, t.count, t.count, t.HS, t.HSp, 1.0f);
+  copy_rows(t.keys, k, stride, t.count, t.HS, t.HSp, 1.0f);
   copy_transposed(t.keys_t, k, stride, t.count, t.HS);
   copy_transposed(t.values_t, v, stride, t.count, t.HS);
   for (int64_t i = 0; i < t.count * t.HSp; ++i) t.dk[i] = t.dv[i] = 0;

@@ -4,7 +4,8 @@
 // call.
 //
 // Visibility comes as one 64-bit word per query and key block: bit i is key (block start + i). A null pointer
-// stands for "all keys of the block". Invisible keys are exact no-ops, wherever they lie.
+// stands for "all keys of the block". Invisible keys are exact no-ops, wherever
+// they lie, as long as their values are finite: they have probability 0.
 //
 // This header is also seen by sources compiled for AVX: types only, no functions.
 #pragma once

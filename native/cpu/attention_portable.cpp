@@ -41,7 +41,7 @@ void forward_block(const ForwardTile& t, const KeyRows& keys, const uint64_t* wo
     for (int64_t j = 0; j < keys.count; ++j) {
       if (!sees(words, r, j)) continue;
       scores[j] = dot(t.q + r * t.HSp, keys.k + j * keys.stride, t.HS);
-      max = scores[j] > max ? scores[j] : max;
+      if (!(scores[j] <= max)) max = scores[j];  // NaN, too, which then reaches the sum
     }
     if (max == kMinusInfinity) continue;  // nothing visible so far
     // exp(-inf) = 0: what was summed before the first visible key is nothing.

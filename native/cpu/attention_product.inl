@@ -138,13 +138,13 @@ inline void transpose_lanes(Vec* r) {
 
 #endif
 
-// dst (kKeyBlock rows, HSp) = rows of src, zero beyond HS and beyond `count`.
-static void copy_rows(float* dst, const float* src, int64_t stride, int64_t rows, int64_t count, int64_t HS,
-                      int64_t HSp, float scale) {
+// dst (rows, HSp) = src (rows, HS) * scale, zero beyond HS.
+static void copy_rows(float* dst, const float* src, int64_t stride, int64_t rows, int64_t HS, int64_t HSp,
+                      float scale) {
   const Vec s = simd::set1(scale);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t d = 0; d < HSp; d += kLanes) {
-      const Mask lanes = r < count && d < HS ? tail(d, HS) : simd::first_lanes(0);
+      const Mask lanes = d < HS ? tail(d, HS) : simd::first_lanes(0);
       simd::store(dst + r * HSp + d, simd::mul(simd::load(src + r * stride + d, lanes), s));
     }
   }

@@ -365,15 +365,6 @@ void gemm_fp32(const Cpu& cpu, const GemmProduct& p) {
   multiply_by_columns(cpu, p, kernels);
 }
 
-// K = 0: the sum of nothing.
-void gemm_empty(const GemmProduct& p, const GemmKernels& kernels) {
-  for (int64_t m = 0; m < p.M; ++m) {
-    float* const c = p.c + m * p.c_stride;
-    if (!p.accumulate) std::fill(c, c + p.N, 0.0f);
-    kernels.finish(finish_of(p, m, 0, 1, p.N));
-  }
-}
-
 GemmProduct plain_product(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
                           int64_t b_stride, int64_t M, int64_t N, int64_t K, bool accumulate) {
   GemmProduct p;
@@ -407,9 +398,17 @@ float* gemm_scratch(int64_t floats) {
   return scratch.reserve(floats);
 }
 
+void gemm_empty(const Cpu& cpu, const GemmProduct& p) {
+  for (int64_t m = 0; m < p.M; ++m) {
+    float* const c = p.c + m * p.c_stride;
+    if (!p.accumulate) std::fill(c, c + p.N, 0.0f);
+    gemm_kernels(cpu.isa).finish(finish_of(p, m, 0, 1, p.N));
+  }
+}
+
 void gemm(const Cpu& cpu, const GemmProduct& p, MatmulPrecision precision) {
   if (p.M <= 0 || p.N <= 0) return;
-  if (p.K <= 0) return gemm_empty(p, gemm_kernels(cpu.isa));
+  if (p.K <= 0) return gemm_empty(cpu, p);
   const Bf16Kernels* tiles = precision == MatmulPrecision::kBF16 ? bf16_kernels(cpu.isa) : nullptr;
   if (!tiles) tiles = split_kernels(cpu.isa, p.K);
   tiles ? gemm_bf16(cpu, p, *tiles) : gemm_fp32(cpu, p);

@@ -73,6 +73,8 @@ struct GemmProduct {
 };
 
 void gemm(const Cpu& cpu, const GemmProduct& product, MatmulPrecision precision);
+// The same for K = 0: the sum of nothing, finished.
+void gemm_empty(const Cpu& cpu, const GemmProduct& product);
 
 // Whether anything happens to the elements of p after the sums.
 inline bool has_finish(const GemmProduct& p) { return p.bias || p.gelu || p.residual; }

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "cpu/gemm_prefetch.inl"
+#include "cpu/simd.inl"
 
 namespace dn::cpu {
 namespace {
@@ -89,35 +90,6 @@ void tile_rows(const GemmTile& t) {
   if (both) half_rows<kRows>(t, t.c + 16, t.b + 16, t.cols - 16, t.prefetch_lines - first);
 }
 
-// exp(x) within 2 ulp for x in [-87, 88], infinity above 89, no less than exp(-87); NaN stays.
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, exp(r) by its Taylor polynomial of degree 7.
-__m256 exp_lanes(__m256 x) {
-  x = _mm256_max_ps(_mm256_set1_ps(-87.0f),
-                    _mm256_min_ps(_mm256_set1_ps(89.0f), x));  // NaN: the second operand
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
-                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);  // ln 2 in two parts
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-  __m256 p = _mm256_set1_ps(1.0f / 5040);
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 720));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-  const __m256i exponent =
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
-}
-
-// tanh form: 0.5 u (1 + tanh z) = u / (1 + exp(-2z)), z = sqrt(2/pi) (u + 0.044715 u^3).
-__m256 gelu_lanes(__m256 u) {
-  const __m256 cubic = _mm256_fmadd_ps(_mm256_mul_ps(u, u), _mm256_set1_ps(0.044715f), _mm256_set1_ps(1.0f));
-  const __m256 e = exp_lanes(_mm256_mul_ps(_mm256_mul_ps(u, cubic), _mm256_set1_ps(-1.5957691216f)));
-  return _mm256_div_ps(u, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
-}
-
 void finish(const GemmFinish& f) {
   for (int64_t n = 0; n < f.cols; n += 8) {
     const __m256i m = lanes(f.cols - n);
@@ -127,7 +99,7 @@ void finish(const GemmFinish& f) {
       __m256 value = _mm256_maskload_ps(c, m);
       if (f.bias) value = _mm256_add_ps(value, bias);
       if (f.pre) _mm256_maskstore_ps(f.pre + r * f.extra_stride + n, m, value);
-      if (f.gelu) value = gelu_lanes(value);
+      if (f.gelu) value = simd::gelu(value);
       if (f.residual)
         value = _mm256_add_ps(value, _mm256_maskload_ps(f.residual + r * f.extra_stride + n, m));
       _mm256_maskstore_ps(c, m, value);

@@ -119,6 +119,8 @@ __attribute__((always_inline)) inline void multiply_steps(const uint16_t* a0, co
                                                           const uint16_t* b, int64_t steps, Between& between,
                                                           int64_t first = 0) {
   for (int64_t step = first; step < first + steps; ++step) {
+    // What was packed into the ring two steps ago is loaded now; the compiler does not know that.
+    if constexpr (kRing > 0) asm volatile("" ::: "memory");
     multiply_step<kParts, kTwo>(a0, a1, b + (kRing > 0 ? step % kRing : step) * (kParts * 2 * kBf16Tile),
                                 between);
     a0 += kParts * kBf16Tile;

@@ -197,6 +197,7 @@ void int8_column(const void* packed, int64_t K, int64_t n, float* out) {
 
 void gemm_int8(const Cpu& cpu, const GemmProduct& p, const void* packed, const Int8Kernels& kernels) {
   if (p.M <= 0 || p.N <= 0) return;
+  if (p.K <= 0) return gemm_empty(cpu, p);
   const int64_t stride = row_stride(p.K);
   const int64_t most_rows = std::min(p.M, std::max(kMostBytes / stride, kernels.max_rows));
   const int64_t scale_floats = ceil_div(most_rows, 16) * 16;

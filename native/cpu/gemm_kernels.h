@@ -22,8 +22,8 @@ struct GemmPrefetch {
   int64_t lines = 0;  // of all runs still to come
 };
 
-// What happens to finished cells: c += bias; then, when gelu, pre = c (if given) and c = gelu(c); c +=
-// residual.
+// What happens to finished cells: c += bias; then, when gelu, pre = c (if given, and only then) and c =
+// gelu(c); c += residual.
 struct GemmFinish {
   float* c;
   int64_t c_stride;

@@ -21,7 +21,10 @@ float multiply_add(float a, float b, float c) {
 }
 
 // tanh form: 0.5 u (1 + tanh z) = u / (1 + exp(-2z)), z = sqrt(2/pi) (u + 0.044715 u^3).
-float gelu(float u) { return u / (1.0f + expf(-1.5957691216f * (u + 0.044715f * u * u * u))); }
+float gelu(float u) {
+  const float e = expf(-1.5957691216f * (u + 0.044715f * u * u * u));
+  return e > 1e38f ? 0.0f : u / (1.0f + e);  // of -inf, too
+}
 
 void finish(const GemmFinish& f) {
   for (int64_t r = 0; r < f.rows; ++r) {

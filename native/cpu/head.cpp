@@ -22,8 +22,10 @@ namespace dn::cpu {
 namespace {
 
 // Logits held at a time: 16 MB, which stay near while they are worked on, but no fewer than 256 rows, since
-// every chunk reads the (V, C) weight, and in training its gradient, once more. 51 MB at V = 50257.
+// every chunk reads the (V, C) weight, and in training its gradient, once more. 51 MB at V = 50257. Fewer
+// where these would take more than 256 MB, beyond a V of 262,000.
 constexpr int64_t kChunkBytes = int64_t{16} << 20;
+constexpr int64_t kMostChunkBytes = int64_t{256} << 20;
 constexpr int64_t kMinChunkRows = 256;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -36,7 +38,9 @@ int64_t chunk_stride(int64_t V) {
 }
 
 int64_t chunk_rows(int64_t V) {
-  return std::max(kMinChunkRows, kChunkBytes / (chunk_stride(V) * static_cast<int64_t>(sizeof(float))));
+  const int64_t bytes = chunk_stride(V) * static_cast<int64_t>(sizeof(float));
+  const int64_t most = std::max<int64_t>(1, kMostChunkBytes / bytes);
+  return std::max(std::min(kMinChunkRows, most), kChunkBytes / bytes);
 }
 
 // The scratch of a call in flight. Calls take turns with the blocks, which all threads of the process share

@@ -26,12 +26,6 @@ inline void for_each_vector(int64_t n, F f) {
   if (c < n) f(c, tail(c, n));
 }
 
-static void add(float* out, const float* a, const float* b, int64_t C) {
-  for_each_vector(C, [=](int64_t c, Mask m) {
-    simd::store(out + c, simd::add(simd::load(a + c, m), simd::load(b + c, m)), m);
-  });
-}
-
 static void accumulate(float* out, const float* a, int64_t C) {
   for_each_vector(C, [=](int64_t c, Mask m) {
     simd::store(out + c, simd::add(simd::load(out + c, m), simd::load(a + c, m)), m);
@@ -194,12 +188,13 @@ static void softmax_exp_each(float* out, const float* inp, int64_t n) {
       n, [=](int64_t c, Mask m) { simd::store(out + c, simd::softmax_exp(simd::load(inp + c, m)), m); });
 }
 
-static void log_each(float* out, const float* inp, int64_t n) {
-  for_each_vector(n, [=](int64_t c, Mask m) { simd::store(out + c, simd::log(simd::load(inp + c, m)), m); });
+static void softmax_exp2_each(float* out, const float* inp, int64_t n) {
+  for_each_vector(
+      n, [=](int64_t c, Mask m) { simd::store(out + c, simd::softmax_exp2(simd::load(inp + c, m)), m); });
 }
 
-static void tanh_each(float* out, const float* inp, int64_t n) {
-  for_each_vector(n, [=](int64_t c, Mask m) { simd::store(out + c, simd::tanh(simd::load(inp + c, m)), m); });
+static void log_each(float* out, const float* inp, int64_t n) {
+  for_each_vector(n, [=](int64_t c, Mask m) { simd::store(out + c, simd::log(simd::load(inp + c, m)), m); });
 }
 
 }  // namespace

@@ -19,8 +19,6 @@ struct AdamWConstants {
 };
 
 struct RowsKernels {
-  // out = a + b, C elements.
-  void (*add)(float* out, const float* a, const float* b, int64_t C);
   // out += a, C elements.
   void (*accumulate)(float* out, const float* a, int64_t C);
 
@@ -46,9 +44,9 @@ struct RowsKernels {
   // The functions that kernels are built from (simd.inl), element by element, so that tests can see their
   // accuracy.
   void (*exp)(float* out, const float* inp, int64_t n);
-  void (*softmax_exp)(float* out, const float* inp, int64_t n);  // inputs below 88
+  void (*softmax_exp)(float* out, const float* inp, int64_t n);   // inputs below 88
+  void (*softmax_exp2)(float* out, const float* inp, int64_t n);  // inputs below 128
   void (*log)(float* out, const float* inp, int64_t n);
-  void (*tanh)(float* out, const float* inp, int64_t n);
 };
 
 extern const RowsKernels kRowsPortable;

@@ -10,10 +10,6 @@ namespace {
 constexpr double kLayernormEps = 1e-5;
 constexpr float kSqrtTwoOverPi = 0.797884561f;
 
-void add(float* out, const float* a, const float* b, int64_t C) {
-  for (int64_t c = 0; c < C; ++c) out[c] = a[c] + b[c];
-}
-
 void accumulate(float* out, const float* a, int64_t C) {
   for (int64_t c = 0; c < C; ++c) out[c] += a[c];
 }
@@ -104,28 +100,18 @@ void exp_each(float* out, const float* inp, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = std::exp(inp[i]);
 }
 
+void exp2_each(float* out, const float* inp, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = std::exp2(inp[i]);
+}
+
 void log_each(float* out, const float* inp, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = std::log(inp[i]);
 }
 
-void tanh_each(float* out, const float* inp, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = std::tanh(inp[i]);
-}
-
 }  // namespace
 
-const RowsKernels kRowsPortable = {add,
-                                   accumulate,
-                                   layernorm_forward,
-                                   layernorm_backward,
-                                   gelu_forward,
-                                   gelu_backward,
-                                   adamw,
-                                   sum_of_squares,
-                                   clear,
-                                   exp_each,
-                                   exp_each,
-                                   log_each,
-                                   tanh_each};
+const RowsKernels kRowsPortable = {
+    accumulate, layernorm_forward, layernorm_backward, gelu_forward, gelu_backward, adamw, sum_of_squares,
+    clear,      exp_each,          exp_each,           exp2_each,    log_each};
 
 }  // namespace dn::cpu

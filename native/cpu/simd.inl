@@ -79,12 +79,6 @@ inline uint32_t bits_of_lanes(Mask m) { return m; }
 // m ? a : b
 inline Vec select(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m, b, a); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
-// |a| with the sign of s.
-inline Vec copysign(Vec a, Vec s) {
-  const __m512i sign = _mm512_set1_epi32(INT32_MIN);
-  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_andnot_si512(sign, _mm512_castps_si512(a)),
-                                             _mm512_and_si512(sign, _mm512_castps_si512(s))));
-}
 // a 2^n for integral n in [-160, 160], correctly rounded in the subnormal range and infinite above it.
 inline Vec scale_by_power(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 // x = m 2^e with m in [1/2, 1), for positive finite x, subnormals included.
@@ -151,10 +145,6 @@ inline Mask equal(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 inline uint32_t bits_of_lanes(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 inline Vec select(Mask m, Vec a, Vec b) { return _mm256_blendv_ps(b, a, m); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-inline Vec copysign(Vec a, Vec s) {
-  const Vec sign = _mm256_set1_ps(-0.0f);
-  return _mm256_or_ps(_mm256_andnot_ps(sign, a), _mm256_and_ps(sign, s));
-}
 inline Vec scale_by_power(Vec a, Vec n) {
   // In two halves: 2^n itself may be out of range. Only the second product can round.
   const __m256i whole = _mm256_cvtps_epi32(n);
@@ -220,6 +210,15 @@ struct ExpParts {
 };
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
+#if !defined(__AVX512F__)
+// fraction * 2^n where that is normal, by integer addition, which must not touch the bits of NaN.
+inline Vec add_exponent(const ExpParts& e) {
+  const __m256i ordered = _mm256_castps_si256(_mm256_cmp_ps(e.shifted, e.shifted, _CMP_ORD_Q));
+  const __m256i power = _mm256_and_si256(ordered, _mm256_slli_epi32(_mm256_castps_si256(e.shifted), 23));
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(e.fraction), power));
+}
+#endif
+
 inline ExpParts exp_parts(Vec x) {
   ExpParts e;
   e.shifted = fma(x, set1(1.44269504f), set1(kRound));
@@ -252,13 +251,11 @@ inline Vec softmax_exp(Vec x) {
   return _mm512_maskz_scalef_ps(on, e.fraction, e.n);
 #else
   const ExpParts e = exp_parts(max(set1(-87.0f), x));
-  const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(e.shifted), 23);
-  const Vec scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(e.fraction), power));
-  return _mm256_andnot_ps(less(x, set1(-87.0f)), scaled);
+  return _mm256_andnot_ps(less(x, set1(-87.0f)), add_exponent(e));
 #endif
 }
 
-// 2^x = 2^n 2^r with n = round(x), |r| <= 1/2: within 1.5 ulp, exactly 1 at 0. 2^r by a minimax polynomial of
+// 2^x = 2^n 2^r with n = round(x), |r| <= 1/2: within 2.1 ulp, exactly 1 at 0. 2^r by a minimax polynomial of
 // degree 5.
 inline ExpParts exp2_parts(Vec x) {
   ExpParts e;
@@ -283,9 +280,7 @@ inline Vec softmax_exp2(Vec x) {
   return _mm512_maskz_scalef_ps(on, e.fraction, e.n);
 #else
   const ExpParts e = exp2_parts(max(least, x));  // in this order NaN passes through
-  const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(e.shifted), 23);
-  const Vec scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(e.fraction), power));
-  return _mm256_andnot_ps(less(x, least), scaled);
+  return _mm256_andnot_ps(less(x, least), add_exponent(e));
 #endif
 }
 
@@ -317,29 +312,20 @@ inline Vec log(Vec x) {
   return select(equal(x, zero()), set1(-kInfinity), y);
 }
 
-// tanh within 2.5 ulp: an odd polynomial near 0, else 1 - 2 / (e^{2|x|} + 1).
-inline Vec tanh(Vec x) {
-  const Vec magnitude = abs(x);
-  const Vec s = mul(x, x);
-  Vec p = set1(-5.71704561e-3f);
-  p = fma(p, s, set1(2.06505879e-2f));
-  p = fma(p, s, set1(-5.37434983e-2f));
-  p = fma(p, s, set1(1.33314913e-1f));
-  p = fma(p, s, set1(-3.33332839e-1f));
-  const Vec near = fma(mul(p, s), x, x);
-  const Vec far = sub(set1(1.0f), div(set1(2.0f), add(exp(add(magnitude, magnitude)), set1(1.0f))));
-  return select(less(magnitude, set1(0.625f)), near, copysign(far, x));
-}
-
 // The tanh form of GELU as a logistic: u (1 + tanh y) / 2 = u / (1 + e^{-2y}), y = sqrt(2 / pi) (u + 0.044715
 // u^3). No cancellation for negative u. gelu_slope is its derivative.
 inline Vec gelu_logit(Vec u) {  // 2 y
   const Vec s = fma(mul(u, u), set1(0.0713548163f), set1(1.59576912f));
   return mul(u, s);
 }
-inline Vec gelu(Vec u) { return div(u, add(set1(1.0f), exp(sub(zero(), gelu_logit(u))))); }
+inline Vec gelu(Vec u) {
+  const Vec opposite = sub(zero(), gelu_logit(u));
+  const Vec quotient = div(u, add(set1(1.0f), exp(opposite)));
+  return select(less(set1(88.0f), opposite), zero(), quotient);  // of -inf, too
+}
 // s + u s (1 - s) d(2y)/du, where s = 1 / (1 + e) is the logistic of 2y and 1 - s = e s keeps its digits.
 inline Vec gelu_slope(Vec u) {
+  u = max(set1(-1e4f), min(set1(1e4f), u));  // 0 and 1 beyond, where the square would overflow; NaN passes
   const Vec e = exp(min(set1(87.0f), sub(zero(), gelu_logit(u))));
   const Vec s = reciprocal(add(set1(1.0f), e));
   const Vec d = fma(mul(u, u), set1(0.214064449f), set1(1.59576912f));  // d(2y)/du

@@ -1,6 +1,7 @@
 // Attention on every instruction set against a plain double-precision implementation that asks visible() for
 // every pair; the reference's own gradient is checked by finite differences. Bit-equality over threads, batch
 // composition and KV caches. Outputs start as NaN, so an element that is not written is a failure.
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -405,6 +406,36 @@ DN_TEST(attention_with_large_scores) {
       for (int64_t i = 0; i < b.N; ++i) {
         const double want = r.lse[static_cast<size_t>(i)];
         CHECK(std::fabs(b.lse[static_cast<size_t>(i)] - want) <= 1e-6 * std::fabs(want) + 1e-3);
+      }
+    }
+  }
+}
+
+// A query that is NaN gives NaN, whichever NaN, and to no other query; keys that are NaN give it to all that
+// see them. Finite numbers in their place would hide a broken weight.
+DN_TEST(attention_passes_nan_on) {
+  for (const uint32_t bits : {0x7fc00000u, 0xffffffffu}) {
+    float nan;
+    std::memcpy(&nan, &bits, sizeof nan);
+    Batch queries(1, 64, {150}, mask_of(MaskKind::kFull)), keys = queries, all = queries;
+    const auto row = [](Batch& b, int64_t t, int64_t part) { return b.qkv.data() + (t * 3 + part) * b.C(); };
+    std::fill_n(row(queries, 50, 0), 64, nan);
+    for (int64_t t = 0; t < 64; ++t) row(keys, t, 1)[t] = nan;
+    for (int64_t t = 0; t < 150; ++t) std::fill_n(row(all, t, 0), 64, nan);
+    for (const Isa isa : isas()) {
+      for (Batch* b : {&queries, &keys, &all}) {
+        b->forward(isa, 2);
+        for (int64_t t = 0; t < b->N; ++t) {
+          const float* const out = b->out.data() + t * 64;
+          const bool expected = b != &queries || t == 50;
+          const bool nans = std::all_of(out, out + 64, [](float x) { return std::isnan(x); });
+          const bool numbers = std::all_of(out, out + 64, [](float x) { return std::isfinite(x); });
+          CHECK_MSG(expected ? nans : numbers, std::string(isa_name(isa)) + " query " + std::to_string(t) +
+                                                   " of case " +
+                                                   std::to_string(b == &queries ? 0
+                                                                  : b == &keys  ? 1
+                                                                                : 2));
+        }
       }
     }
   }
