@@ -3,7 +3,7 @@
  * failures into `ERR_DN_HUB`.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
-import { HubApiError } from '@huggingface/hub';
+import { HubApiError, InvalidApiResponseFormatError } from '@huggingface/hub';
 
 import { DiffusionNativeError } from './errors.js';
 import { reasonOf } from './files.js';
@@ -19,11 +19,18 @@ export interface HubCallParameters {
 	accessToken?: string;
 }
 
+/** A request for a part of a file was answered with the whole file. */
+export class NoRanges extends Error {
+	constructor() {
+		super('a part of a file was asked for and the whole file sent; a server of models has to heed Range');
+	}
+}
+
 export class HubConnection {
 	/** X-Error-Code of the last refusal: RepoNotFound, RevisionNotFound, EntryNotFound, GatedRepo. */
 	private refusal: string | undefined;
-	/** Set when a request for the rest of a file was answered with the whole file. */
-	ignoredRange = false;
+	/** How the last request failed: what `fetch` threw, or the answer that was a refusal. */
+	private failure: { error: unknown } | { status: number; url: string } | undefined;
 
 	constructor(private readonly request: HubRequest) {}
 
@@ -32,19 +39,33 @@ export class HubConnection {
 		return { hubUrl: endpoint, fetch: this.fetch, ...(token === undefined ? {} : { accessToken: token }) };
 	}
 
-	/** fetch with the abort signal; remembers refusals. */
+	/** fetch with the abort signal; remembers failures. */
 	private readonly fetch = async (input: string | URL | Request, init?: RequestInit): Promise<Response> => {
 		const { signal } = this.request;
-		const response = await globalThis.fetch(input, signal ? { ...init, signal } : init);
-		if (!response.ok) this.refusal = response.headers.get('x-error-code') ?? undefined;
-		const range = new Headers(init?.headers).get('range');
-		if (response.status === 200 && range !== null && !range.startsWith('bytes=0-')) {
-			this.ignoredRange = true;
-			await response.body?.cancel();
-			throw new Error('the server does not send parts of files');
+		this.failure = undefined;
+		try {
+			const response = await globalThis.fetch(input, signal ? { ...init, signal } : init);
+			if (!response.ok) {
+				this.refusal = response.headers.get('x-error-code') ?? undefined;
+				this.failure = { status: response.status, url: response.url };
+			}
+			if (response.status === 200 && new Headers(init?.headers).has('range') && !isXetAnswer(response)) {
+				await response.body?.cancel();
+				throw new NoRanges();
+			}
+			return response;
+		} catch (error) {
+			this.failure = { error };
+			throw error;
 		}
-		return response;
 	};
+
+	/** The error behind one from a stream of `@huggingface/hub`, which has only the message of a failed request. */
+	restore(error: unknown): unknown {
+		if (typeof error !== 'string' || !this.failure) return error;
+		if ('error' in this.failure) return this.failure.error;
+		return new HubApiError(this.failure.url, this.failure.status, undefined, error);
+	}
 
 	/** Runs one question to the hub, again when the connection failed or the server is overloaded. */
 	async call<T>(what: string, ask: (parameters: HubCallParameters) => Promise<T>): Promise<T> {
@@ -78,9 +99,9 @@ export class HubConnection {
 			new DiffusionNativeError('ERR_DN_HUB', message, { cause: error });
 		if (!(error instanceof HubApiError)) {
 			const { cause } = error as { cause?: unknown };
-			return fail(
-				`${what}: ${endpoint} could not be reached: ${reasonOf(error)}${cause ? ` (${reasonOf(cause)})` : ''}`,
-			);
+			const reason = `${reasonOf(error)}${cause ? ` (${reasonOf(cause)})` : ''}`;
+			if (!isTransient(error)) return fail(`${what}: ${endpoint} does not answer as a hub does: ${reason}`);
+			return fail(`${what}: ${endpoint} could not be reached: ${reason}${proxyAdvice()}`);
 		}
 		const status = error.statusCode;
 		const advice =
@@ -105,5 +126,24 @@ export class HubConnection {
 export function isTransient(error: unknown): boolean {
 	if (error instanceof DiffusionNativeError) return false;
 	if (error instanceof HubApiError) return error.statusCode === 429 || error.statusCode >= 500;
-	return true;
+	return !(error instanceof NoRanges || error instanceof InvalidApiResponseFormatError);
+}
+
+/** True for an error of {@link HubConnection.explain} about a connection that failed or a server that says "later". */
+export function isUnreachable(error: unknown): boolean {
+	if (!(error instanceof DiffusionNativeError) || error.code !== 'ERR_DN_HUB') return false;
+	return error.cause !== undefined && isTransient(error.cause);
+}
+
+/** The hub's answer to a question for the size of a file in Xet storage: the size is in the headers, the body is no file. */
+function isXetAnswer(response: Response): boolean {
+	return response.headers.get('content-type')?.includes('application/vnd.xet-fileinfo+json') ?? false;
+}
+
+/** What to try where the environment names a proxy, which Node.js heeds only when told to. */
+function proxyAdvice(): string {
+	const names = ['HTTPS_PROXY', 'https_proxy', 'HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy'];
+	const name = names.find((each) => process.env[each]);
+	if (name === undefined) return '';
+	return `; ${name} is set: Node.js goes through HTTPS_PROXY and HTTP_PROXY only with NODE_USE_ENV_PROXY=1, from Node.js 22.21 and 24 on`;
 }

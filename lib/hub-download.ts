@@ -1,14 +1,15 @@
 /** One file from the hub into the cache's `blobs`: resumed after a broken connection, checked, then renamed into place. */
-import { createHash, type Hash, randomBytes } from 'node:crypto';
+import { createHash, type Hash } from 'node:crypto';
 import { createReadStream, existsSync } from 'node:fs';
-import { type FileHandle, open, readdir, rename, rm, stat } from 'node:fs/promises';
+import { type FileHandle, open, rename, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
-import { downloadFile, fileDownloadInfo } from '@huggingface/hub';
+import { downloadFile, type FileDownloadInfoOutput, fileDownloadInfo, HubApiError } from '@huggingface/hub';
 
 import { DiffusionNativeError } from './errors.js';
-import { fileError } from './files.js';
+import { fileError, isMissing } from './files.js';
 import type { HubFile, HubRequest } from './hub-cache.js';
-import { type HubConnection, isTransient, maxAttempts } from './hub-connection.js';
+import { type HubCallParameters, type HubConnection, isTransient, maxAttempts, NoRanges } from './hub-connection.js';
+import { claimPart, leavePart } from './hub-part.js';
 
 /** Bytes that make an attempt count as progress, so that it is not held against the limit of attempts. */
 const progressBytes = 1 << 20;
@@ -28,11 +29,12 @@ export async function fetchBlob(
 ): Promise<string> {
 	const what = `${file.path} of ${request.id}`;
 	const repo = { type: 'model' as const, name: request.id };
-	const info = await connection.call(what, async (common) => {
+	const ask = async (common: HubCallParameters): Promise<FileDownloadInfoOutput> => {
 		const found = await fileDownloadInfo({ ...common, repo, path: file.path, revision: commit });
 		if (!found) throw new DiffusionNativeError('ERR_DN_HUB', `${what}: no such file at ${request.endpoint}`);
 		return found;
-	});
+	};
+	const info = await connection.call(what, ask);
 	const etag = info.etag.replace(/^W\//, '').replace(/^"|"$/g, '');
 	if (!/^[0-9A-Za-z_-]{1,128}$/.test(etag)) {
 		throw new DiffusionNativeError(
@@ -48,14 +50,20 @@ export async function fetchBlob(
 	}
 	const sha256 = file.sha256 ?? (/^[0-9a-f]{64}$/.test(etag) ? etag : undefined);
 	const blob = join(blobs, etag);
-	const transfer = new Transfer(request, what, { ...file, sha256 }, connection, blob);
+	// Addresses may be signed and expire: every attempt after the first asks for a new one. Plain requests, never Xet: they
+	// can start in the middle of a file, and a mirror serves them itself.
+	const openRemote = async (first: boolean): Promise<Blob> => {
+		const common = connection.parameters;
+		const downloadInfo = first ? info : await ask(common);
+		const remote = await downloadFile({ ...common, repo, path: file.path, revision: commit, downloadInfo, xet: false });
+		return remote as Blob; // null only without downloadInfo
+	};
+	const transfer = new Transfer(request, what, { ...file, sha256 }, connection, blob, openRemote);
 	for (let other = running.get(blob); other; other = running.get(blob)) {
 		await waitFor(other, request.signal);
 	}
 	if (existsSync(blob)) return blob;
-	const own = transfer.run(() =>
-		downloadFile({ ...connection.parameters, repo, path: file.path, revision: commit, downloadInfo: info }),
-	);
+	const own = transfer.run();
 	const settled = own.then(
 		() => undefined,
 		() => undefined,
@@ -85,6 +93,9 @@ async function waitFor(other: Promise<void>, signal: AbortSignal | undefined): P
 
 class Transfer {
 	private lastEvent = 0;
+	/** The server answers requests for the rest of the file with the whole file. */
+	private wholeOnly = false;
+	private attempts = 0;
 
 	constructor(
 		private readonly request: HubRequest,
@@ -92,16 +103,15 @@ class Transfer {
 		private readonly file: HubFile,
 		private readonly connection: HubConnection,
 		private readonly blob: string,
+		private readonly openRemote: (first: boolean) => Promise<Blob>,
 	) {}
 
-	async run(openRemote: () => Promise<Blob | null>): Promise<void> {
-		const part = await this.claim();
+	async run(): Promise<void> {
+		const part = await claimPart(this.blob);
 		try {
-			await this.fill(part, openRemote);
-			await rename(part, this.blob);
+			await this.fill(part);
 		} catch (error) {
-			// Owner 0: the next download may continue with this part.
-			await rename(part, this.partName(0)).catch(() => undefined);
+			await leavePart(part, this.blob);
 			this.request.signal?.throwIfAborted();
 			if (error instanceof ListenerError) throw error.cause;
 			if (error instanceof DiffusionNativeError) throw error;
@@ -109,57 +119,50 @@ class Transfer {
 		}
 	}
 
-	private partName(owner: number): string {
-		return `${this.blob}.${owner}.${randomBytes(4).toString('hex')}.incomplete`;
-	}
-
-	/** Takes over a part that nobody is writing, or names a new one. The rename makes sure that only one process gets it. */
-	private async claim(): Promise<string> {
-		const own = this.partName(process.pid);
-		const folder = join(this.blob, '..');
-		const start = `${this.blob.slice(folder.length + 1)}.`;
-		for (const name of await readdir(folder)) {
-			if (!name.startsWith(start) || !name.endsWith('.incomplete')) continue;
-			const owner = /^(\d+)\.[0-9a-f]+\.incomplete$/.exec(name.slice(start.length))?.[1];
-			if (owner === undefined || isAlive(Number(owner))) continue;
-			try {
-				await rename(join(folder, name), own);
-				return own;
-			} catch {
-				// Another process was faster.
-			}
-		}
-		return own;
-	}
-
-	private async fill(part: string, openRemote: () => Promise<Blob | null>): Promise<void> {
+	/** Completes the part and gives it the blob's name, in as many attempts as bring the file further. */
+	private async fill(part: string): Promise<void> {
 		let failures = 0;
+		let wrong = 0;
 		for (;;) {
 			const before = await sizeOf(part);
-			const resumable = before > 0 && before <= this.file.size && !this.connection.ignoredRange;
-			const begin = resumable ? before : 0;
+			const begin = before <= this.file.size && !this.wholeOnly ? before : 0;
 			try {
-				const hash = await this.append(part, begin, openRemote);
+				const hash = await this.append(part, begin);
 				await this.verify(part, hash);
+				await rename(part, this.blob);
 				return;
-			} catch (error) {
+			} catch (caught) {
 				this.request.signal?.throwIfAborted();
+				const error = this.connection.restore(caught);
 				if (error instanceof ListenerError) throw error;
-				if (error instanceof WrongBytes) {
-					await rm(part, { force: true });
-					// A part from an earlier run may have been wrong; bytes fetched in one go are what the server has.
-					if (begin === 0) throw new DiffusionNativeError('ERR_DN_HUB', `${this.what}: ${error.message}`);
-					failures++;
+				if ((isMissing(error) || error instanceof WrongBytes) && !existsSync(part)) {
+					// Another process took the part for abandoned, and may be done with it.
+					if (existsSync(this.blob)) return;
+					if (++failures >= maxAttempts) throw fileError('write', part, new Error('it is removed again and again'));
 					continue;
 				}
-				if (error instanceof DiffusionNativeError || isLocal(error) || !isTransient(error))
-					throw this.explain(part, error);
-				const gained = (await sizeOf(part)) - begin;
-				failures = gained >= progressBytes ? 1 : failures + 1;
+				if (error instanceof WrongBytes) {
+					await rm(part, { force: true });
+					// A part from an earlier run may have been wrong; what this run fetched from the start is what the server has.
+					if (begin === 0 || ++wrong > 1) {
+						throw new DiffusionNativeError('ERR_DN_HUB', `${this.what}: ${error.message}`);
+					}
+					continue;
+				}
+				if (error instanceof NoRanges) this.wholeOnly = true;
+				else if (!this.isWorthwhile(error)) throw this.explain(part, error);
+				const kept = this.wholeOnly ? 0 : (await sizeOf(part)) - begin;
+				failures = kept >= progressBytes ? 1 : failures + 1;
 				if (failures >= maxAttempts) throw this.explain(part, error);
 				await this.connection.pause(failures);
 			}
 		}
+	}
+
+	/** Whether another attempt may succeed. The first one's address may have expired; the others' are new. */
+	private isWorthwhile(error: unknown): boolean {
+		if (isLocal(error)) return false;
+		return isTransient(error) || (error instanceof HubApiError && this.attempts === 1);
 	}
 
 	private explain(part: string, error: unknown): DiffusionNativeError {
@@ -167,14 +170,14 @@ class Transfer {
 	}
 
 	/** Writes the bytes from `begin` on and returns the hash of the whole file. */
-	private async append(part: string, begin: number, openRemote: () => Promise<Blob | null>): Promise<Hash> {
+	private async append(part: string, begin: number): Promise<Hash> {
 		const hash = createHash('sha256');
 		if (begin > 0) for await (const chunk of createReadStream(part, { end: begin - 1 })) hash.update(chunk as Buffer);
 		const handle = await open(part, begin > 0 ? 'r+' : 'w');
 		try {
 			let at = begin;
 			this.report(at, true);
-			if (begin < this.file.size) at = await this.stream(handle, begin, hash, openRemote);
+			if (begin < this.file.size) at = await this.stream(handle, begin, hash);
 			if (at !== this.file.size) throw new WrongBytes(`${at} bytes arrived, expected ${this.file.size}`);
 			await handle.sync();
 			this.report(at, true);
@@ -184,14 +187,8 @@ class Transfer {
 		return hash;
 	}
 
-	private async stream(
-		handle: FileHandle,
-		begin: number,
-		hash: Hash,
-		openRemote: () => Promise<Blob | null>,
-	): Promise<number> {
-		const whole = await openRemote();
-		if (!whole) throw new DiffusionNativeError('ERR_DN_HUB', `${this.what}: no such file at ${this.request.endpoint}`);
+	private async stream(handle: FileHandle, begin: number, hash: Hash): Promise<number> {
+		const whole = await this.openRemote(++this.attempts === 1);
 		const reader = (begin > 0 ? whole.slice(begin) : whole).stream().getReader();
 		let at = begin;
 		try {
@@ -250,7 +247,7 @@ function isLocal(error: unknown): boolean {
 	return (
 		typeof syscall === 'string' &&
 		typeof code === 'string' &&
-		['open', 'write', 'read', 'fsync', 'close'].includes(syscall) &&
+		['open', 'write', 'read', 'fsync', 'close', 'rename'].includes(syscall) &&
 		code !== 'ECONNRESET'
 	);
 }
@@ -266,15 +263,5 @@ async function sizeOf(path: string): Promise<number> {
 		return (await stat(path)).size;
 	} catch {
 		return 0;
-	}
-}
-
-function isAlive(pid: number): boolean {
-	if (pid === 0) return false;
-	try {
-		process.kill(pid, 0);
-		return true;
-	} catch (error) {
-		return (error as { code?: unknown }).code !== 'ESRCH';
 	}
 }

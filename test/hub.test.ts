@@ -1,76 +1,20 @@
-import {
-	existsSync,
-	lstatSync,
-	mkdirSync,
-	mkdtempSync,
-	readdirSync,
-	readFileSync,
-	rmSync,
-	writeFileSync,
-} from 'node:fs';
-import { tmpdir } from 'node:os';
+import { existsSync, lstatSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import test from 'ava';
-import { DiffusionNativeError, type ErrorCode } from 'diffusion-native';
 
-import { type LoadProgress, type ResolveOptions, resolveModelDirectory } from '../lib/hub.js';
+import { type LoadProgress, resolveModelDirectory } from '../lib/hub.js';
+import { closeHub, commit, files, openHub, refuses, removeScratch, scratch, wanted, weights } from './helpers/hub.js';
 import { HubServer, sha256 } from './helpers/hub-server.js';
 
-const commit = 'a'.repeat(40);
-const weights = Uint8Array.from({ length: 300_000 }, (_, i) => (i * 31 + (i >> 8)) & 255);
-const files: Record<string, Uint8Array> = {
-	'.gitattributes': Buffer.from('x'),
-	'README.md': Buffer.from('read me'),
-	'config.json': Buffer.from('{"model_type": "gpt2"}'),
-	'merges.txt': Buffer.from('#version: 0.2\n'),
-	'model.safetensors': weights,
-	'pytorch_model.bin': new Uint8Array(5000),
-	'tokenizer.json': Buffer.from('{}'),
-	'vocab.json': Buffer.from('{}'),
-};
-const wanted = ['config.json', 'merges.txt', 'model.safetensors', 'tokenizer.json', 'vocab.json'];
-
-const environment = [
-	'HF_ENDPOINT',
-	'HF_HOME',
-	'HF_HUB_CACHE',
-	'HUGGINGFACE_HUB_CACHE',
-	'HF_TOKEN',
-	'HF_HUB_OFFLINE',
-] as const;
-const scratch = mkdtempSync(join(tmpdir(), 'dn-hub-'));
-let count = 0;
 let hub: HubServer;
 let cacheDir: string;
 let home: string;
 
 test.beforeEach(async () => {
-	for (const name of environment) delete process.env[name];
-	hub = await HubServer.start();
-	hub.repositories.set('owner/model', { commit, files });
-	hub.repositories.set('gpt2', { commit, files });
-	home = join(scratch, String(count++));
-	cacheDir = join(home, 'hub');
-	process.env['HF_ENDPOINT'] = hub.url;
-	process.env['HF_HOME'] = home;
+	({ hub, cacheDir, home } = await openHub());
 });
-test.afterEach.always(async () => {
-	await hub.stop();
-	for (const name of environment) delete process.env[name];
-});
-test.after.always(() => rmSync(scratch, { recursive: true, force: true }));
-
-async function refuses(
-	t: import('ava').ExecutionContext,
-	message: RegExp,
-	id = 'owner/model',
-	options: ResolveOptions = {},
-	code: ErrorCode = 'ERR_DN_HUB',
-): Promise<void> {
-	const error = await t.throwsAsync(resolveModelDirectory(id, options), { instanceOf: DiffusionNativeError });
-	t.is(error?.code, code, error?.message);
-	t.regex(error?.message ?? '', message);
-}
+test.afterEach.always(() => closeHub(hub));
+test.after.always(removeScratch);
 
 /** Files under final names in the cache: blobs and snapshot links. */
 function finalFiles(): string[] {
@@ -228,13 +172,7 @@ test.serial('an overloaded or unreachable hub is tried again a few times', async
 	hub = await HubServer.start();
 });
 
-test.serial('a file name that leaves the directory is refused before anything is written', async (t) => {
-	for (const name of ['../evil', '/etc/evil', 'a/../../evil', '..\\evil', 'C:evil', 'a//b', '']) {
-		hub.faults = { listed: [name] };
-		await refuses(t, /would leave its directory; nothing was written/);
-	}
-	t.deepEqual(finalFiles(), []);
-	hub.faults = {};
+test.serial('a commit that leaves the directory is refused before anything is written', async (t) => {
 	hub.repositories.set('owner/model', { commit: '../../evil', files });
 	await refuses(t, /expected 40 hexadecimal digits/);
 	t.deepEqual(finalFiles(), []);

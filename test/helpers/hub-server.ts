@@ -26,6 +26,14 @@ export interface HubFaults {
 	listed?: string[];
 	/** Ignore Range on whole-file requests other than the one for the size. */
 	ignoreRange?: boolean;
+	/** Answer every request for a part of this file, the one for its size too, with the whole. */
+	wholeOnly?: string;
+	/** Refuse the body of a file with this status; how often. */
+	refuseBody?: { file: string; status: number; times: number };
+	/** Redirect to addresses that are good for one body each; later requests get 403. */
+	expire?: boolean;
+	/** Offer large files by Xet to those who accept it; whatever they then ask for under /xet/ is not there. */
+	xet?: boolean;
 	/** Wait before each piece of a body, ms. */
 	slowMs?: number;
 	/** Token that requests must carry. */
@@ -42,6 +50,10 @@ export class HubServer {
 	readonly branches = new Map<string, string>();
 	/** Every request, "GET /path range". */
 	readonly requests: string[] = [];
+	/** Paths of bodies that the client did not wait for. */
+	readonly left: string[] = [];
+	private readonly spent = new Set<string>();
+	private signatures = 0;
 	faults: HubFaults = {};
 	private server: Server;
 
@@ -115,6 +127,20 @@ export class HubServer {
 			: this.branches.get(`${id}@${revision}`);
 	}
 
+	private refusal(name: string, request: IncomingMessage, isProbe: boolean): number | undefined {
+		if (isProbe) return undefined;
+		const { refuseBody, expire } = this.faults;
+		if (refuseBody?.file === name && refuseBody.times > 0) {
+			refuseBody.times--;
+			return refuseBody.status;
+		}
+		const address = request.url ?? '';
+		if (!expire || !address.includes('signature=')) return undefined;
+		if (this.spent.has(address)) return 403;
+		this.spent.add(address);
+		return undefined;
+	}
+
 	private sizeOf(name: string, bytes: Uint8Array): number {
 		return this.faults.size?.file === name ? this.faults.size.size : bytes.length;
 	}
@@ -151,16 +177,35 @@ export class HubServer {
 			return;
 		}
 		const isLarge = bytes.length >= largeFrom;
+		const { faults } = this;
 		if (isLarge && !path.startsWith('/cdn/')) {
-			response.writeHead(302, { location: `/cdn${path}`, 'x-linked-etag': `"${sha256(bytes)}"` }).end();
+			const linked = { 'x-linked-etag': `"${sha256(bytes)}"`, 'x-linked-size': bytes.length };
+			if (faults.xet && request.headers.accept?.includes('application/vnd.xet-fileinfo+json')) {
+				const links = ['xet-auth', 'xet-reconstruction-info'].map((rel) => `<${this.url}/xet/${rel}>; rel="${rel}"`);
+				const type = 'application/vnd.xet-fileinfo+json';
+				response.writeHead(200, {
+					...linked,
+					'content-type': type,
+					'x-xet-hash': sha256(bytes),
+					link: links.join(', '),
+				});
+				response.end('{}');
+				return;
+			}
+			const signature = faults.expire ? `?signature=${++this.signatures}` : '';
+			response.writeHead(302, { ...linked, location: `/cdn${path}${signature}` }).end();
 			return;
 		}
-		const { faults } = this;
 		const body = faults.body?.file === name ? faults.body.bytes : bytes;
 		const size = this.sizeOf(name, body);
 		const range = /^bytes=(\d+)-(\d+)$/.exec(request.headers.range ?? '');
 		const isProbe = range?.[2] === '0';
-		const partial = range && (isProbe || !faults.ignoreRange);
+		const partial = range && (isProbe || !faults.ignoreRange) && faults.wholeOnly !== name;
+		const refused = this.refusal(name, request, isProbe);
+		if (refused !== undefined) {
+			response.writeHead(refused, { 'content-type': 'application/json' }).end('{"error": "denied"}');
+			return;
+		}
 		const begin = partial ? Number(range[1]) : 0;
 		const end = partial ? Math.min(Number(range[2]) + 1, body.length) : body.length;
 		response.writeHead(partial ? 206 : 200, {
@@ -168,6 +213,9 @@ export class HubServer {
 			'accept-ranges': 'bytes',
 			'content-length': end - begin,
 			...(partial ? { 'content-range': `bytes ${begin}-${end - 1}/${size}` } : {}),
+		});
+		response.on('close', () => {
+			if (!response.writableFinished) this.left.push(path);
 		});
 		let sent = 0;
 		const piece = 16384;
