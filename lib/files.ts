@@ -4,7 +4,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { readFileSync } from 'node:fs';
-import { mkdir, open, readdir, realpath, rename, rm, rmdir, stat } from 'node:fs/promises';
+import { constants, copyFile, mkdir, open, readdir, realpath, rename, rm, rmdir, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 
 import { DiffusionNativeError } from './errors.js';
@@ -126,9 +126,26 @@ export async function writeSynced(path: string, data: string | Uint8Array): Prom
 
 /** Replaces `path` by `data`: readers see the old file or the new one, never a part. */
 export async function writeFileAtomic(path: string, data: string | Uint8Array): Promise<void> {
+	await replaceFile(path, (temporary) => writeSynced(temporary, data));
+}
+
+/** Replaces `path` by a copy of a file of any size: readers see the old file or the new one, never a part. */
+export async function copyFileAtomic(from: string, path: string): Promise<void> {
+	await replaceFile(path, async (temporary) => {
+		await copyFile(from, temporary, constants.COPYFILE_EXCL | constants.COPYFILE_FICLONE);
+		const handle = await open(temporary, 'r+');
+		try {
+			await handle.sync();
+		} finally {
+			await handle.close();
+		}
+	});
+}
+
+async function replaceFile(path: string, write: (temporary: string) => Promise<void>): Promise<void> {
 	const temporary = temporaryName(path);
 	try {
-		await writeSynced(temporary, data);
+		await write(temporary);
 		await rename(temporary, path);
 		await syncDirectory(dirname(path));
 	} catch (error) {

@@ -6,8 +6,8 @@
  *     models--owner--name/refs/<revision>             the commit a branch or tag stood at
  *     models--owner--name/.no_exist/<commit>/<file>   files the commit is known not to have
  *
- * Bytes arrive in `blobs/<etag>.<pid>.<random>.incomplete`, owned by one process, and get their final name only after their
- * length and hash are checked. A part left behind is taken over by the next download. The ref is written last.
+ * Bytes arrive in a part beside the blob, owned by one process (hub-part.ts), and get their final name only after their length
+ * and hash are checked. A part left behind is taken over by the next download. The ref is written last.
  */
 import { existsSync, readFileSync } from 'node:fs';
 import { symlink, writeFile } from 'node:fs/promises';
@@ -15,13 +15,13 @@ import { dirname, join, relative } from 'node:path';
 import { listFiles, modelInfo } from '@huggingface/hub';
 
 import { DiffusionNativeError } from './errors.js';
-import { fileError, makeDirectories, readJsonObject, writeFileAtomic } from './files.js';
+import { copyFileAtomic, fileError, makeDirectories, readJsonObject, writeFileAtomic } from './files.js';
 import type { LoadProgress } from './hub.js';
 import { HubConnection } from './hub-connection.js';
 import { fetchBlob } from './hub-download.js';
 import { lengthFiles } from './length/files.js';
 
-/** What is wanted, from where, into which cache. All names are checked. */
+/** What is wanted, from where, into which cache. The names are checked; token and endpoint are, too, before a download. */
 export interface HubRequest {
 	id: string;
 	revision: string;
@@ -84,14 +84,32 @@ export function cachedSnapshot(request: HubRequest): { directory: string; comple
 function hasWeights(directory: string): boolean {
 	if (existsSync(join(directory, weights))) return true;
 	try {
-		const map = readJsonObject(join(directory, weightsIndex))?.['weight_map'];
-		const shards = new Set(Object.values((map ?? {}) as Record<string, unknown>));
-		return (
-			shards.size > 0 && [...shards].every((shard) => typeof shard === 'string' && existsSync(join(directory, shard)))
-		);
+		const shards = shardsOf(directory);
+		return shards.length > 0 && shards.every((shard) => existsSync(join(directory, shard)));
 	} catch {
 		return false;
 	}
+}
+
+/** The files that the index of a snapshot names. Throws when one could leave the directory. */
+function shardsOf(directory: string): string[] {
+	const path = join(directory, weightsIndex);
+	const map = readJsonObject(path)?.['weight_map'] ?? {};
+	const shards = [...new Set(Object.values(map as Record<string, unknown>))];
+	return shards.map((shard) => {
+		if (typeof shard === 'string' && isPlainName(shard)) return shard;
+		throw new DiffusionNativeError(
+			'ERR_DN_CHECKPOINT',
+			`${path} names the file ${JSON.stringify(shard)}, expected one beside it`,
+		);
+	});
+}
+
+/** A file directly in its directory. */
+function isPlainName(name: string): boolean {
+	return (
+		!['', '.', '..'].includes(name) && !/[/\\\0]/.test(name) && !(process.platform === 'win32' && name.includes(':'))
+	);
 }
 
 /** Fetches what is missing of a revision and returns the snapshot's directory. */
@@ -99,7 +117,8 @@ export async function downloadSnapshot(request: HubRequest): Promise<string> {
 	const connection = new HubConnection(request);
 	const folder = repositoryFolder(request);
 	const commit = await resolveCommit(request, connection);
-	const files = chooseFiles(request, await listRepository(request, commit, connection));
+	const listed = await listRepository(request, commit, connection);
+	const files = chooseFiles(request, listed);
 	const directory = join(folder, 'snapshots', commit);
 	try {
 		await makeDirectories(directory);
@@ -107,12 +126,16 @@ export async function downloadSnapshot(request: HubRequest): Promise<string> {
 	} catch (error) {
 		throw fileError('write the model cache', request.cacheDir, error);
 	}
-	for (const file of files) {
-		const link = join(directory, file.path);
-		if (existsSync(link)) continue;
-		const blob = await fetchBlob(request, commit, file, connection, join(folder, 'blobs'));
-		await linkBlob(blob, link);
-	}
+	const fetchAll = async (wanted: readonly HubFile[]): Promise<void> => {
+		for (const file of wanted) {
+			const link = join(directory, file.path);
+			if (existsSync(link)) continue;
+			const blob = await fetchBlob(request, commit, file, connection, join(folder, 'blobs'));
+			await linkBlob(blob, link);
+		}
+	};
+	await fetchAll(files);
+	if (!files.some((file) => file.path === weights)) await fetchAll(chooseShards(request, listed, directory));
 	try {
 		if (!files.some((file) => tokenizerFiles.includes(file.path))) {
 			const marker = join(folder, '.no_exist', commit, 'tokenizer.json');
@@ -144,17 +167,11 @@ async function resolveCommit(request: HubRequest, connection: HubConnection): Pr
 	return sha;
 }
 
-/** Every file at the top of the repository. Throws when one name could leave the directory. */
+/** Every file at the top of the repository, by names that are not checked. */
 async function listRepository(request: HubRequest, commit: string, connection: HubConnection): Promise<HubFile[]> {
 	return connection.call(`the file list of ${request.id}`, async (common) => {
 		const files: HubFile[] = [];
 		for await (const entry of listFiles({ ...common, repo: { type: 'model', name: request.id }, revision: commit })) {
-			if (typeof entry.path !== 'string' || !isSafeName(entry.path)) {
-				throw new DiffusionNativeError(
-					'ERR_DN_HUB',
-					`${request.id} lists a file named ${JSON.stringify(entry.path)}, which would leave its directory; nothing was written`,
-				);
-			}
 			if (entry.type !== 'file') continue;
 			const sha256 = entry.lfs?.oid;
 			files.push({
@@ -167,13 +184,7 @@ async function listRepository(request: HubRequest, commit: string, connection: H
 	});
 }
 
-/** Relative, no step upwards, nothing that another operating system reads as absolute or as a separator. */
-function isSafeName(path: string): boolean {
-	const parts = path.split('/');
-	// biome-ignore lint/suspicious/noControlCharactersInRegex: control characters in a file name are what is looked for.
-	return !/[\\:\u0000-\u001f]/.test(path) && parts.every((part) => part !== '' && part !== '.' && part !== '..');
-}
-
+/** Files with names known here: what is small, and the weights or the index of their shards. */
 function chooseFiles(request: HubRequest, all: readonly HubFile[]): HubFile[] {
 	const byName = new Map(all.map((file) => [file.path, file]));
 	const where = `${request.id} (revision ${request.revision})`;
@@ -182,7 +193,7 @@ function chooseFiles(request: HubRequest, all: readonly HubFile[]): HubFile[] {
 	const single = byName.get(weights);
 	const index = byName.get(weightsIndex);
 	if (single) return [...chosen, single];
-	if (index) return [...chosen, index, ...all.filter(isShard)];
+	if (index) return [...chosen, index];
 	const other = all.find((file) => /\.(bin|pt|pth|h5|gguf)$/.test(file.path));
 	throw new DiffusionNativeError(
 		'ERR_DN_HUB',
@@ -190,11 +201,19 @@ function chooseFiles(request: HubRequest, all: readonly HubFile[]): HubFile[] {
 	);
 }
 
-function isShard({ path }: HubFile): boolean {
-	return /^[^/]+\.safetensors$/.test(path) && !lengthFiles.includes(path);
+/** The shards that the snapshot's index names. */
+function chooseShards(request: HubRequest, all: readonly HubFile[], directory: string): HubFile[] {
+	return shardsOf(directory).map((name) => {
+		const file = all.find(({ path }) => path === name);
+		if (file) return file;
+		throw new DiffusionNativeError(
+			'ERR_DN_HUB',
+			`${request.id} (revision ${request.revision}) has no ${name}, which its ${weightsIndex} names`,
+		);
+	});
 }
 
-/** Links are relative, so that the cache can move. Where links are not allowed (Windows), the blob is copied. */
+/** Links are relative, so that the cache can move. Where the file system has none (exFAT, some SMB shares), the blob is copied. */
 async function linkBlob(blob: string, link: string): Promise<void> {
 	try {
 		await makeDirectories(dirname(link));
@@ -202,11 +221,8 @@ async function linkBlob(blob: string, link: string): Promise<void> {
 	} catch (error) {
 		if (existsSync(link)) return;
 		const { code } = error as { code?: string };
-		if (code !== 'EPERM' && code !== 'ENOTSUP' && code !== 'EINVAL') throw fileError('link', link, error);
-		try {
-			await writeFileAtomic(link, readFileSync(blob));
-		} catch (copyError) {
-			throw fileError('write', link, copyError);
-		}
+		if (!['EPERM', 'ENOTSUP', 'EOPNOTSUPP', 'ENOSYS', 'EINVAL'].includes(code ?? ''))
+			throw fileError('link', link, error);
+		await copyFileAtomic(blob, link);
 	}
 }
