@@ -10,6 +10,7 @@ import { join, resolve } from 'node:path';
 import { packageRoot } from './binding.js';
 import { check, DiffusionNativeError } from './errors.js';
 import { cachedSnapshot, downloadSnapshot, type HubRequest } from './hub-cache.js';
+import { isUnreachable } from './hub-connection.js';
 
 /** What happens while a model is fetched and loaded; `loaded` and `total` are bytes. */
 export type LoadProgress =
@@ -24,11 +25,14 @@ export type LoadProgress =
 export interface ResolveOptions {
 	/** Branch, tag or commit. @default 'main' */
 	revision?: string | undefined;
-	/** Hub cache. @default HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub */
+	/** Hub cache, taken as it is. @default HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub */
 	cacheDir?: string | undefined;
 	/** Never ask the network. @default HF_HUB_OFFLINE */
 	localFilesOnly?: boolean | undefined;
-	/** Ask the hub whether a branch has moved although the cache has it. @default false */
+	/**
+	 * Ask the hub whether the branch or tag has moved although the cache has it, and fetch what is new; `localFilesOnly` and
+	 * HF_HUB_OFFLINE go before. @default false: a revision stays at the commit it was first fetched at
+	 */
 	refresh?: boolean | undefined;
 	/** Told about downloads. @default none */
 	onProgress?: ((progress: LoadProgress) => void) | undefined;
@@ -46,8 +50,18 @@ function isSet(value: string | undefined): boolean {
 
 function cacheDirectory(): string {
 	const { env } = process;
-	const home = env['HF_HOME'] ?? join(env['XDG_CACHE_HOME'] ?? join(homedir(), '.cache'), 'huggingface');
-	return env['HF_HUB_CACHE'] ?? env['HUGGINGFACE_HUB_CACHE'] ?? join(home, 'hub');
+	const home = expand(env['HF_HOME'] ?? join(env['XDG_CACHE_HOME'] ?? join(homedir(), '.cache'), 'huggingface'));
+	return expand(env['HF_HUB_CACHE'] ?? env['HUGGINGFACE_HUB_CACHE'] ?? join(home, 'hub'));
+}
+
+/** `~`, `$NAME` and `${NAME}` as Python's library reads them in these variables; names that are not set stay as they are. */
+function expand(path: string): string {
+	return path
+		.replace(/^~(?=\/|$)/, () => homedir())
+		.replace(
+			/\$(?:(\w+)|\{([^}]*)\})/g,
+			(text, name?: string, braced?: string) => process.env[name ?? braced ?? ''] ?? text,
+		);
 }
 
 function kindOf(path: string): 'directory' | 'file' | 'nothing' {
@@ -80,11 +94,13 @@ function checkRevision(revision: string): void {
 /**
  * The directory with the files of a model, downloaded first when need be. A directory wins when it exists;
  * `'diffusion-native/tiny'` is the model inside the package; anything else is a Hugging Face id. A revision that is whole in
- * the cache is used without a request.
+ * the cache is used without a request; one that may lack a tokenizer file is used when the hub cannot be reached, unless
+ * `refresh` asks for the hub.
  *
  * Reads HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE.
- * @throws `ERR_DN_ARGUMENT` for an invalid id or revision, `ERR_DN_CHECKPOINT` for a path that does not exist, `ERR_DN_HUB`
- * when the hub cannot be reached, refuses, or sends wrong bytes; `signal.reason` when aborted.
+ * @throws `ERR_DN_ARGUMENT` for an invalid id or revision, `ERR_DN_CHECKPOINT` for a path that does not exist, an index that
+ * is none and a cache that cannot be written, `ERR_DN_HUB` when the hub cannot be reached, refuses, or sends wrong bytes;
+ * `signal.reason` when aborted.
  */
 export async function resolveModelDirectory(pathOrHubId: string, options: ResolveOptions = {}): Promise<string> {
 	check(
@@ -112,21 +128,12 @@ export async function resolveModelDirectory(pathOrHubId: string, options: Resolv
 	checkRevision(revision);
 
 	const { env } = process;
-	const token = env['HF_TOKEN']?.trim() || undefined;
-	if (token !== undefined && !token.startsWith('hf_')) {
-		throw new DiffusionNativeError('ERR_DN_HUB', "HF_TOKEN is not a Hugging Face token: it must start with 'hf_'");
-	}
-	const endpoint = (env['HF_ENDPOINT'] || 'https://huggingface.co').replace(/\/+$/, '');
-	check(
-		URL.canParse(endpoint) && /^https?:/.test(endpoint),
-		`HF_ENDPOINT is ${JSON.stringify(endpoint)}, expected a URL`,
-	);
 	const request: HubRequest = {
 		id: pathOrHubId,
 		revision,
 		cacheDir: resolve(options.cacheDir ?? cacheDirectory()),
-		endpoint,
-		token,
+		endpoint: (env['HF_ENDPOINT'] || 'https://huggingface.co').replace(/\/+$/, ''),
+		token: env['HF_TOKEN']?.trim() || undefined,
 		onProgress: options.onProgress,
 		signal: options.signal,
 	};
@@ -140,5 +147,22 @@ export async function resolveModelDirectory(pathOrHubId: string, options: Resolv
 			`${pathOrHubId} (revision ${revision}) is not in the cache ${request.cacheDir}, and ${why}`,
 		);
 	}
-	return ready(await downloadSnapshot(request));
+	checkAccess(request);
+	try {
+		return ready(await downloadSnapshot(request));
+	} catch (error) {
+		if (cached && !options.refresh && isUnreachable(error)) return ready(cached.directory);
+		throw error;
+	}
+}
+
+/** What a request would fail on. */
+function checkAccess({ endpoint, token }: HubRequest): void {
+	if (token !== undefined && !token.startsWith('hf_')) {
+		throw new DiffusionNativeError('ERR_DN_HUB', "HF_TOKEN is not a Hugging Face token: it must start with 'hf_'");
+	}
+	check(
+		URL.canParse(endpoint) && /^https?:/.test(endpoint),
+		`HF_ENDPOINT is ${JSON.stringify(endpoint)}, expected a URL`,
+	);
 }

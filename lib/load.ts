@@ -12,7 +12,7 @@ import { checkOptions } from './option-checks.js';
 import type { Tokenizer } from './tokenizer.js';
 
 /** Options of `DiffuGPT.fromPretrained`. */
-export interface PretrainedOptions extends DeviceOptions, Omit<ResolveOptions, 'refresh'> {
+export interface PretrainedOptions extends DeviceOptions, ResolveOptions {
 	/** Overrides what the files say: maskId, eosId, padId, shift, attention, ... @default {} */
 	readonly config?: Partial<ModelConfig>;
 	/** Told about downloads and loading. @default none */
@@ -29,6 +29,7 @@ const pretrainedOptionNames = [
 	'revision',
 	'cacheDir',
 	'localFilesOnly',
+	'refresh',
 	'onProgress',
 	'signal',
 ] as const satisfies readonly (keyof PretrainedOptions)[];

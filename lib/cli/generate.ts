@@ -55,6 +55,7 @@ interface Flags {
 	revision?: string;
 	cacheDir?: string;
 	localFilesOnly?: boolean;
+	refresh?: boolean;
 	json?: boolean;
 	trace?: string;
 	html?: string;
@@ -118,6 +119,7 @@ export function register(program: Command): void {
 		.option('--revision <name>', 'branch, tag or commit of a hub model')
 		.option('--cache-dir <path>', 'hub cache')
 		.option('--local-files-only', 'never ask the network')
+		.option('--refresh', 'ask the hub whether the branch or tag has moved since it was fetched')
 		.option('--json', 'print every step and then the result as a line of JSON')
 		.option('--trace <file>', 'save every step and then the result as lines of JSON')
 		.option('--html <file>', 'save a page that plays the denoising back')
@@ -128,11 +130,11 @@ export function register(program: Command): void {
 async function generate(path: string, text: string | undefined, flags: Flags): Promise<void> {
 	const prompt = toPrompt(text, flags);
 	const options = toOptions(flags);
-	const { device, dtype, threads, revision, cacheDir, localFilesOnly } = flags;
+	const { device, dtype, threads, revision, cacheDir, localFilesOnly, refresh } = flags;
 	const interrupt = interruptible();
 	const { signal } = interrupt;
 	try {
-		const loading = given({ device, dtype, threads, revision, cacheDir, localFilesOnly, signal });
+		const loading = given({ device, dtype, threads, revision, cacheDir, localFilesOnly, refresh, signal });
 		const model = await DiffuGPT.fromPretrained(path, loading);
 		try {
 			await show(model, prompt, { ...options, signal }, flags);
