@@ -40,7 +40,7 @@ export function isModelFile(name: string): boolean {
 
 /**
  * Writes the directory under a temporary name, flushes it, and renames it into place (see `replaceDirectory` in files.ts for a
- * target that exists).
+ * target that exists or cannot be renamed).
  * @throws `ERR_DN_CHECKPOINT` with the path and the system's reason; nothing half-written is left.
  */
 export async function saveCheckpoint(
@@ -67,7 +67,7 @@ export async function saveCheckpoint(
 			throw fromNative(error);
 		}
 	};
-	await replaceDirectory(directory, fill, isModelFile);
+	await replaceDirectory(directory, fill, isModelFile, 'config.json');
 }
 
 /**

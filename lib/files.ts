@@ -3,7 +3,7 @@
  * disk, then renamed. Failures are `ERR_DN_CHECKPOINT` with the path and the system's reason.
  */
 import { randomBytes } from 'node:crypto';
-import { readFileSync } from 'node:fs';
+import { readFileSync, realpathSync, statSync } from 'node:fs';
 import { constants, copyFile, mkdir, open, readdir, realpath, rename, rm, rmdir, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 
@@ -37,10 +37,29 @@ export function temporaryName(path: string): string {
 	return join(dirname(path), `.${basename(path)}.${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
 }
 
-/** Reads a UTF-8 file; undefined when it does not exist. */
+/**
+ * What tells a file from others: device and inode, behind symbolic links. Of a path where nothing is: its place, so that two
+ * spellings of one place are equal.
+ */
+export function fileIdentity(path: string): string {
+	const found = statSync(path, { bigint: true, throwIfNoEntry: false });
+	if (found) return `${found.dev}:${found.ino}`;
+	try {
+		return join(realpathSync(dirname(resolve(path))), basename(path));
+	} catch {
+		return resolve(path);
+	}
+}
+
+/** The text without the byte order mark that some editors put in front, which JSON.parse refuses. */
+export function withoutMark(text: string): string {
+	return text.startsWith('\uFEFF') ? text.slice(1) : text;
+}
+
+/** Reads a UTF-8 file, without its byte order mark; undefined when it does not exist. */
 export function readText(path: string): string | undefined {
 	try {
-		return readFileSync(path, 'utf8');
+		return withoutMark(readFileSync(path, 'utf8'));
 	} catch (error) {
 		if (isMissing(error)) return undefined;
 		throw fileError('read', path, error);
@@ -155,40 +174,58 @@ async function replaceFile(path: string, write: (temporary: string) => Promise<v
 }
 
 /**
- * Fills a temporary sibling of `target` and puts it in place.
+ * Fills a temporary directory and puts it in the place of `target`.
  *
- * - `target` does not exist or is empty: one rename.
+ * - `target` does not exist or is empty: the temporary directory is beside it, and one rename.
  * - `target` holds only files for which `owned` is true: the old directory is renamed aside, the new one renamed in, the old
  *   one removed. A crash between the two renames leaves both complete under their temporary names beside `target`.
- * - `target` also holds other things: those stay, and the new files replace the old ones one rename after another, in the
- *   order of their names. Owned files that the new set lacks are removed.
+ * - `target` also holds other things, is a mount point, is the working directory of this process, or is in a
+ *   directory that cannot be written: it stays, and the temporary directory is inside it. The owned files are moved out of
+ *   the way, then the new ones in: `key` is the first to go and the last to come. A crash meanwhile leaves `target` without
+ *   `key`, and old and new files complete between them in it and its temporary directories.
  *
- * `fill` writes flat files with {@link writeSynced} or by other means that flush. When anything fails, the temporary
- * directory is removed and `target` is as it was before (in the last case: except for files already replaced).
+ * `fill` writes flat files with {@link writeSynced} or by other means that flush; where it only turns out at the end that
+ * `target` cannot be renamed, `fill` is called again. When anything fails, the temporary directory is removed and `target` is
+ * as it was before.
+ * @param key the file without which no reader takes the directory for anything
  * @throws `ERR_DN_CHECKPOINT` with the path and the system's reason.
  */
 export async function replaceDirectory(
 	target: string,
 	fill: (directory: string) => Promise<void>,
 	owned: (name: string) => boolean,
+	key: string,
 ): Promise<void> {
 	let destination = resolve(target);
-	let stage: string | undefined;
+	/** Fills a new directory and places it; false when it is pinned and another place may be tried. */
+	const attempt = async (stage: string, place: () => Promise<void>, isLast: boolean): Promise<boolean> => {
+		try {
+			await mkdir(stage).catch(asPinned);
+			await fill(stage);
+			await syncDirectory(stage);
+			await place();
+			return true;
+		} catch (error) {
+			await rm(stage, { recursive: true, force: true }).catch(() => undefined);
+			const isPinned = error instanceof Pinned;
+			if (isPinned && !isLast) return false;
+			throw renamedError(fileError('write the directory', target, isPinned ? error.cause : error), stage, target);
+		}
+	};
 	try {
 		const existing = await listExisting(destination);
 		if (existing) destination = await realpath(destination);
 		else await makeDirectories(dirname(destination));
-		stage = temporaryName(destination);
-		await mkdir(stage);
-		await fill(stage);
-		await syncDirectory(stage);
-		if (existing?.every(owned) === false) await replaceFiles(stage, destination, existing.filter(owned));
-		else await swap(stage, destination, existing);
-		await syncDirectory(dirname(destination));
+		if (!existing || (existing.every(owned) && !(await mustStay(destination)))) {
+			const stage = temporaryName(destination);
+			const place = (): Promise<void> => swap(stage, destination, existing).catch(asPinned);
+			if (await attempt(stage, place, !existing)) return await syncDirectory(dirname(destination));
+		}
+		const stage = temporaryName(join(destination, basename(destination)));
+		const old = existing?.filter(owned) ?? [];
+		await attempt(stage, () => replaceFiles(stage, destination, old, key), true);
 	} catch (error) {
-		if (!stage) throw fileError('write the directory', target, error);
-		await rm(stage, { recursive: true, force: true }).catch(() => undefined);
-		throw renamedError(fileError('write the directory', target, error), stage, target);
+		throw fileError('write the directory', target, error);
 	}
 }
 
@@ -202,9 +239,41 @@ async function listExisting(path: string): Promise<string[] | undefined> {
 	}
 }
 
+/** A directory cannot be renamed, or nothing be made beside it; the cause says why. */
+class Pinned extends Error {
+	constructor(override readonly cause: unknown) {
+		super(reasonOf(cause));
+	}
+}
+
+/**
+ * True when the error says that a path cannot be renamed or replaced where it is, whatever it holds: a mount point, a
+ * directory without the right to write, a read-only file system.
+ */
+export function isInPlaceOnly(error: unknown): boolean {
+	const code = (error as { code?: unknown } | null)?.code;
+	return typeof code === 'string' && ['EBUSY', 'EXDEV', 'EACCES', 'EPERM', 'EROFS'].includes(code);
+}
+
+function asPinned(error: unknown): never {
+	throw isInPlaceOnly(error) ? new Pinned(error) : error;
+}
+
+/**
+ * Whether a directory must keep its inode: a mount point, or the working directory, which would be gone for the process with
+ * the old one. A directory above the working directory holds more than owned files.
+ */
+async function mustStay(directory: string): Promise<boolean> {
+	const { dev, ino } = await stat(directory, { bigint: true });
+	if (dev !== (await stat(dirname(directory), { bigint: true })).dev) return true;
+	const working = await stat('.', { bigint: true }).catch(() => undefined);
+	return dev === working?.dev && ino === working.ino;
+}
+
 async function swap(stage: string, destination: string, existing: string[] | undefined): Promise<void> {
-	if (existing?.length === 0) await rmdir(destination);
 	if (!existing || existing.length === 0) {
+		// Elsewhere the rename itself replaces an empty directory.
+		if (existing && process.platform === 'win32') await rmdir(destination);
 		await rename(stage, destination);
 		return;
 	}
@@ -219,10 +288,33 @@ async function swap(stage: string, destination: string, existing: string[] | und
 	await rm(old, { recursive: true, force: true });
 }
 
-async function replaceFiles(stage: string, destination: string, old: string[]): Promise<void> {
-	const names = (await readdir(stage)).sort();
-	for (const name of names) await rename(join(stage, name), join(destination, name));
-	for (const name of old) if (!names.includes(name)) await rm(join(destination, name), { force: true });
-	await syncDirectory(destination);
+/** Moves the files `old` of `destination` out of the way and those of `stage` in; all of them back when one cannot be moved. */
+async function replaceFiles(stage: string, destination: string, old: string[], key: string): Promise<void> {
+	const keyLast = (names: string[]): string[] => [
+		...names.filter((name) => name !== key).sort(),
+		...names.filter((name) => name === key),
+	];
+	const aside = temporaryName(join(destination, basename(destination)));
+	const moved: (readonly [from: string, to: string])[] = [];
+	const move = async (from: string, to: string, names: string[]): Promise<void> => {
+		for (const name of names) {
+			// On the disk, too, the directory has its key only while everything else is in place.
+			if (name === key) await syncDirectory(destination);
+			await rename(join(from, name), join(to, name));
+			moved.push([join(from, name), join(to, name)]);
+			if (name === key) await syncDirectory(destination);
+		}
+	};
+	try {
+		await mkdir(aside);
+		await move(destination, aside, keyLast(old).reverse());
+		await move(stage, destination, keyLast(await readdir(stage)));
+		await syncDirectory(destination);
+	} catch (error) {
+		for (const [from, to] of moved.reverse()) await rename(to, from);
+		await rmdir(aside).catch(() => undefined);
+		throw renamedError(fileError('write the directory', destination, error), aside, destination);
+	}
+	await rm(aside, { recursive: true, force: true });
 	await rmdir(stage);
 }

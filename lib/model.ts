@@ -364,7 +364,8 @@ export class DiffuGPT {
 
 	/**
 	 * Writes a directory that `fromPretrained` and, unless it is int8, Hugging Face's GPT-2 loader accept; complete, or not at
-	 * all.
+	 * all. Other files that it holds stay. A directory that cannot be renamed (a mount point, the working directory, one in a
+	 * directory without the right to write) is filled in place: from the first file moved to the last it has no `config.json`.
 	 * @throws `ERR_DN_CHECKPOINT` with the path and the system's reason; `ERR_DN_ARGUMENT`; `ERR_DN_BUSY`
 	 */
 	async save(directory: string, options: SaveOptions = {}): Promise<void> {

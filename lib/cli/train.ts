@@ -8,6 +8,7 @@ import { readDeclaredConfig } from '../checkpoint-config.js';
 import { TokenDataset } from '../data/dataset.js';
 import type { Device } from '../device.js';
 import { check, DiffusionNativeError } from '../errors.js';
+import { withoutMark } from '../files.js';
 import { ProgressLogger } from '../loggers/progress.js';
 import { TensorBoardLogger } from '../loggers/tensorboard.js';
 import { DiffuGPT } from '../model.js';
@@ -114,7 +115,7 @@ async function train(flags: Flags): Promise<void> {
 function readConfig(path: string): { config: RunConfig; mapped: string[] } {
 	let json: unknown;
 	try {
-		json = JSON.parse(readFileSync(path, 'utf8'));
+		json = JSON.parse(withoutMark(readFileSync(path, 'utf8')));
 	} catch (cause) {
 		const reason = cause instanceof Error ? cause.message : String(cause);
 		throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path} cannot be read as JSON: ${reason}`, { cause });

@@ -102,6 +102,7 @@ export async function writeCheckpoint(
 			await writeSynced(join(directory, stateFile), `${JSON.stringify(json, undefined, '\t')}\n`);
 		},
 		(name) => name === stateFile || name === momentsFile || isModelFile(name),
+		'config.json',
 	);
 }
 
