@@ -56,7 +56,8 @@ const momentsFile = 'optimizer.safetensors';
 const formatName = 'diffusion-native-run';
 const formatVersion = 1;
 const stepName = /^step-(\d{8,})$/;
-const staleName = /^\.step-\d+\.(\d+)-[0-9a-f]+\.tmp$/;
+/** Temporary names of checkpoints and of metrics.jsonl, with the process that made them. */
+const staleName = /^\.(?:step-\d+|metrics\.jsonl)\.(\d+)-[0-9a-f]+\.tmp$/;
 
 /** Folder name of the checkpoint after `step` steps. */
 export function checkpointName(step: number): string {
@@ -212,7 +213,8 @@ function readState(directory: string): RunState | string {
 	if (json['version'] !== formatVersion) {
 		return `${stateFile} is version ${String(json['version'])}, this library reads version ${formatVersion}`;
 	}
-	const { files, ...state } = json as unknown as RunState & { files: Record<string, number> };
+	const { files, ...state } = json as unknown as RunState & { files?: Record<string, number> | null };
+	if (typeof files !== 'object' || files === null) return `${stateFile} lacks files, the sizes of the other files`;
 	for (const [name, bytes] of Object.entries(files)) {
 		let size: number;
 		try {
