@@ -6,6 +6,7 @@ import { closeSync, existsSync, fsyncSync, openSync, readSync, renameSync, rmSyn
 import { dirname } from 'node:path';
 
 import { check, DiffusionNativeError } from '../errors.js';
+import { temporaryName } from '../files.js';
 import { type DataFormat, type DataHeader, encodeHeader, headerBytes, type Padding, recordBytes } from './format.js';
 
 export interface WriterOptions {
@@ -32,7 +33,7 @@ class Appender {
 
 	constructor(path: string) {
 		this.path = path;
-		this.fd = openSync(path, 'w+');
+		this.fd = openSync(path, 'wx+');
 	}
 
 	/** Room for `bytes` more, at most one piece. */
@@ -67,8 +68,8 @@ export class TokenWriter {
 		this.#options = options;
 		this.#width = options.vocab <= 65536 ? 2 : 4;
 		try {
-			this.#tokens = new Appender(`${options.path}.tmp-${process.pid}`);
-			this.#index = options.format === 'packed' ? undefined : new Appender(`${options.path}.tmp-${process.pid}.index`);
+			this.#tokens = new Appender(temporaryName(options.path));
+			this.#index = options.format === 'packed' ? undefined : new Appender(temporaryName(`${options.path}.index`));
 		} catch (cause) {
 			throw unwritable(options.path, cause);
 		}

@@ -31,7 +31,7 @@ export const all = (data: TokenDataset): number[][] =>
 
 /** Temporary files beside a target. */
 export const leftovers = (path: string): string[] =>
-	readdirSync(dirname(path)).filter((name) => name.startsWith(`${basename(path)}.tmp`));
+	readdirSync(dirname(path)).filter((name) => name.startsWith(`.${basename(path)}.`));
 
 /** Words whose every GPT-2 token is told apart, in lines of different length. */
 export function story(lines: number): string {
