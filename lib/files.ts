@@ -42,9 +42,9 @@ export function temporaryName(path: string): string {
  * spellings of one place are equal.
  */
 export function fileIdentity(path: string): string {
-	const found = statSync(path, { bigint: true, throwIfNoEntry: false });
-	if (found) return `${found.dev}:${found.ino}`;
 	try {
+		const found = statSync(path, { bigint: true, throwIfNoEntry: false });
+		if (found) return `${found.dev}:${found.ino}`;
 		return join(realpathSync(dirname(resolve(path))), basename(path));
 	} catch {
 		return resolve(path);

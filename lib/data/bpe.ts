@@ -19,7 +19,7 @@ import { checkOptions } from '../option-checks.js';
 import { Tokenizer } from '../tokenizer.js';
 import { Turns } from '../turns.js';
 import type { DataRecord, PrepareInput } from './prepare-options.js';
-import { fileKind, listFiles, type ReadOptions, readCsv, readJsonLines, readText } from './readers.js';
+import { checkOutputs, fileKind, listFiles, type ReadOptions, readCsv, readJsonLines, readText } from './readers.js';
 import { checkInput, isPaths } from './records.js';
 
 /** Options of {@link trainTokenizer}. */
@@ -49,8 +49,8 @@ const optionNames = [
 
 /**
  * Learns a tokenizer. The corpus is read as a stream into a temporary text file, which the trainer counts words of.
- * @throws `ERR_DN_ARGUMENT` naming the option, or the file and place of a malformed input, or when the corpus is empty or too
- * small for that many merges; `ERR_DN_CHECKPOINT` when an input cannot be read or `out` not be written; `ERR_DN_INTERNAL` when
+ * @throws `ERR_DN_ARGUMENT` naming the option, or the file and place of a malformed input, when `out` is an input, or when the corpus is
+ * empty or too small for that many merges; `ERR_DN_CHECKPOINT` when an input cannot be read or `out` not be written; `ERR_DN_INTERNAL` when
  * the process that learns fails; `signal.reason`
  */
 export async function trainTokenizer(input: PrepareInput, options: TrainTokenizerOptions): Promise<Tokenizer> {
@@ -75,6 +75,8 @@ export async function trainTokenizer(input: PrepareInput, options: TrainTokenize
 		Number.isInteger(vocabSize) && vocabSize >= least && vocabSize <= 30_000,
 		`vocabSize is ${String(vocabSize)}, expected ${least} (256 bytes and ${specials.length} special tokens) to 30000`,
 	);
+	const paths = pathsOf(input);
+	if (out !== undefined && paths) checkOutputs([['out', out]], await listFiles(paths));
 	const folder = mkdtempSync(join(tmpdir(), `diffusion-native-${randomBytes(4).toString('hex')}-`));
 	try {
 		const corpus = join(folder, 'corpus.txt');
@@ -95,15 +97,20 @@ type Merge = readonly [string, string];
 async function learn(corpus: string, folder: string, signal: AbortSignal | undefined): Promise<Merge[]> {
 	const path = join(folder, 'trained.json');
 	const program = fileURLToPath(new URL('./bpe-learn.js', import.meta.url));
+	const learning = promisify(execFile)(process.execPath, [program, corpus, path], {
+		// As Node also inside Electron; without the flags of this process, a debugger's port for instance.
+		env: { ...process.env, ELECTRON_RUN_AS_NODE: '1', NODE_OPTIONS: '' },
+		maxBuffer: 1 << 26,
+		windowsHide: true,
+		...(signal ? { signal } : {}),
+	});
 	try {
-		await promisify(execFile)(process.execPath, [program, corpus, path], {
-			// As Node also inside Electron; without the flags of this process, a debugger's port for instance.
-			env: { ...process.env, ELECTRON_RUN_AS_NODE: '1', NODE_OPTIONS: '' },
-			maxBuffer: 1 << 26,
-			windowsHide: true,
-			...(signal ? { signal } : {}),
-		});
+		await learning;
 	} catch (cause) {
+		// An abort rejects at once, while the process may still be writing into the folder that is about to be removed.
+		const { child } = learning;
+		if (child.pid !== undefined && child.exitCode === null && child.signalCode === null)
+			await new Promise((resolve) => child.once('exit', resolve));
 		signal?.throwIfAborted();
 		const { stderr = '' } = cause as { stderr?: string };
 		const reason = stderr.trim().split('\n').slice(-5).join(' ') || reasonOf(cause);
@@ -160,9 +167,13 @@ async function writeCorpus(path: string, input: PrepareInput, options: TrainToke
 	return characters;
 }
 
+function pathsOf(input: PrepareInput): readonly string[] | undefined {
+	return typeof input === 'string' ? [input] : isPaths(input) ? input : undefined;
+}
+
 async function* texts(input: PrepareInput, options: TrainTokenizerOptions): AsyncGenerator<string, void> {
 	const read: ReadOptions = { maxLine: options.maxLine ?? 1 << 24, onBytes: () => {} };
-	const paths = typeof input === 'string' ? [input] : isPaths(input) ? input : undefined;
+	const paths = pathsOf(input);
 	if (!paths) {
 		for await (const record of input as Iterable<DataRecord>) yield `${recordText(record)}\n`;
 		return;

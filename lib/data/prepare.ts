@@ -17,14 +17,14 @@ import {
 	type PrepareSettings,
 	resolvePrepareOptions,
 } from './prepare-options.js';
-import { listFiles, type ReadOptions } from './readers.js';
+import { checkOutputs, listFiles, type ReadOptions } from './readers.js';
 import { checkInput, fileItems, isPaths, recordItems } from './records.js';
 import { TokenWriter } from './writer.js';
 
 /**
  * Tokenises `input` into a token file and opens it. Files appear whole or not at all.
  * @throws `ERR_DN_ARGUMENT` naming the file and the place when the input is empty, binary, not UTF-8, malformed or lacks a
- * column; `ERR_DN_CHECKPOINT` when an input cannot be read or the output not be written; `signal.reason` when aborted.
+ * column, or when an output is an input or the other output; `ERR_DN_CHECKPOINT` when an input cannot be read or the output not be written; `signal.reason` when aborted.
  */
 export async function prepare(input: PrepareInput, options: PrepareOptions): Promise<TokenDataset> {
 	const settings = resolvePrepareOptions(options);
@@ -41,6 +41,9 @@ export async function prepare(input: PrepareInput, options: PrepareOptions): Pro
 	const paths = typeof input === 'string' ? [input] : isPaths(input) ? input : undefined;
 	const files = paths ? await listFiles(paths) : [];
 	const totalBytes = files.reduce((sum, file) => sum + file.bytes, 0);
+	const outputs: [string, string][] = [['out', options.out]];
+	if (validation > 0) outputs.push(['validationOut', settings.validationOut]);
+	checkOutputs(outputs, files);
 	const items = paths ? fileItems(files, settings, read) : recordItems(input as Iterable<DataRecord>);
 	const train = new TokenWriter({ ...settings, path: options.out });
 	let held: TokenWriter | undefined;

@@ -11,7 +11,7 @@ import { pipeline, Readable } from 'node:stream';
 import { CsvError, parse } from 'csv-parse';
 
 import { check, DiffusionNativeError } from '../errors.js';
-import { fileError } from '../files.js';
+import { fileError, fileIdentity } from '../files.js';
 
 /** Where one document ends and the next begins in a text file; any other string: a line that equals it. */
 export type TextSplit = 'file' | 'line' | 'paragraph' | (string & {});
@@ -71,6 +71,28 @@ export async function listFiles(paths: readonly string[]): Promise<{ path: strin
 	}
 	check(files.length > 0, 'no input files were given');
 	return files;
+}
+
+/**
+ * Refuses outputs that would replace an input or each other, whatever links and spellings lead there. `outputs`: names of
+ * options and their paths.
+ * @throws `ERR_DN_ARGUMENT` naming both.
+ */
+export function checkOutputs(
+	outputs: readonly (readonly [option: string, path: string])[],
+	inputs: readonly { readonly path: string }[],
+): void {
+	const taken = new Map<string, string>();
+	for (const [option, path] of outputs) {
+		const identity = fileIdentity(path);
+		const other = taken.get(identity);
+		check(other === undefined, () => `${option} ${path} is the same file as ${other}: choose another`);
+		taken.set(identity, `${option} ${path}`);
+	}
+	for (const { path } of inputs) {
+		const output = taken.get(fileIdentity(path));
+		check(output === undefined, () => `${output} is the same file as the input ${path}, which it would replace`);
+	}
 }
 
 async function walk(folder: string, files: { path: string; bytes: number }[]): Promise<void> {
