@@ -1,7 +1,7 @@
 /** The command line, run as a child process: output, files, exit status, interruption. */
-import { spawn } from 'node:child_process';
+import { spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
@@ -180,6 +180,36 @@ test('a failure ends with 1 and its code', async (t) => {
 	t.regex(unwritable.stderr, /trace/);
 });
 
+test('an output that is an input or another output is refused before anything is read', async (t) => {
+	const data = join(folder, 'data.jsonl');
+	writeFileSync(data, '{"text":"Hello"}\n');
+	const twice = join(folder, 'twice');
+	for (const [parameters, message] of [
+		[
+			['eval', modelPath, data, '-m', 'nelbo', '-o', data],
+			/--output .*data\.jsonl is the same file as the data .*data\.jsonl/,
+		],
+		[['eval', 'length', modelPath, data, '--html', data], /--html .*data\.jsonl is the same file as the pairs/],
+		[['generate', modelPath, 'A', '--trace', twice, '--html', join(folder, '.', 'twice')], /--html .* as --trace/],
+	] as [string[], RegExp][]) {
+		const { code, stderr } = await run(parameters);
+		t.is(code, 2, stderr);
+		t.regex(stderr, message);
+	}
+	t.is(readFileSync(data, 'utf8'), '{"text":"Hello"}\n');
+	t.false(existsSync(twice));
+});
+
+test('a trace may go to standard output', (t) => {
+	// A pipe of a shell: those of Node are sockets, which cannot be opened by a path.
+	const command = '"$0" "$@" --trace /dev/stdout | cat';
+	const parameters = [join(root, 'dist', 'lib', 'cli', 'main.js'), 'generate', modelPath, 'A', ...options];
+	const { stdout, stderr } = spawnSync('sh', ['-c', command, process.execPath, ...parameters], { encoding: 'utf8' });
+	t.is(stderr, '');
+	t.regex(stdout, /^\{"type":"step"/m);
+	t.regex(stdout, /^\{"type":"result"/m);
+});
+
 test('a file that fills the disk ends with 1 and says which, without a stack trace', async (t) => {
 	if (!existsSync('/dev/full')) return t.pass('there is no /dev/full here');
 	const { code, stderr, stdout } = await run(['generate', modelPath, 'A', ...options, '--trace', '/dev/full']);
@@ -271,10 +301,16 @@ test('a second Ctrl-C kills', async (t) => {
 	t.is(killed, 'SIGINT');
 });
 
-test('Ctrl-C stops after the current step', async (t) => {
+test('Ctrl-C stops after the current step and leaves the old files', async (t) => {
 	let sent = false;
+	const place = mkdtempSync(join(folder, 'old-'));
+	const files = ['trace', 'html'].map((name) => join(place, name)) as [string, string];
+	for (const path of files) writeFileSync(path, 'old');
 	const { code, stdout, stderr } = await run(
-		['generate', modelPath, 'Hello', '--length', '500', '--steps', '500', '--json'],
+		[
+			...['generate', modelPath, 'Hello', '--length', '500', '--steps', '500', '--json'],
+			...['--trace', files[0], '--html', files[1]],
+		],
 		(text, kill) => {
 			if (sent || text.split('\n').length < 3) return;
 			sent = true;
@@ -284,4 +320,6 @@ test('Ctrl-C stops after the current step', async (t) => {
 	t.is(code, 1);
 	t.is(stderr, 'interrupted\n');
 	t.false(stdout.includes('"result"'));
+	for (const path of files) t.is(readFileSync(path, 'utf8'), 'old');
+	t.deepEqual(readdirSync(place).sort(), ['html', 'trace']);
 });

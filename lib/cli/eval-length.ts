@@ -14,6 +14,7 @@ import { trainLengthHead } from '../length/head.js';
 import { type LengthMethod, lengthMethods } from '../length/method.js';
 import { coverageChart, htmlReport, speedChart, textReport } from '../length/report.js';
 import { DiffuGPT } from '../model.js';
+import { checkOutputs } from './output-file.js';
 import { action, exitStatus, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
 
 interface Flags {
@@ -86,6 +87,10 @@ async function run(path: string, pairs: string, flags: Flags): Promise<void> {
 	if (flags.save !== undefined && flags.calibrate === undefined && flags.trainHead === undefined) {
 		throw new UsageError('--save has nothing new to write: it goes with --calibrate or --train-head');
 	}
+	checkOutputs(
+		{ '--html': flags.html },
+		{ 'the pairs': pairs, '--calibrate': flags.calibrate, '--train-head': flags.trainHead },
+	);
 	const { max, limit } = flags;
 	const options = toOptions(flags);
 	const interrupt = interruptible();

@@ -10,7 +10,7 @@ import type { Device, DType } from '../device.js';
 import type { EvaluationProgress, Metric, SequenceOptions } from '../eval/options.js';
 import { evaluate, metricNames } from '../evaluate.js';
 import { DiffuGPT } from '../model.js';
-import { JsonLines } from './json-lines.js';
+import { checkOutputs, OutputFile } from './output-file.js';
 import {
 	action,
 	exitStatus,
@@ -100,7 +100,7 @@ export function register(program: Command): Command {
 		.option('--device <name>', 'auto, cpu, cuda, cuda:N (default: auto)')
 		.option('--dtype <name>', 'auto, fp32, bf16, int8 (default: auto)')
 		.option('--threads <n>', 'CPU threads (default: all cores)', number('threads'))
-		.option('-o, --output <file>', "write every record's outcome as a line of JSON")
+		.option('-o, --output <file>', "write every record's outcome as a line of JSON, in place when the run ends")
 		.option('--json', 'print the result as one line of JSON')
 		.addHelpText(
 			'after',
@@ -122,10 +122,11 @@ async function run(path: string, data: string | undefined, flags: Flags): Promis
 	if (flags.metric === undefined) throw new UsageError(`--metric is needed: ${names.join(', ')}`);
 	const options = toOptions(flags);
 	if (data === undefined && flags.metric !== 'generative-perplexity') throw new UsageError('a data file is needed');
+	checkOutputs({ '--output': flags.output }, { 'the data': data });
 	const interrupt = interruptible();
 	const { signal } = interrupt;
 	const view = new View(flags.json === true);
-	const records = flags.output === undefined ? undefined : await JsonLines.open(flags.output);
+	const records = flags.output === undefined ? undefined : await OutputFile.open(flags.output);
 	try {
 		const loading = defined({
 			device: flags.device,
@@ -143,14 +144,15 @@ async function run(path: string, data: string | undefined, flags: Flags): Promis
 			...(judge === undefined ? {} : { judge }),
 			signal,
 			onProgress: (progress) => view.progress(progress),
-			...(records === undefined ? {} : { onRecord: (record: object) => records.write(record) }),
+			...(records === undefined ? {} : { onRecord: (record: object) => records.writeLine(record) }),
 		});
 		view.stop();
 		process.stdout.write(flags.json ? `${toJson({ model: path, data: data ?? null, ...result })}\n` : table(result));
+		await records?.keep();
 	} finally {
 		view.stop();
 		interrupt.end();
-		await records?.close();
+		await records?.discard();
 	}
 }
 

@@ -3,11 +3,9 @@
  * dim, positions opened again marked; elsewhere only the final text, or with --json every step as a line.
  */
 
-import { open } from 'node:fs/promises';
 import type { Command } from 'commander';
 import type { DenoiseStep } from '../denoise-loop.js';
 import type { Device, DType } from '../device.js';
-import { DiffusionNativeError } from '../errors.js';
 import type { GenerateResult } from '../generate.js';
 import { type LengthMethod, type LengthOptions, lengthMethods } from '../length/method.js';
 import { DiffuGPT } from '../model.js';
@@ -15,7 +13,7 @@ import { type GenerateOptions, type SamplerName, samplerNames } from '../options
 import { decodeDrawn } from '../prompt.js';
 import { traceHtml } from '../trace-html.js';
 import { printable, Redraw, renderStep, style, type ViewOptions } from './denoise-view.js';
-import { JsonLines } from './json-lines.js';
+import { checkOutputs, OutputFile } from './output-file.js';
 import { action, exitStatus, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
 
 interface Flags {
@@ -121,7 +119,7 @@ export function register(program: Command): void {
 		.option('--local-files-only', 'never ask the network')
 		.option('--refresh', 'ask the hub whether the branch or tag has moved since it was fetched')
 		.option('--json', 'print every step and then the result as a line of JSON')
-		.option('--trace <file>', 'save every step and then the result as lines of JSON')
+		.option('--trace <file>', 'save every step and then the result as lines of JSON, in place when the run ends')
 		.option('--html <file>', 'save a page that plays the denoising back')
 		.addHelpText('after', exitStatus)
 		.action(action(generate));
@@ -131,6 +129,7 @@ async function generate(path: string, text: string | undefined, flags: Flags): P
 	const prompt = toPrompt(text, flags);
 	const options = toOptions(flags);
 	const { device, dtype, threads, revision, cacheDir, localFilesOnly, refresh } = flags;
+	checkOutputs({ '--trace': flags.trace, '--html': flags.html }, {});
 	const interrupt = interruptible();
 	const { signal } = interrupt;
 	try {
@@ -149,8 +148,16 @@ async function generate(path: string, text: string | undefined, flags: Flags): P
 async function show(model: DiffuGPT, prompt: string | Gap, options: GenerateOptions, flags: Flags): Promise<void> {
 	const out = process.stdout;
 	const live = !flags.json && isTerminal(out);
-	const trace = flags.trace === undefined ? undefined : await JsonLines.open(flags.trace);
-	const html = flags.html === undefined ? undefined : await Page.open(flags.html);
+	// Opened at the beginning, where a wrong path should be noticed.
+	const trace = flags.trace === undefined ? undefined : await OutputFile.open(flags.trace);
+	const html =
+		flags.html === undefined
+			? undefined
+			: await OutputFile.open(flags.html).catch(async (error) => {
+					await trace?.discard();
+					throw error;
+				});
+	const events: DenoiseStep[] = [];
 	const gap = typeof prompt === 'string' ? { prefix: prompt } : prompt;
 	const shown = viewOptions(model, gap);
 	const view = live ? new Redraw(out) : undefined;
@@ -164,13 +171,13 @@ async function show(model: DiffuGPT, prompt: string | Gap, options: GenerateOpti
 				break;
 			}
 			if (flags.json) out.write(`${toJson({ type: 'step', ...value })}\n`);
-			trace?.write({ type: 'step', ...value });
-			html?.events.push(value);
+			trace?.writeLine({ type: 'step', ...value });
+			if (html) events.push(value);
 			view?.draw(`${renderStep(value, shown)}\n${style.dim(`step ${value.step} of at most ${value.steps}`)}`);
 		}
 		if (flags.json) out.write(`${toJson({ type: 'result', ...result })}\n`);
-		trace?.write({ type: 'result', ...result });
-		await html?.write(model, result);
+		trace?.writeLine({ type: 'result', ...result });
+		html?.write(page(model, events, result));
 		if (view) {
 			const { forwards, tokensPerSecond, tokensPerForward, generatedTokens, drift } = result.stats;
 			const measured = drift ? `, drift ${drift.mean.toPrecision(3)} nats (max ${drift.max.toPrecision(3)})` : '';
@@ -180,10 +187,12 @@ async function show(model: DiffuGPT, prompt: string | Gap, options: GenerateOpti
 		} else if (!flags.json) {
 			out.write(`${result.text}\n`);
 		}
+		await trace?.keep();
+		await html?.keep();
 	} finally {
 		view?.end();
-		await html?.close();
-		await trace?.close();
+		await html?.discard();
+		await trace?.discard();
 	}
 }
 
@@ -203,30 +212,9 @@ function viewOptions({ tokenizer, config: { maskId } }: DiffuGPT, { prefix = '',
 	};
 }
 
-/** The playback, written at the end into a file that is opened at the beginning, where a wrong path should be noticed. */
-class Page {
-	readonly events: DenoiseStep[] = [];
-
-	private constructor(private readonly file: Awaited<ReturnType<typeof open>>) {}
-
-	static async open(path: string): Promise<Page> {
-		try {
-			return new Page(await open(path, 'w'));
-		} catch (cause) {
-			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path}: cannot write: ${(cause as Error).message}`, {
-				cause,
-			});
-		}
-	}
-
-	async write({ config, tokenizer }: DiffuGPT, result: GenerateResult): Promise<void> {
-		const decode = tokenizer ? (ids: Int32Array): string => decodeDrawn(tokenizer, ids) : null;
-		await this.file.writeFile(traceHtml(this.events, result, config.maskId, decode));
-	}
-
-	close(): Promise<void> {
-		return this.file.close();
-	}
+/** The playback as a page. */
+function page({ config, tokenizer }: DiffuGPT, events: DenoiseStep[], result: GenerateResult): string {
+	return traceHtml(events, result, config.maskId, tokenizer ? (ids) => decodeDrawn(tokenizer, ids) : null);
 }
 
 function toPrompt(text: string | undefined, { prefix, suffix }: Flags): string | Gap {
