@@ -30,14 +30,14 @@ export class Interrupted extends Error {
 }
 
 /**
- * When the reader of what a command prints has left (`| head -1`), the command is interrupted as by Ctrl-C; what it still
- * prints is lost.
+ * When what a command prints cannot be written, the command is interrupted as by Ctrl-C and the rest is lost: the reader has
+ * left (`| head -1`), or, which also makes the exit status 1, the terminal is gone (EIO) or a disk is full.
  */
 export function stopWhenNobodyReads(): void {
 	let left = false;
 	for (const stream of [process.stdout, process.stderr]) {
 		stream.on('error', (error: NodeJS.ErrnoException) => {
-			if (error.code !== 'EPIPE') throw error;
+			if (error.code !== 'EPIPE') process.exitCode = 1;
 			if (!left) left = process.emit('SIGINT');
 		});
 	}

@@ -45,7 +45,8 @@ export function register(program: Command): void {
 			`
 The keys of the original project's config.json are accepted too; what each was mapped to is printed.
 A run folder (checkpoint.dir) holds the checkpoints, each of them a model folder, and metrics.jsonl.
-Ctrl-C saves a checkpoint and stops; that is status 0, or 1 when the run has no checkpoint.dir to save in.
+Ctrl-C saves a checkpoint and stops; that is status 0, or 1 when the run has no checkpoint.dir to save in. SIGTERM and a
+terminal that closes (SIGHUP, also under nohup) do the same; setsid keeps a run out of its terminal's reach.
 
 Example run.json:
   { "model": "gpt2", "config": { "maskId": 10541, "attention": "bidirectional" }, "data": "train.bin",
@@ -57,7 +58,7 @@ ${exitStatus}`,
 		.action((flags: Flags) => train(flags));
 }
 
-/** Runs to the end, or until Ctrl-C, and leaves a checkpoint. */
+/** Runs to the end, or until Ctrl-C, SIGTERM, SIGHUP or an output that cannot be written, and leaves a checkpoint. */
 async function train(flags: Flags): Promise<void> {
 	const note = (line: string): void => {
 		process.stderr.write(`${line}\n`);
@@ -87,13 +88,16 @@ async function train(flags: Flags): Promise<void> {
 		settings.resume === undefined ? await begin(settings, loggers) : await resume(settings, settings.resume, loggers);
 	const stop = new AbortController();
 	const interrupted = new Error('interrupted');
-	// Only the first one is caught: the handler is gone when the second one arrives.
 	const onInterrupt = (): void => {
-		note('stopping after a checkpoint; Ctrl-C again kills');
+		if (stop.signal.aborted) return;
 		stop.abort(interrupted);
+		note('stopping after a checkpoint; Ctrl-C again kills');
 	};
+	// Only the first one is caught: the handler is gone when the second one arrives.
 	process.once('SIGINT', onInterrupt);
 	process.once('SIGTERM', onInterrupt);
+	// A terminal that closes may send it twice, by itself and by its shell: caught to the end of the process.
+	process.on('SIGHUP', onInterrupt);
 	try {
 		const { config: shape, device } = trainer.model;
 		note(
