@@ -16,6 +16,7 @@ const server = createServer(async (request, response) => {
 	const abort = new AbortController();
 	response.on('close', () => abort.abort());
 	try {
+		request.setEncoding('utf8'); // characters that two chunks share are put together
 		let body = '';
 		for await (const chunk of request) body += chunk;
 		const { prompt, length = 24 } = JSON.parse(body) as { prompt: string; length?: number };
