@@ -13,7 +13,9 @@ import { type EvaluateLengthOptions, evaluateLength, type LengthProgress } from 
 import { trainLengthHead } from '../length/head.js';
 import { type LengthMethod, lengthMethods } from '../length/method.js';
 import { coverageChart, htmlReport, speedChart, textReport } from '../length/report.js';
+import type { PretrainedOptions } from '../load.js';
 import { DiffuGPT } from '../model.js';
+import { showLoading } from './load-view.js';
 import { checkOutputs } from './output-file.js';
 import { action, exitStatus, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
 
@@ -98,11 +100,11 @@ async function run(path: string, pairs: string, flags: Flags): Promise<void> {
 	const say = progressLine(flags.json === true);
 	try {
 		const loading = defined({ device: flags.device, dtype: flags.dtype, threads: flags.threads, signal });
-		await using model = await DiffuGPT.fromPretrained(path, loading);
+		const load = (name: string, options: PretrainedOptions): Promise<DiffuGPT> =>
+			showLoading((onProgress) => DiffuGPT.fromPretrained(name, { ...options, onProgress }), flags);
+		await using model = await load(path, loading);
 		await using judge =
-			flags.judge === undefined
-				? undefined
-				: await DiffuGPT.fromPretrained(flags.judge, { ...loading, config: { attention: 'causal' } });
+			flags.judge === undefined ? undefined : await load(flags.judge, { ...loading, config: { attention: 'causal' } });
 		const reading = defined({ columns: options.columns, separator: options.separator, signal });
 		if (flags.trainHead !== undefined) {
 			const onProgress = ({ stage, fraction }: { stage: string; fraction: number }): void =>

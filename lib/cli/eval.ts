@@ -9,7 +9,9 @@ import type { Command } from 'commander';
 import type { Device, DType } from '../device.js';
 import type { EvaluationProgress, Metric, SequenceOptions } from '../eval/options.js';
 import { evaluate, metricNames } from '../evaluate.js';
+import type { PretrainedOptions } from '../load.js';
 import { DiffuGPT } from '../model.js';
+import { showLoading } from './load-view.js';
 import { checkOutputs, OutputFile } from './output-file.js';
 import {
 	action,
@@ -135,9 +137,10 @@ async function run(path: string, data: string | undefined, flags: Flags): Promis
 			signal,
 			config: flags.attention === undefined ? undefined : { attention: flags.attention },
 		});
-		await using model = await DiffuGPT.fromPretrained(path, loading);
-		await using judge =
-			flags.judge === undefined ? undefined : await DiffuGPT.fromPretrained(flags.judge, { ...loading, config: {} });
+		const load = (name: string, options: PretrainedOptions): Promise<DiffuGPT> =>
+			showLoading((onProgress) => DiffuGPT.fromPretrained(name, { ...options, onProgress }), flags);
+		await using model = await load(path, loading);
+		await using judge = flags.judge === undefined ? undefined : await load(flags.judge, { ...loading, config: {} });
 		// The names are checked by evaluate, which says what it expected.
 		const result = await evaluate(model, data ?? null, {
 			...(options as { metric: 'nelbo' }),

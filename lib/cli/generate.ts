@@ -13,6 +13,7 @@ import { type GenerateOptions, type SamplerName, samplerNames } from '../options
 import { decodeDrawn } from '../prompt.js';
 import { traceHtml } from '../trace-html.js';
 import { printable, Redraw, renderStep, style, type ViewOptions } from './denoise-view.js';
+import { showLoading } from './load-view.js';
 import { checkOutputs, OutputFile } from './output-file.js';
 import { action, exitStatus, interruptible, isTerminal, number, toJson, UsageError } from './terminal.js';
 
@@ -134,7 +135,7 @@ async function generate(path: string, text: string | undefined, flags: Flags): P
 	const { signal } = interrupt;
 	try {
 		const loading = given({ device, dtype, threads, revision, cacheDir, localFilesOnly, refresh, signal });
-		const model = await DiffuGPT.fromPretrained(path, loading);
+		const model = await showLoading((onProgress) => DiffuGPT.fromPretrained(path, { ...loading, onProgress }), flags);
 		try {
 			await show(model, prompt, { ...options, signal }, flags);
 		} finally {

@@ -17,6 +17,7 @@ import { type ResumeOptions, Trainer } from '../trainer.js';
 import { findCheckpoint, type RunState } from '../training/checkpoint.js';
 import type { MetricLogger, TrainOptions } from '../training/options.js';
 import { reopen } from '../training/stored-run.js';
+import { showLoading } from './load-view.js';
 import { exitStatus, Interrupted, number } from './terminal.js';
 import { parseRunConfig, type RunConfig } from './train-config.js';
 
@@ -85,7 +86,9 @@ async function train(flags: Flags): Promise<void> {
 	if (settings.tensorboard && runFolder !== undefined)
 		loggers.push(new TensorBoardLogger(join(runFolder, 'tensorboard')));
 	const trainer =
-		settings.resume === undefined ? await begin(settings, loggers) : await resume(settings, settings.resume, loggers);
+		settings.resume === undefined
+			? await begin(settings, loggers, flags)
+			: await resume(settings, settings.resume, loggers);
 	const stop = new AbortController();
 	const interrupted = new Error('interrupted');
 	const onInterrupt = (): void => {
@@ -127,7 +130,7 @@ function readConfig(path: string): { config: RunConfig; mapped: string[] } {
 	return parseRunConfig(json);
 }
 
-async function begin(config: RunConfig, loggers: readonly MetricLogger[]): Promise<Trainer> {
+async function begin(config: RunConfig, loggers: readonly MetricLogger[], flags: Flags): Promise<Trainer> {
 	check(config.data !== undefined, 'the configuration needs data, a token file');
 	check(
 		(config.model === undefined) !== (config.scratch === undefined),
@@ -146,11 +149,15 @@ async function begin(config: RunConfig, loggers: readonly MetricLogger[]): Promi
 			...(tokenizer ? { tokenizer } : {}),
 		});
 	} else {
-		model = await DiffuGPT.fromPretrained(config.model as string, {
+		const loading = {
 			...where,
 			...(config.config ? { config: config.config } : {}),
 			...(config.cacheDir === undefined ? {} : { cacheDir: config.cacheDir }),
-		});
+		};
+		model = await showLoading(
+			(onProgress) => DiffuGPT.fromPretrained(config.model as string, { ...loading, onProgress }),
+			flags,
+		);
 	}
 	try {
 		return new Trainer(model, { ...(await trainOptions(config, model)), loggers });
