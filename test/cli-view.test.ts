@@ -87,7 +87,8 @@ inTerminal('on a terminal the text appears as it is denoised, then stands with i
 	const main = join(root, 'dist', 'lib', 'cli', 'main.js');
 	const flags = '--length 6 --sampler revocable --threshold 0 --verify 0.9 --attempts 1 --seed 3 --device cpu';
 	const command = `${process.execPath} ${main} generate ${join(folder, 'model')} Hello ${flags}`;
-	const { stdout } = await promisify(execFile)('/usr/bin/script', ['-qec', command, '/dev/null'], {
+	// A slow machine shows the loading on standard error.
+	const { stdout } = await promisify(execFile)('/usr/bin/script', ['-qec', `${command} 2>/dev/null`, '/dev/null'], {
 		env: { ...process.env, TERM: 'xterm', COLUMNS: '80' },
 	});
 	rmSync(folder, { recursive: true });

@@ -204,8 +204,7 @@ test('a trace may go to standard output', (t) => {
 	// A pipe of a shell: those of Node are sockets, which cannot be opened by a path.
 	const command = '"$0" "$@" --trace /dev/stdout | cat';
 	const parameters = [join(root, 'dist', 'lib', 'cli', 'main.js'), 'generate', modelPath, 'A', ...options];
-	const { stdout, stderr } = spawnSync('sh', ['-c', command, process.execPath, ...parameters], { encoding: 'utf8' });
-	t.is(stderr, '');
+	const { stdout } = spawnSync('sh', ['-c', command, process.execPath, ...parameters], { encoding: 'utf8' });
 	t.regex(stdout, /^\{"type":"step"/m);
 	t.regex(stdout, /^\{"type":"result"/m);
 });
