@@ -40,8 +40,11 @@ export const quantMethod = 'diffusion_native';
 /** Fields of `diffusion_native` in config.json. */
 const ownFields = ['family', 'maskId', 'bosId', 'eosId', 'padId', 'shift', 'attention'];
 
-/** Reads and checks `config.json`. @throws `ERR_DN_CHECKPOINT` naming the field. */
-export function readDeclaredConfig(directory: string): DeclaredConfig {
+/**
+ * Reads and checks `config.json`; of ids, shift and attention only what `overrides` leave to the file.
+ * @throws `ERR_DN_CHECKPOINT` naming the field.
+ */
+export function readDeclaredConfig(directory: string, overrides: Partial<ModelConfig> = {}): DeclaredConfig {
 	const path = join(directory, 'config.json');
 	const json = readJsonObject(path);
 	if (!json) throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path}: no such file`);
@@ -94,7 +97,8 @@ export function readDeclaredConfig(directory: string): DeclaredConfig {
 	const own = ours as Json;
 	const stray = Object.keys(own).find((key) => !ownFields.includes(key));
 	if (stray !== undefined) fail(`diffusion_native.${stray} is not a known field; expected ${ownFields.join(', ')}`);
-	const id = (key: string, hfKey: string): number | undefined => {
+	const id = (key: 'bosId' | 'eosId' | 'padId' | 'maskId', hfKey: string): number | undefined => {
+		if (overrides[key] !== undefined) return undefined;
 		const [name, value] = own[key] === undefined ? [hfKey, json[hfKey]] : [`diffusion_native.${key}`, own[key]];
 		if (value === undefined || value === null) return undefined;
 		const first: unknown = Array.isArray(value) ? value[0] : value;
@@ -103,7 +107,9 @@ export function readDeclaredConfig(directory: string): DeclaredConfig {
 			fail(`${name} is ${JSON.stringify(value)}, expected a token id`);
 		return first as number;
 	};
-	const { shift, attention, family } = own;
+	const { family } = own;
+	const shift = overrides.shift === undefined ? own['shift'] : undefined;
+	const attention = overrides.attention === undefined ? own['attention'] : undefined;
 	if (shift !== undefined && typeof shift !== 'boolean')
 		fail(`diffusion_native.shift is ${JSON.stringify(shift)}, expected true or false`);
 	if (attention !== undefined && attention !== 'bidirectional' && attention !== 'causal') {

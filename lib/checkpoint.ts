@@ -56,7 +56,7 @@ interface Stored {
  * @throws `ERR_DN_CHECKPOINT` naming the file, field or tensor and what was expected.
  */
 export function openCheckpoint(directory: string, overrides: Partial<ModelConfig> = {}): Checkpoint {
-	const declared = readDeclaredConfig(directory);
+	const declared = readDeclaredConfig(directory, overrides);
 	const files = openWeights(directory);
 	const close = (): void => {
 		for (const file of files) file.close();
@@ -83,7 +83,8 @@ export function openCheckpoint(directory: string, overrides: Partial<ModelConfig
 			found ??= { tokenizer: findTokenizer(directory, vocab) };
 			return found.tokenizer;
 		};
-		const config = decideConfig(declared, vocab, diffusion, declaredMaskId(directory, anyTokenizer), overrides);
+		const maskId = overrides.maskId === undefined ? declaredMaskId(directory, anyTokenizer) : undefined;
+		const config = decideConfig(declared, vocab, diffusion, maskId, overrides);
 		matchTensors(directory, tensors, config);
 		return {
 			config,

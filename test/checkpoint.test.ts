@@ -283,6 +283,34 @@ test('overrides win over the files and are checked as arguments', (t) => {
 	}
 });
 
+test('what is overridden is not asked of the files, however wrong it is there', (t) => {
+	const read = (change: object, overrides: Partial<ModelConfig>, extra: Record<string, object> = {}): ModelConfig => {
+		const checkpoint = openCheckpoint(model(undefined, { ...tinyConfig, ...change }, extra), overrides);
+		checkpoint.close();
+		return checkpoint.config;
+	};
+	const own = (values: object): object => ({ diffusion_native: values });
+	for (const value of [tiny.vocab, -1, 'none']) {
+		t.like(read({ pad_token_id: value }, { padId: 3 }), { padId: 3 }, `pad_token_id ${value}`);
+		t.like(read({ eos_token_id: value }, { eosId: 3 }), { eosId: 3, padId: 3 }, `eos_token_id ${value}`);
+		t.like(read({ bos_token_id: value }, { bosId: 3 }), { bosId: 3 }, `bos_token_id ${value}`);
+	}
+	t.like(read(own({ maskId: tiny.vocab }), { maskId: 5 }), { maskId: 5, attention: 'bidirectional' });
+	t.like(read(own({ shift: 'no', attention: 'both' }), { shift: false, attention: 'causal' }), {
+		shift: false,
+		attention: 'causal',
+	});
+	const undeclared = { 'tokenizer_config.json': { mask_token: '[nowhere]' } };
+	t.like(read({}, { maskId: 5 }, undeclared), { maskId: 5, attention: 'bidirectional' });
+	// What is not overridden is still asked, and undefined overrides nothing.
+	t.throws(() => read({ pad_token_id: tiny.vocab }, { maskId: 5 }), {
+		code: 'ERR_DN_CHECKPOINT',
+		message: /pad_token_id/,
+	});
+	t.throws(() => read({ pad_token_id: tiny.vocab }, { padId: undefined } as never), { code: 'ERR_DN_CHECKPOINT' });
+	t.throws(() => read({}, {}, undeclared), { code: 'ERR_DN_CHECKPOINT', message: /not in the vocabulary/ });
+});
+
 test('mask ids follow the tokenizer, then the rule of the vocabulary, for diffusion checkpoints only', (t) => {
 	const sized = (
 		vocab: number,
