@@ -8,7 +8,7 @@ export type ErrorCode =
 	| 'ERR_DN_OUT_OF_MEMORY'
 	/** A file of a model, dataset or training run is missing, malformed or cannot be written. */
 	| 'ERR_DN_CHECKPOINT'
-	/** An argument or option is invalid. */
+	/** An argument or option is invalid, or a record of the caller's data. */
 	| 'ERR_DN_ARGUMENT'
 	/** The object was used after `dispose()`. */
 	| 'ERR_DN_DISPOSED'
@@ -42,6 +42,25 @@ export class DiffusionNativeError extends Error {
 export function check(condition: unknown, message: string | (() => string)): asserts condition {
 	if (condition) return;
 	throw new DiffusionNativeError('ERR_DN_ARGUMENT', typeof message === 'string' ? message : message());
+}
+
+const ofData = new WeakSet<Error>();
+
+/** `ERR_DN_ARGUMENT` for what the caller's data hold. */
+export function dataError(message: string, options?: { cause?: unknown }): DiffusionNativeError {
+	const error = new DiffusionNativeError('ERR_DN_ARGUMENT', message, options);
+	ofData.add(error);
+	return error;
+}
+
+/** As `check`, of what the caller's data hold. */
+export function checkData(condition: unknown, message: string | (() => string)): asserts condition {
+	if (!condition) throw dataError(typeof message === 'string' ? message : message());
+}
+
+/** Whether an error is one of the data, which on the command line is a failure and no wrong usage. */
+export function isDataError(error: Error): boolean {
+	return ofData.has(error);
 }
 
 /** Of a figure that is no finite number; `what` names it and what it is. */

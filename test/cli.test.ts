@@ -178,6 +178,12 @@ test('a failure ends with 1 and its code', async (t) => {
 	const unwritable = await run(['generate', modelPath, 'A', '--trace', join(folder, 'no', 'trace')]);
 	t.is(unwritable.code, 1);
 	t.regex(unwritable.stderr, /trace/);
+	const broken = join(folder, 'broken.jsonl');
+	writeFileSync(broken, '{"text":"a"}\n{"text":\n');
+	const prepared = await run(['prepare', broken, '--out', join(folder, 'broken.bin')]);
+	t.is(prepared.code, 1, 'bad data are no wrong usage');
+	t.regex(prepared.stderr, /^error ERR_DN_ARGUMENT: .*line 2: not JSON/m);
+	t.is((await run(['prepare', broken, '--out', join(folder, 'broken.bin'), '--context', '0'])).code, 2);
 });
 
 test('an output that is an input or another output is refused before anything is read', async (t) => {

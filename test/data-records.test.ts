@@ -64,6 +64,33 @@ test('lines that end in CRLF or in punctuation of any script are places to cut',
 	}
 });
 
+test('a second column that may be the prompt is refused where it holds text, and columns choose', async (t) => {
+	const rows = (...inputs: unknown[]): string =>
+		file(
+			'alpaca.jsonl',
+			inputs
+				.map((input) => `${JSON.stringify({ instruction: 'Translate to French.', input, output: 'bonjour' })}\n`)
+				.join(''),
+		);
+	const pairs = { format: 'pairs', context: 32 } as const;
+	await t.throwsAsync(prepare(rows('', 'good morning'), options(pairs)), {
+		code: 'ERR_DN_ARGUMENT',
+		message: /alpaca\.jsonl, line 2: both 'instruction' and 'input' hold text.*columns: \{ prompt: 'instruction' \}/,
+	});
+	const csv = file('both.csv', 'prompt,question,answer\na,b,c\n');
+	await t.throwsAsync(prepare(csv, options(pairs)), { message: /line 2: both 'prompt' and 'question' hold text/ });
+	const texts = async (path: string, more: object = {}): Promise<string[]> =>
+		all(await prepare(path, options({ ...pairs, ...more }))).map((ids) => gpt2.decode(ids));
+	const translated = 'Translate to French. bonjour<|endoftext|>';
+	t.deepEqual(await texts(rows('', ' ', null, undefined)), Array(4).fill(translated));
+	t.deepEqual(await texts(rows('good morning'), { columns: { prompt: 'instruction' } }), [translated]);
+	t.deepEqual(await texts(rows('good morning'), { columns: { prompt: 'input' } }), [
+		'good morning bonjour<|endoftext|>',
+	]);
+	// Beside a prompt, a source is where the record comes from.
+	t.deepEqual(await texts(file('source.jsonl', '{"prompt":"a","answer":"b","source":"c"}\n')), ['a b<|endoftext|>']);
+});
+
 test('records and columns of a wrong kind are named', async (t) => {
 	const wrong = async (records: unknown, more: object, message: RegExp): Promise<void> => {
 		await t.throwsAsync(prepare(records as never, options({ ...more, eosId: eos } as never)), {

@@ -4,11 +4,67 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 
 import test from 'ava';
-import { type DiffuGPT, type EvaluationData, evaluate, type Metric, type Metrics } from 'diffusion-native';
+import {
+	type DiffuGPT,
+	type EvaluationData,
+	evaluate,
+	evaluateLength,
+	type Metric,
+	type Metrics,
+} from 'diffusion-native';
 
 import { file, folder, gpt2, gpt2Config, lines, range, rigged, short } from './helpers/evaluate.js';
 import { root } from './helpers/fixtures.js';
 import { sharpModel } from './helpers/models.js';
+
+test('data that cannot be read are ERR_DN_CHECKPOINT with their path', async (t) => {
+	const model = await sharpModel({ context: 16 });
+	const missing = join(folder, 'none.jsonl');
+	for (const [path, message] of [
+		[missing, /none\.jsonl cannot be read/],
+		[folder, /is not a file/],
+		[join(folder, 'none.bin'), /none\.bin cannot be opened/],
+	] as const) {
+		await t.throwsAsync(evaluate(model, path, { metric: 'nelbo' }), { code: 'ERR_DN_CHECKPOINT', message }, path);
+	}
+	const length = { max: 4, methods: ['quantile'] } as const;
+	await t.throwsAsync(evaluateLength(model, missing, length), { code: 'ERR_DN_CHECKPOINT', message: /cannot be read/ });
+});
+
+test('a second field that may be the prompt is refused where it holds something, and columns choose', async (t) => {
+	const model = await sharpModel({ context: 16 });
+	const greedy = { metric: 'exact-match', generate: { length: 1 } } as const;
+	const both = [{ instruction: [1], input: [2], output: [3] }];
+	await t.throwsAsync(evaluate(model, both, greedy), {
+		code: 'ERR_DN_ARGUMENT',
+		message: /^record 0: both 'instruction' and 'input' hold text.*columns: \{ prompt: 'instruction' \}/,
+	});
+	await t.throwsAsync(evaluate(model, both, { metric: 'nelbo' }), { message: /both 'instruction' and 'input'/ });
+	const wordy = await rigged({}, gpt2Config, gpt2);
+	const alpaca = { instruction: 'Translate to French.', input: 'good morning', output: 'bonjour' };
+	await t.throwsAsync(evaluate(wordy, [alpaca], { metric: 'likelihood', samples: 1 }), {
+		message: /both 'instruction'/,
+	});
+	for (const input of ['', ' \n', null, [], undefined]) {
+		const { records } = await evaluate(model, [{ instruction: [1], input, output: [3] }], greedy);
+		t.is(records, 1, JSON.stringify(input));
+	}
+	t.is((await evaluate(model, both, { ...greedy, columns: { prompt: 'input' } })).records, 1);
+});
+
+test('a kind of null is none', async (t) => {
+	const model = await sharpModel({ context: 16 });
+	const { records, kinds } = await evaluate(
+		model,
+		[
+			{ tokens: [1, 2], kind: null },
+			{ tokens: [1, 2], kind: 'a' },
+		],
+		{ metric: 'nelbo', samples: 1 },
+	);
+	t.is(records, 2);
+	t.deepEqual(Object.keys(kinds), ['a']);
+});
 
 test('bad input is an ERR_DN_ARGUMENT that names the place', async (t) => {
 	const model = await sharpModel({ context: 16 });
@@ -23,17 +79,23 @@ test('bad input is an ERR_DN_ARGUMENT that names the place', async (t) => {
 	};
 	await fails(model, file(''), { metric: 'nelbo' }, /\.jsonl holds no records/);
 	await fails(model, [], { metric: 'nelbo' }, /the data holds no records/);
-	await fails(model, join(folder, 'none.jsonl'), { metric: 'nelbo' }, /cannot be read/);
 	await fails(model, file('{"tokens":[1,2]}\n{"tokens":[1,}\n'), { metric: 'nelbo' }, /line 2: not JSON/);
 	await fails(model, file('{"tokens":[1,2]}\n\n[3]\n'), { metric: 'nelbo' }, /line 3: expected a JSON object/);
 	await fails(model, file('hello', 'txt'), { metric: 'nelbo' }, /reads \.jsonl files/);
 	await fails(model, [{ txt: 'a' }], { metric: 'nelbo' }, /record 0: there is no field 'text'; found txt/);
 	await fails(model, [{ text: 'a' }], { metric: 'nelbo' }, /needs a tokenizer/);
 	await fails(model, [{ tokens: [1, 61] }], { metric: 'nelbo' }, /record 0: the id 61 is outside/);
+	for (const id of [2 ** 32 + 5, 2 ** 31, -1]) {
+		const outside = new RegExp(`record 0: the id ${id} is outside the model's vocabulary of 61`);
+		await fails(model, [{ tokens: [1, id] }], { metric: 'nelbo' }, outside);
+		await fails(model, [{ prompt: [1, id], answer: [2] }], { metric: 'exact-match' }, outside);
+		await fails(model, [{ context: [1], endings: [[2], [id]], label: 0 }], { metric: 'multiple-choice' }, outside);
+	}
 	await fails(model, [{ tokens: [1] }], { metric: 'nelbo' }, /no token to score/);
 	await fails(model, [{ tokens: range(1, 18) }], { metric: 'nelbo' }, /17 tokens, more than the model's context of 16/);
 	await fails(model, [{ prompt: [1], answer: range(1, 17) }], { metric: 'nelbo' }, /record 0: prompt and answer: 18/);
 	await fails(model, [{ prompt: [1] }], { metric: 'likelihood' }, /no field 'answer'/);
+	await fails(model, [{ tokens: [1, 2], kind: 3 }], { metric: 'nelbo' }, /the field 'kind' is 3, expected text/);
 	await fails(
 		model,
 		[{ prompt: [1], answer: range(1, 16) }],
@@ -161,8 +223,18 @@ test('the command: a result for people or as JSON, records in a file, wrong usag
 	const wrong = run(data, '--metric', 'bleu');
 	t.is(wrong.status, 2);
 	t.regex(wrong.stderr, /expected 'nelbo'/);
-	const broken = run(file('{"prompt":1}\n'), '--metric', 'exact-match', '--json');
-	t.is(broken.status, 2);
-	t.regex(broken.stderr, /line 1: .*expected text/);
+	for (const [text, message] of [
+		['{"prompt":1}\n', /line 1: .*expected text/],
+		['{"prompt":"It","answer":"is"}\n{"prompt":\n', /line 2: not JSON/],
+		['', /holds no records/],
+	] as const) {
+		const broken = run(file(text), '--metric', 'exact-match', '--json');
+		t.is(broken.status, 1, 'bad data are a failure, no wrong usage');
+		t.regex(broken.stderr, message);
+		t.regex(broken.stderr, /^error ERR_DN_ARGUMENT: /);
+	}
+	const missing = run(join(folder, 'none.jsonl'), '--metric', 'nelbo');
+	t.is(missing.status, 1);
+	t.regex(missing.stderr, /^error ERR_DN_CHECKPOINT: .*none\.jsonl/);
 	t.is(run(data).status, 2);
 });

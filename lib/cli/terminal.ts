@@ -1,6 +1,6 @@
 /** What the commands share: printing, errors and exit status, interruption. */
 import type { Padding } from '../data/format.js';
-import { DiffusionNativeError } from '../errors.js';
+import { DiffusionNativeError, isDataError } from '../errors.js';
 
 /** Whether the stream is a terminal on which lines may be redrawn. */
 export function isTerminal(stream: NodeJS.WriteStream): boolean {
@@ -43,7 +43,7 @@ export function stopWhenNobodyReads(): void {
 	}
 }
 
-/** Prints an error and sets the exit status: 2 wrong usage, 1 anything else, an interruption too. */
+/** Prints an error and sets the exit status: 2 wrong usage, 1 anything else, bad data and an interruption too. */
 export function fail(error: unknown): void {
 	if (error instanceof Interrupted) {
 		process.stderr.write(`${error.message}\n`);
@@ -51,7 +51,8 @@ export function fail(error: unknown): void {
 		return;
 	}
 	const isUsage =
-		error instanceof UsageError || (error instanceof DiffusionNativeError && error.code === 'ERR_DN_ARGUMENT');
+		error instanceof UsageError ||
+		(error instanceof DiffusionNativeError && error.code === 'ERR_DN_ARGUMENT' && !isDataError(error));
 	const text =
 		error instanceof DiffusionNativeError
 			? `error ${error.code}: ${error.message}`

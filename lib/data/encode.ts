@@ -5,7 +5,7 @@
  */
 import { Worker } from 'node:worker_threads';
 
-import { check, DiffusionNativeError, type ErrorCode } from '../errors.js';
+import { checkData, DiffusionNativeError, type ErrorCode } from '../errors.js';
 import { Tokenizer } from '../tokenizer.js';
 import { encodeDocument, encodePair } from './pack.js';
 import type { DataTokenizer, PrepareSettings } from './prepare-options.js';
@@ -99,20 +99,20 @@ function toJob({ record, where }: Item, { format, separator }: PrepareSettings):
 	if (format !== 'pairs') {
 		const tokens = record instanceof Int32Array ? record : 'tokens' in record ? record.tokens : undefined;
 		if (tokens) return { tokens, promptLength: 0 };
-		check('text' in record, `${where}: expected text, { text } or token ids for the format '${format}'`);
+		checkData('text' in record, `${where}: expected text, { text } or token ids for the format '${format}'`);
 		return { text: record.text };
 	}
 	if (!(record instanceof Int32Array) && 'prompt' in record) {
 		const { prompt, answer } = record;
-		check(typeof prompt === 'string' && typeof answer === 'string', `${where}: prompt and answer must be text`);
+		checkData(typeof prompt === 'string' && typeof answer === 'string', `${where}: prompt and answer must be text`);
 		return { text: prompt, answer: separator + answer };
 	}
-	check(
+	checkData(
 		!(record instanceof Int32Array) && 'tokens' in record && record.promptLength !== undefined,
 		`${where}: pairs need { prompt, answer } or { tokens, promptLength }`,
 	);
 	const { tokens, promptLength } = record;
-	check(
+	checkData(
 		Number.isInteger(promptLength) && promptLength >= 0 && promptLength <= tokens.length,
 		`${where}: promptLength is ${String(promptLength)}, expected 0 to the ${tokens.length} tokens`,
 	);

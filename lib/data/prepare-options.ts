@@ -80,7 +80,7 @@ export interface PrepareOptions {
 	readonly separator?: string;
 	/** How a text file divides into documents. @default 'file' */
 	readonly splitText?: TextSplit;
-	/** Columns of JSONL and CSV files. @default text; prompt and answer, or a usual name for them */
+	/** Columns of JSONL and CSV files. @default text; prompt and answer, or a usual name for them; of two for the prompt one must be empty */
 	readonly columns?: {
 		readonly text?: string;
 		readonly prompt?: string;

@@ -4,7 +4,7 @@
  */
 import { createHash } from 'node:crypto';
 
-import { check } from '../errors.js';
+import { check, checkData } from '../errors.js';
 import { Turns } from '../turns.js';
 import { TokenDataset } from './dataset.js';
 import { type EncodedItem, encodeItems } from './encode.js';
@@ -67,7 +67,7 @@ export async function prepare(input: PrepareInput, options: PrepareOptions): Pro
 		}
 		signal?.throwIfAborted();
 		const source = paths ? paths.join(', ') : 'the input';
-		check(
+		checkData(
 			train.documents + (held?.documents ?? 0) > 0,
 			dropped > 0
 				? `${source} is left with nothing: all ${dropped} records are longer than the context of ${context}`
@@ -189,7 +189,7 @@ function writePair(
 	const { context, bosId, eosId, overlong } = settings;
 	let prompt = concatenate([bosId === false ? [] : [bosId], tokens.subarray(0, promptLength)]);
 	let answer = concatenate([tokens.subarray(promptLength), [eosId]]);
-	check(prompt.length > 0, `${item.where}: the prompt is empty; give it text or set bosId`);
+	checkData(prompt.length > 0, `${item.where}: the prompt is empty; give it text or set bosId`);
 	if (prompt.length + answer.length > context) {
 		check(
 			overlong !== 'error',

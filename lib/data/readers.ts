@@ -10,7 +10,7 @@ import { pipeline, Readable } from 'node:stream';
 
 import { CsvError, parse } from 'csv-parse';
 
-import { check, DiffusionNativeError } from '../errors.js';
+import { check, checkData, DiffusionNativeError, dataError } from '../errors.js';
 import { fileError, fileIdentity } from '../files.js';
 
 /** Where one document ends and the next begins in a text file; any other string: a line that equals it. */
@@ -122,7 +122,7 @@ export async function* readText(path: string, options: ReadOptions): AsyncGenera
 	for await (const chunk of chunks(path)) {
 		options.onBytes(chunk.length);
 		const zero = chunk.indexOf(0);
-		check(zero < 0, `${path} looks binary: byte ${offset + carry.length + zero} is zero; expected UTF-8 text`);
+		checkData(zero < 0, `${path} looks binary: byte ${offset + carry.length + zero} is zero; expected UTF-8 text`);
 		const bytes = carry.length > 0 ? Buffer.concat([carry, chunk]) : chunk;
 		const end = completeEnd(bytes);
 		const whole = bytes.subarray(0, end);
@@ -169,10 +169,7 @@ function firstInvalid(bytes: Buffer): number {
 }
 
 function notUtf8(path: string, offset: number): DiffusionNativeError {
-	return new DiffusionNativeError(
-		'ERR_DN_ARGUMENT',
-		`${path} is not UTF-8 text: byte ${offset} begins no valid character; convert the file to UTF-8`,
-	);
+	return dataError(`${path} is not UTF-8 text: byte ${offset} begins no valid character; convert the file to UTF-8`);
 }
 
 /** Lines without their end, numbered from 1. Throws when one is longer than `maxLine`. */
@@ -197,7 +194,7 @@ async function* readLines(path: string, options: ReadOptions): AsyncGenerator<{ 
 }
 
 function tooLong(path: string, number: number, length: number, limit: number): void {
-	check(
+	checkData(
 		length <= limit,
 		`${path}, line ${number}: longer than ${limit} characters; break the line, or raise maxLine and have the memory for it`,
 	);
@@ -228,7 +225,7 @@ export async function* readDocuments(
 			if (lines.length === 0) first = number;
 			lines.push(line);
 			characters += line.length + 1;
-			check(
+			checkData(
 				characters <= options.maxLine,
 				`${path}: the document that begins at line ${first} is longer than ${options.maxLine} characters; ` +
 					'split it, or raise maxLine and have the memory for it',
@@ -256,7 +253,7 @@ async function* readWhole(path: string, options: ReadOptions): AsyncGenerator<Te
 			held = held.slice(cut);
 			begins = false;
 		}
-		check(
+		checkData(
 			held.length <= Math.max(options.maxLine, pieceCharacters) + pieceCharacters,
 			`${path} has a line longer than ${options.maxLine} characters; break it, or raise maxLine and have the memory for it`,
 		);
@@ -285,6 +282,14 @@ function safeCut(text: string, from: number): number {
 	return other;
 }
 
+/** Says of a row that two of its columns may be the prompt, `name` first in the list of usual names. */
+export function twoPrompts(where: string, name: string, other: string): string {
+	return (
+		`${where}: both '${name}' and '${other}' hold text, expected one prompt: name it with columns: { prompt: '${name}' }, ` +
+		'which leaves the other away, or join the two in one column'
+	);
+}
+
 /** Objects of a JSONL file. */
 export async function* readJsonLines(path: string, options: ReadOptions): AsyncGenerator<Row, void> {
 	for await (const { line, number } of readLines(path, options)) {
@@ -295,10 +300,10 @@ export async function* readJsonLines(path: string, options: ReadOptions): AsyncG
 			value = JSON.parse(line);
 		} catch (cause) {
 			const reason = cause instanceof Error ? cause.message : String(cause);
-			throw new DiffusionNativeError('ERR_DN_ARGUMENT', `${where}: not JSON: ${reason}`, { cause });
+			throw dataError(`${where}: not JSON: ${reason}`, { cause });
 		}
 		if (typeof value === 'string') value = { text: value };
-		check(typeof value === 'object' && value !== null && !Array.isArray(value), `${where}: expected a JSON object`);
+		checkData(typeof value === 'object' && value !== null && !Array.isArray(value), `${where}: expected a JSON object`);
 		yield { fields: value as Record<string, unknown>, where };
 	}
 }
@@ -316,8 +321,6 @@ export async function* readCsv(path: string, options: ReadOptions): AsyncGenerat
 		}
 	} catch (error) {
 		if (!(error instanceof CsvError)) throw error;
-		throw new DiffusionNativeError('ERR_DN_ARGUMENT', `${path}: not a valid CSV file: ${error.message}`, {
-			cause: error,
-		});
+		throw dataError(`${path}: not a valid CSV file: ${error.message}`, { cause: error });
 	}
 }

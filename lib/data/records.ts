@@ -2,10 +2,10 @@
  * What `prepare` reads, as a stream of records: the rows of JSONL and CSV files with their columns found, the documents of
  * text files (a long one in pieces), or records that the caller hands over.
  */
-import { check } from '../errors.js';
+import { check, checkData } from '../errors.js';
 import type { DataFormat } from './format.js';
 import type { DataRecord, PrepareInput, PrepareOptions, PrepareSettings } from './prepare-options.js';
-import { fileKind, type ReadOptions, type Row, readCsv, readDocuments, readJsonLines } from './readers.js';
+import { fileKind, type ReadOptions, type Row, readCsv, readDocuments, readJsonLines, twoPrompts } from './readers.js';
 
 /** A record, or a piece of a long document, and where it stands. */
 export interface Item {
@@ -49,6 +49,7 @@ export async function* fileItems(
 		let names: Columns | undefined;
 		for await (const row of kind === 'csv' ? readCsv(path, read) : readJsonLines(path, read)) {
 			names ??= findColumns(row, format, columns);
+			if (names.prompt !== undefined && columns.prompt === undefined) checkOnlyPrompt(row, names.prompt);
 			const record = toRecord(row, names);
 			if (!isBlank(record)) yield { record, begins: true, ends: true, where: row.where, file: path };
 		}
@@ -105,7 +106,7 @@ function findColumns(row: Row, format: DataFormat, given: NonNullable<PrepareOpt
 	const find = (role: keyof typeof usual): string => {
 		const wanted = given[role] !== undefined ? [given[role]] : usual[role];
 		const name = wanted.find((candidate) => found.includes(candidate));
-		check(
+		checkData(
 			name !== undefined,
 			`${row.where}: no column ${wanted.map((candidate) => `'${candidate}'`).join(' or ')} for the ${role}; ` +
 				`found ${found.map((candidate) => `'${candidate}'`).join(', ')}. Name it with columns: { ${role}: '...' }`,
@@ -113,7 +114,7 @@ function findColumns(row: Row, format: DataFormat, given: NonNullable<PrepareOpt
 		return name;
 	};
 	const { split } = given;
-	check(
+	checkData(
 		split === undefined || found.includes(split),
 		`${row.where}: no column '${String(split)}'; found ${found.join(', ')}`,
 	);
@@ -123,10 +124,23 @@ function findColumns(row: Row, format: DataFormat, given: NonNullable<PrepareOpt
 		: { text: find('text'), ...own };
 }
 
+/** Throws when another column than `name` that may be the prompt holds text: it would be lost. */
+function checkOnlyPrompt(row: Row, name: string): void {
+	const other = usual.prompt.find((column) => {
+		const value = row.fields[column];
+		// Beside a prompt, 'source' says where a record comes from.
+		return column !== name && column !== 'source' && typeof value === 'string' && value.trim() !== '';
+	});
+	checkData(other === undefined, () => twoPrompts(row.where, name, other as string));
+}
+
 function toRecord(row: Row, names: Columns): Exclude<DataRecord, string> {
 	const text = (name: string): string => {
 		const value = row.fields[name];
-		check(typeof value === 'string', `${row.where}: the column '${name}' is ${JSON.stringify(value)}, expected text`);
+		checkData(
+			typeof value === 'string',
+			`${row.where}: the column '${name}' is ${JSON.stringify(value)}, expected text`,
+		);
 		return value;
 	};
 	const split = names.split === undefined ? {} : { split: String(row.fields[names.split]) };

@@ -4,10 +4,10 @@ import { stat } from 'node:fs/promises';
 import { toSeed } from '../batch.js';
 import { checkMask, type ModelConfig } from '../config.js';
 import type { TokenDataset } from '../data/dataset.js';
-import { seams } from '../data/pack.js';
-import { fileKind, type Row, readDocuments, readJsonLines } from '../data/readers.js';
+import { concatenate, seams } from '../data/pack.js';
+import { fileKind, type Row, readDocuments, readJsonLines, twoPrompts } from '../data/readers.js';
 import type { Engine } from '../engine.js';
-import { check, DiffusionNativeError } from '../errors.js';
+import { check, checkData, DiffusionNativeError } from '../errors.js';
 import type { DiffuGPT } from '../model.js';
 import { show, suggest } from '../option-checks.js';
 import type { Tokenizer } from '../tokenizer.js';
@@ -116,7 +116,7 @@ export class EvaluationContext {
 			this.progress(fraction(count));
 			if (count >= limit) return;
 		}
-		check(count > 0, `${name} holds no records`);
+		checkData(count > 0, `${name} holds no records`);
 	}
 
 	/** Counts a record and calls `onProgress`. */
@@ -142,26 +142,35 @@ export class EvaluationContext {
 	/** A field that must be text or ids. */
 	need(row: Row, role: string): TextOrIds {
 		const found = this.find(row, role);
-		check(
+		checkData(
 			found,
 			`${row.where}: there is no field '${this.#options.columns?.[role] ?? role}'; found ${Object.keys(row.fields).join(', ') || 'none'}. ` +
 				`Name it with columns: { ${role}: '...' }`,
 		);
-		check(
+		checkData(
 			isTextOrIds(found.value),
 			`${row.where}: the field '${found.name}' is ${shorten(found.value)}, expected text or a list of ids`,
 		);
+		if (role === 'prompt' && this.#options.columns?.['prompt'] === undefined) this.#checkOnly(row, found.name);
 		return found.value;
 	}
 
-	/** The field `kind`; '' when there is none. */
+	/** Throws when another field than `name` that may be the prompt holds text: it would be lost. */
+	#checkOnly(row: Row, name: string): void {
+		const other = ['prompt', ...(usual['prompt'] ?? [])].find((field) => {
+			const value = row.fields[field];
+			return (
+				field !== name && (typeof value === 'string' ? value.trim() !== '' : isTextOrIds(value) && value.length > 0)
+			);
+		});
+		checkData(other === undefined, () => twoPrompts(row.where, name, other as string));
+	}
+
+	/** The field `kind`; '' when there is none, or null. */
 	kind(row: Row): string {
-		const { kind } = row.fields;
-		check(
-			kind === undefined || typeof kind === 'string',
-			`${row.where}: the field 'kind' is ${shorten(kind)}, expected text`,
-		);
-		return kind ?? '';
+		const kind = row.fields['kind'] ?? '';
+		checkData(typeof kind === 'string', `${row.where}: the field 'kind' is ${shorten(kind)}, expected text`);
+		return kind;
 	}
 
 	/**
@@ -170,13 +179,11 @@ export class EvaluationContext {
 	 */
 	encode(parts: readonly TextOrIds[], where: string): { tokens: Int32Array; ends: number[] } {
 		if (!parts.every((part) => typeof part === 'string')) {
-			const lists = parts.map((part) =>
-				typeof part === 'string' ? this.tokenizer().encode(part) : Int32Array.from(part),
-			);
-			const tokens = Int32Array.from(lists.flatMap((list) => [...list]));
-			this.#checkIds(tokens, where);
+			const lists = parts.map((part) => (typeof part === 'string' ? this.tokenizer().encode(part) : part));
+			// Before they are 32-bit numbers: 2^32 + 5 would be 5.
+			for (const list of lists) this.#checkIds(list, where);
 			let end = 0;
-			return { tokens, ends: lists.map((list) => (end += list.length)) };
+			return { tokens: concatenate(lists), ends: lists.map((list) => (end += list.length)) };
 		}
 		const tokenizer = this.tokenizer();
 		const texts = parts as readonly string[];
@@ -188,22 +195,22 @@ export class EvaluationContext {
 	/** Throws unless so many tokens fit the context. */
 	checkFit(length: number, where: string, what: string): void {
 		const { context } = this.config;
-		check(length <= context, `${where}: ${what}: ${length} tokens, more than the model's context of ${context}`);
+		checkData(length <= context, `${where}: ${what}: ${length} tokens, more than the model's context of ${context}`);
 	}
 
-	#checkIds(tokens: Int32Array, where: string): void {
+	#checkIds(tokens: Iterable<number>, where: string): void {
 		const { vocab } = this.config;
 		for (const id of tokens) {
-			check(id >= 0 && id < vocab, `${where}: the id ${id} is outside the model's vocabulary of ${vocab}`);
+			checkData(id >= 0 && id < vocab, `${where}: the id ${id} is outside the model's vocabulary of ${vocab}`);
 		}
 	}
 
 	async #file(path: string, lines: string | undefined): Promise<Opened> {
 		const found = await stat(path).catch((cause: unknown) => {
 			const reason = cause instanceof Error ? cause.message : String(cause);
-			throw new DiffusionNativeError('ERR_DN_ARGUMENT', `the data ${path} cannot be read (${reason})`, { cause });
+			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `the data ${path} cannot be read (${reason})`, { cause });
 		});
-		check(found.isFile(), `the data ${path} is not a file`);
+		if (!found.isFile()) throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `the data ${path} is not a file`);
 		const kind = fileKind(path);
 		const scores = this.metric === 'nelbo' || this.metric === 'perplexity';
 		const tokenFiles = scores ? ' and .bin files made by prepare, which also takes text' : '';
@@ -258,7 +265,7 @@ async function* givenRows(data: Iterable<unknown> | AsyncIterable<unknown>): Asy
 	for await (const record of data) {
 		const where = `record ${number++}`;
 		const fields = typeof record === 'string' ? { text: record } : record;
-		check(
+		checkData(
 			typeof fields === 'object' && fields !== null && !Array.isArray(fields) && !ArrayBuffer.isView(fields),
 			`${where} is ${shorten(record)}, expected an object or text`,
 		);

@@ -5,7 +5,7 @@
  * is never taken from the answer. Default length: up to 64 tokens, cut at the end token; default temperature: 0.
  */
 import { TokenDataset } from '../data/dataset.js';
-import { check } from '../errors.js';
+import { check, checkData } from '../errors.js';
 import { endIds } from '../evaluator.js';
 import type { LengthOptions } from '../length/method.js';
 import { show } from '../option-checks.js';
@@ -89,7 +89,7 @@ async function* jobs(
 		const pair = encodePair(context, row, context.separator);
 		const answer = context.need(row, 'answer');
 		const answerTokens = pair.tokens.length - pair.promptLength;
-		check(answerTokens > 0, `${row.where}: the answer is empty`);
+		checkData(answerTokens > 0, `${row.where}: the answer is empty`);
 		const front = pair.promptLength === 0 ? [config.bosId] : [];
 		const tokens = Int32Array.from([...front, ...pair.tokens.subarray(0, pair.promptLength)]);
 		context.checkFit(tokens.length + answerTokens + 1, row.where, 'prompt, answer and end token');

@@ -11,7 +11,7 @@
  */
 import { TokenDataset } from '../data/dataset.js';
 import { seams } from '../data/pack.js';
-import { check } from '../errors.js';
+import { check, checkData } from '../errors.js';
 import { endIds } from '../evaluator.js';
 import type { DiffuGPT } from '../model.js';
 import type { GenerateOptions } from '../options.js';
@@ -123,7 +123,7 @@ async function* jobs(
 	for await (const row of context.rows(data as Exclude<EvaluationData, TokenDataset | null>)) {
 		const prompt = context.need(row, context.find(row, 'prompt') ? 'prompt' : 'text');
 		const { tokens } = context.encode([prompt], row.where);
-		check(tokens.length > 0, `${row.where}: the prompt is empty`);
+		checkData(tokens.length > 0, `${row.where}: the prompt is empty`);
 		context.checkFit(tokens.length + 1, row.where, 'the prompt with one new token');
 		const length = given.length ?? Math.min(64, config.context - tokens.length);
 		for (let i = 0; i < samples; i++) {

@@ -5,7 +5,7 @@
  * A causal model sees the prefix only and continues it. Default: one token per step, the most probable first.
  */
 import { TokenDataset } from '../data/dataset.js';
-import { check } from '../errors.js';
+import { check, checkData } from '../errors.js';
 import { show } from '../option-checks.js';
 import { decodeDrawn } from '../prompt.js';
 import type { EvaluationContext } from './context.js';
@@ -71,11 +71,11 @@ async function* jobs(
 		const { where } = row;
 		const part = (name: string): string => {
 			const value = context.need(row, name);
-			check(typeof value === 'string', `${where}: the field '${name}' is ${show(value)}, expected text`);
+			checkData(typeof value === 'string', `${where}: the field '${name}' is ${show(value)}, expected text`);
 			return value;
 		};
 		const [prefix, middle, suffix] = [part('prefix'), part('middle'), part('suffix')];
-		check(middle !== '', `${where}: the field 'middle' is empty`);
+		checkData(middle !== '', `${where}: the field 'middle' is empty`);
 		const parts = [prefix, (prefix === '' ? '' : separator) + middle, (suffix === '' ? '' : separator) + suffix];
 		const { tokens: body, ends } = context.encode(parts, where);
 		const pinned = ends[0] === 0 && config.shift;
@@ -84,7 +84,7 @@ async function* jobs(
 		context.checkFit(tokens.length, where, 'prefix, middle and suffix');
 		const begin = front.length + (ends[0] as number);
 		const end = front.length + (ends[1] as number);
-		check(end > begin, `${where}: no token of the text begins in the middle`);
+		checkData(end > begin, `${where}: no token of the text begins in the middle`);
 		const length = end - begin;
 		const open = new Uint8Array(tokens.length).fill(1, begin, end);
 		yield {

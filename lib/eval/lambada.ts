@@ -6,7 +6,7 @@
  * upstream's double count of hits is in neither.
  */
 import { TokenDataset } from '../data/dataset.js';
-import { check } from '../errors.js';
+import { check, checkData } from '../errors.js';
 import { decodeDrawn } from '../prompt.js';
 import type { EvaluationContext } from './context.js';
 import { blockWithin, Costs, type GenerationJob, generateAll, generateOptions } from './generation.js';
@@ -57,16 +57,16 @@ async function* jobs(
 	for await (const row of context.rows(data, 'text')) {
 		const { where } = row;
 		const text = context.need(row, 'text');
-		check(typeof text === 'string', `${where}: the field 'text' is not text`);
+		checkData(typeof text === 'string', `${where}: the field 'text' is not text`);
 		const passage = text.trim();
 		const at = passage.search(/\s+\S+$/u);
-		check(at > 0, `${where}: the passage ${JSON.stringify(passage.slice(0, 40))} has no two words`);
+		checkData(at > 0, `${where}: the passage ${JSON.stringify(passage.slice(0, 40))} has no two words`);
 		const { tokens: body, ends } = context.encode([passage.slice(0, at), passage.slice(at)], where);
 		const front = compat ? [] : [config.bosId];
 		const tokens = Int32Array.from([...front, ...body]);
 		context.checkFit(tokens.length, where, 'the passage');
 		const begin = front.length + (ends[0] as number);
-		check(begin > 0, `${where}: no token of the passage ends before its last word`);
+		checkData(begin > 0, `${where}: no token of the passage ends before its last word`);
 		const length = tokens.length - begin;
 		const open = new Uint8Array(tokens.length).fill(1, begin);
 		yield {

@@ -9,7 +9,7 @@
  * For a causal model the answer's log-likelihood is exact: sum of log p of each token given those before it.
  */
 import { TokenDataset } from '../data/dataset.js';
-import { check } from '../errors.js';
+import { check, checkData } from '../errors.js';
 import { Stream, uniform } from '../random.js';
 import { type EvaluationContext, wholeNumber } from './context.js';
 import type { EvaluationData, LikelihoodOptions, LikelihoodResult } from './options.js';
@@ -212,7 +212,7 @@ export async function likelihood(
 			const tokens = Int32Array.from([...front, ...pair.tokens, ...end]);
 			context.checkFit(tokens.length, row.where, 'prompt and answer');
 			const from = front.length + pair.promptLength;
-			check(from < tokens.length, `${row.where}: the answer is empty`);
+			checkData(from < tokens.length, `${row.where}: the answer is empty`);
 			const scorable = Array.from({ length: tokens.length - from }, (_, i) => from + i);
 			yield { tokens, scorable, index: index++, kind: context.kind(row) };
 		}

@@ -10,7 +10,7 @@
  */
 import { TokenDataset } from '../data/dataset.js';
 import type { Row } from '../data/readers.js';
-import { check } from '../errors.js';
+import { check, checkData } from '../errors.js';
 import { show } from '../option-checks.js';
 import { Stream, uniform } from '../random.js';
 import { type EvaluationContext, isTextOrIds, shorten, wholeNumber } from './context.js';
@@ -111,7 +111,7 @@ async function* endings(
 			const { tokens, from } = join(context, given, text, compat, where);
 			const front = from === 0 ? [bosId] : [];
 			const all = Int32Array.from([...front, ...tokens]);
-			check(from < tokens.length, `${where}: ending ${ending} is empty`);
+			checkData(from < tokens.length, `${where}: ending ${ending} is empty`);
 			context.checkFit(all.length, where, `the context with ending ${ending}`);
 			const begin = front.length + from;
 			const scorable = Array.from({ length: all.length - begin }, (_, i) => begin + i);
@@ -124,16 +124,16 @@ async function* endings(
 function choices(context: EvaluationContext, row: Row): { list: TextOrIds[]; label: number } {
 	const { where } = row;
 	const endings = context.find(row, 'endings');
-	check(endings, `${where}: there is no field 'endings'; found ${Object.keys(row.fields).join(', ')}`);
+	checkData(endings, `${where}: there is no field 'endings'; found ${Object.keys(row.fields).join(', ')}`);
 	const list = endings.value;
-	check(
+	checkData(
 		Array.isArray(list) && list.length >= 2 && list.length <= mostEndings && list.every(isTextOrIds),
 		`${where}: the field '${endings.name}' is ${shorten(list)}, expected a list of 2 to ${mostEndings} texts`,
 	);
 	const found = context.find(row, 'label');
-	check(found, `${where}: there is no field 'label'; found ${Object.keys(row.fields).join(', ')}`);
+	checkData(found, `${where}: there is no field 'label'; found ${Object.keys(row.fields).join(', ')}`);
 	const label = typeof found.value === 'string' && /^\d+$/.test(found.value) ? Number(found.value) : found.value;
-	check(
+	checkData(
 		Number.isInteger(label) && (label as number) >= 0 && (label as number) < list.length,
 		`${where}: the field '${found.name}' is ${shorten(found.value)}, expected the number of an ending, 0 to ${list.length - 1}`,
 	);

@@ -4,7 +4,7 @@
  * (lib/eval/likelihood.ts), summed over the sequences and divided by all scored tokens. Uniform predictions give ln V
  * exactly. exp of it bounds the perplexity from above.
  */
-import { check } from '../errors.js';
+import { checkData } from '../errors.js';
 import { type EvaluationContext, wholeNumber } from './context.js';
 import { bounds, mostEnumerated } from './likelihood.js';
 import type { EvaluationData, NelboOptions, NelboResult } from './options.js';
@@ -36,7 +36,7 @@ export async function nelbo(
 			...(sequence.kind === '' ? {} : { kind: sequence.kind }),
 		}));
 	}
-	check(all.tokens > 0, 'the data has no token to score: no sequence has a token that a network row predicts');
+	checkData(all.tokens > 0, 'the data has no token to score: no sequence has a token that a network row predicts');
 	const { mean, standardError, populationError, records, tokens } = all.mean();
 	return {
 		metric: 'nelbo',

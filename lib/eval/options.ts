@@ -45,7 +45,7 @@ export interface EvaluationOptions {
 	readonly onRecord?: (record: Readonly<Record<string, unknown>>) => void;
 	/** Most tokens of one forward; changes no result. @default 4096 */
 	readonly batchTokens?: number;
-	/** Names of the fields, by role: `{ prompt: 'question' }`. @default the role's own name or a usual one */
+	/** Names of the fields, by role: `{ prompt: 'question' }`. @default the role's own name or a usual one; of two for the prompt one must be empty */
 	readonly columns?: Readonly<Record<string, string>>;
 	/** Text between prompt and answer (context and ending; prefix, middle and suffix), part of what follows it. @default ' ', for 'infilling' '' */
 	readonly separator?: string;

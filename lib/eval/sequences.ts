@@ -8,7 +8,7 @@ import { TokenDataset } from '../data/dataset.js';
 import { encodePadding, type Padding } from '../data/format.js';
 import { padSequence } from '../data/pack.js';
 import type { Row } from '../data/readers.js';
-import { check } from '../errors.js';
+import { check, checkData } from '../errors.js';
 import { type EvaluationContext, isTextOrIds, shorten, wholeNumber } from './context.js';
 import type { EvaluationData, SequenceOptions } from './options.js';
 
@@ -100,7 +100,7 @@ async function* recordSequences(
 			yield { tokens: padded, scorable: range(promptLength, padded.length), index: index++, kind, where };
 		} else {
 			const { tokens: body } = context.encode([context.need(row, 'text')], where);
-			check(body.length + end.length > 0, `${where}: the text is empty`);
+			checkData(body.length + end.length > 0, `${where}: the text is empty`);
 			const whole = Int32Array.from([bosId, ...body, ...end]);
 			const padded = whole.length < config.context ? pad(whole, 1, padding, context, index) : whole;
 			for (const { begin, from, to } of windows(padded.length, config.context, stride)) {
@@ -146,13 +146,13 @@ export function windows(
 
 function givenTokens(context: EvaluationContext, row: Row): { tokens: Int32Array; promptLength: number } {
 	const { tokens: given, promptLength = 0 } = row.fields;
-	check(
+	checkData(
 		isTextOrIds(given) && typeof given !== 'string',
 		`${row.where}: the field 'tokens' is ${shorten(given)}, expected ids`,
 	);
 	const { tokens } = context.encode([given], row.where);
-	check(tokens.length > 0, `${row.where}: the field 'tokens' is empty`);
-	check(
+	checkData(tokens.length > 0, `${row.where}: the field 'tokens' is empty`);
+	checkData(
 		Number.isInteger(promptLength) && (promptLength as number) >= 0 && (promptLength as number) <= tokens.length,
 		`${row.where}: the field 'promptLength' is ${shorten(promptLength)}, expected 0 to ${tokens.length}`,
 	);
