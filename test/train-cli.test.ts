@@ -6,9 +6,11 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 import test from 'ava';
-import { prepare, TokenDataset, Tokenizer } from 'diffusion-native';
+import { DiffuGPT, prepare, TokenDataset, Tokenizer } from 'diffusion-native';
 
-import { originalConfigKeys, parseRunConfig } from '../lib/cli/train-config.js';
+import { originalConfigKeys } from '../lib/cli/original-config.js';
+import { parseRunConfig } from '../lib/cli/train-config.js';
+import { loadModel } from '../lib/cli/train-model.js';
 
 const root = mkdtempSync(join(tmpdir(), 'dn-train-cli-'));
 test.after.always(() => rmSync(root, { recursive: true, force: true }));
@@ -232,6 +234,7 @@ test('every original key is accepted and says what became of it', (t) => {
 		if (key === 'pipeline') return 'arm';
 		if (strings.has(key)) return 'cpu';
 		if (switches.has(key)) return false;
+		if (key === 'val_test_perc') return 0.1;
 		return key === 'betas' ? [0.9, 0.95] : 1;
 	};
 	for (const key of documented) {
@@ -258,6 +261,90 @@ test('original values of a wrong kind are told by their own name; TensorBoard wi
 	const { mapped } = parseRunConfig({ n_steps: 5, enable_checkpointing: false, wandb: true });
 	t.true(mapped.some((line) => /^wandb: no effect.*enable_checkpointing is false/.test(line)));
 	t.throws(() => parseRunConfig({ n_steps: 5, betas: 0.9 }), { message: /^betas is 0\.9/ });
+});
+
+test("what the original's file leaves out is said: taken from what ships, or left off", (t) => {
+	const { config, mapped } = parseRunConfig({ pipeline: 'diffusion', n_steps: 5, n_layer: 2, batchSize: 3 });
+	t.is(
+		mapped[0],
+		'absent, so taken from the config.json that the original ships with: context_length 1024, n_embd 768, n_head 12, ' +
+			'n_epochs 1, accumulate_grad 16, betas [0.9,0.95], weight_decay 0.01, max_lr 0.0006, val_check_interval 1000, ' +
+			'save_dir "./checkpoints/"',
+	);
+	t.regex(mapped[1] ?? '', /^attn_annealing_steps: absent, so attention is full from the first step .*1000/);
+	t.regex(mapped[2] ?? '', /^val_test_perc: absent, so nothing is held out .*0\.05/);
+	t.is(config.attentionAnnealing, undefined);
+	t.is(config.validation, undefined);
+	t.is(config.batchSize, 3);
+	const said = (values: object): string => parseRunConfig(values).mapped.join('\n');
+	t.notRegex(said({ pipeline: 'arm', n_steps: 5 }), /attn_annealing_steps: absent/);
+	t.notRegex(said({ n_steps: 5, validation: 'held.bin' }), /val_test_perc/);
+	t.notRegex(said({ n_steps: 5, val_test_tokens: 100 }), /val_test_perc/);
+});
+
+test('a pad id that is the vocabulary size makes the vocabulary one row larger', (t) => {
+	const scratch = { pipeline: 'diffusion', init_from: '', n_layer: 1, n_head: 2, n_embd: 8, eos_token_id: 50256 };
+	t.like(parseRunConfig({ ...scratch, pad_token_id: 50257 }).config, {
+		scratch: { vocab: 50258, padId: 50257, eosId: 50256, maskId: 10541 },
+	});
+	t.like(parseRunConfig({ ...scratch, mask_id: 7, pad_token_id: 50257 }).config.scratch, { vocab: 50258, maskId: 7 });
+	t.like(parseRunConfig({ ...scratch, pad_token_id: 50256 }).config.scratch, { vocab: 50257, padId: 50256 });
+	const { config, mapped } = parseRunConfig({ ...scratch, init_from: 'gpt2', pad_token_id: 50257 });
+	t.like(config, { config: { padId: 50257 }, padRow: true });
+	t.true(mapped.includes('pad_token_id: padId = 50257; a model of 50257 rows gets one more, the mean of the others'));
+	// Only the original's key asks for a row.
+	t.is(parseRunConfig({ model: 'gpt2', config: { padId: 50257 } }).config.padRow, undefined);
+	t.throws(() => parseRunConfig({ padRow: true }), { message: /padRow is not a key/ });
+});
+
+test('a loaded model gets its pad row: the mean of the others, which stay', async (t) => {
+	const path = join(root, 'base');
+	const sizes = { layers: 1, heads: 2, channels: 8, vocab: 40, context: 16, eosId: 39, maskId: 38 };
+	await using base = await DiffuGPT.fromConfig(sizes, { device: 'cpu', seed: 5 });
+	await base.save(path);
+	const at = { device: 'cpu', threads: 1 } as const;
+	await using larger = await loadModel(path, true, { ...at, config: { padId: 40, attention: 'bidirectional' } });
+	t.like(larger.config, { ...sizes, vocab: 41, padId: 40, attention: 'bidirectional' });
+	const rows = base.getParameter('wte.weight');
+	const wte = larger.getParameter('wte.weight');
+	t.deepEqual(wte.subarray(0, rows.length), rows);
+	for (let c = 0; c < 8; c++) {
+		let sum = 0;
+		for (let row = 0; row < 40; row++) sum += rows[row * 8 + c] as number;
+		t.true(Math.abs((wte[rows.length + c] as number) - sum / 40) < 1e-7);
+	}
+	for (const name of ['wpe.weight', 'h.0.attn.c_attn.weight', 'ln_f.bias'])
+		t.deepEqual(larger.getParameter(name), base.getParameter(name), name);
+	await using same = await loadModel(path, true, { ...at, config: { padId: 7 } });
+	t.like(same.config, { vocab: 40, padId: 7 });
+	const beyond = { code: 'ERR_DN_ARGUMENT', message: /config\.padId is 4[01], expected an id below/ };
+	await t.throwsAsync(loadModel(path, true, { ...at, config: { padId: 41 } }), beyond);
+	await t.throwsAsync(loadModel(path, undefined, { ...at, config: { padId: 40 } }), beyond);
+});
+
+test('values of validation and epochs that mean nothing, and keys that say nothing together, are refused', (t) => {
+	for (const [values, message] of [
+		[{ validation: true }, /^validation is true, expected a token file, or the share/],
+		[{ validation: null }, /^validation is null/],
+		[{ validation: -1 }, /^validation is -1/],
+		[{ validation: ['a.bin'] }, /^validation is \["a\.bin"\]/],
+		[{ epochs: 0 }, /^epochs is 0, expected a number above 0/],
+		[{ epochs: -1 }, /^epochs is -1/],
+		[{ n_steps: 5, n_epochs: -1 }, /^n_epochs is -1/],
+		[{ n_steps: 5, val_test_perc: 5 }, /^val_test_perc is 5, expected a share/],
+		[{ n_steps: 5, val_test_tokens: 0.5 }, /^val_test_tokens is 0\.5/],
+		[{ model: 'gpt2', tokenizer: 'gpt2' }, /^tokenizer is that of scratch, and has no meaning beside model/],
+		[{ model: 'gpt2', initSeed: 1 }, /^initSeed draws the weights of scratch/],
+		[{ scratch: { layers: 1 }, config: { maskId: 1 } }, /^config overrides .* no meaning beside scratch/],
+	] as const) {
+		t.throws(() => parseRunConfig(values), { code: 'ERR_DN_ARGUMENT', message }, JSON.stringify(values));
+	}
+	for (const validation of [0, 0.1, 500, 'held.bin'])
+		t.is(parseRunConfig({ validation }).config.validation, validation);
+	t.is(parseRunConfig({ scratch: { layers: 1 }, tokenizer: 'gpt2', initSeed: 2 }).config.initSeed, 2);
+	const { config, mapped } = parseRunConfig({ n_steps: 5, n_epochs: 0 });
+	t.is(config.epochs, undefined);
+	t.true(mapped.includes('n_epochs: epochs is not set: n_steps alone ends the run'));
 });
 
 test.serial('prepare with a tokenizer of its own, train, Ctrl-C, resume', async (t) => {
@@ -348,6 +435,8 @@ test.serial("the original project's configuration file runs, and what it was map
 		init_from: '',
 		memmap_path: 'owt.bin',
 		mask_id: 10541,
+		eos_token_id: 50256,
+		pad_token_id: 50257,
 		attn_annealing_steps: 2,
 		context_length: 16,
 		n_embd: 8,
@@ -382,6 +471,8 @@ test.serial("the original project's configuration file runs, and what it was map
 			[3, 64, true],
 		],
 	);
+	const stored = readFileSync(join(root, 'original', 'step-00000003', 'config.json'), 'utf8');
+	t.like(JSON.parse(stored), { vocab_size: 50258, pad_token_id: 50257 });
 	t.deepEqual(readdirSync(join(root, 'original')).sort(), [
 		'metrics.jsonl',
 		'step-00000002',

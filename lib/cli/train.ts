@@ -20,6 +20,7 @@ import { reopen } from '../training/stored-run.js';
 import { showLoading } from './load-view.js';
 import { exitStatus, Interrupted, number } from './terminal.js';
 import { parseRunConfig, type RunConfig } from './train-config.js';
+import { loadModel } from './train-model.js';
 
 interface Flags {
 	readonly config?: string;
@@ -44,7 +45,8 @@ export function register(program: Command): void {
 		.addHelpText(
 			'after',
 			`
-The keys of the original project's config.json are accepted too; what each was mapped to is printed.
+The keys of the original project's config.json are accepted too; what each was mapped to is printed,
+and what absent ones are taken as.
 A run folder (checkpoint.dir) holds the checkpoints, each of them a model folder, and metrics.jsonl.
 Ctrl-C saves a checkpoint and stops; that is status 0, or 1 when the run has no checkpoint.dir to save in. SIGTERM and a
 terminal that closes (SIGHUP, also under nohup) do the same; setsid keeps a run out of its terminal's reach.
@@ -155,7 +157,7 @@ async function begin(config: RunConfig, loggers: readonly MetricLogger[], flags:
 			...(config.cacheDir === undefined ? {} : { cacheDir: config.cacheDir }),
 		};
 		model = await showLoading(
-			(onProgress) => DiffuGPT.fromPretrained(config.model as string, { ...loading, onProgress }),
+			(onProgress) => loadModel(config.model as string, config.padRow, { ...loading, onProgress }),
 			flags,
 		);
 	}
@@ -272,6 +274,7 @@ function trainerKeys(config: RunConfig): TrainOptions {
 		initSeed,
 		tensorboard,
 		resume: from,
+		padRow,
 		...options
 	} = config;
 	return options;
