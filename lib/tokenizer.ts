@@ -5,17 +5,14 @@
  */
 import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
-import { createRequire } from 'node:module';
 import { join } from 'node:path';
-import type { Normalizer, Tokenizer as PackageTokenizer, PreTokenizer } from 'tokenizers';
 import { type AddedToken, AddedTokenMatcher } from './added-tokens.js';
 import { packageRoot } from './binding.js';
-import { ByteBpe, fromByteChars, toByteChars } from './byte-bpe.js';
+import { fromByteChars, toByteChars } from './byte-bpe.js';
 import { byteLevelJson } from './byte-level-json.js';
 import { check, DiffusionNativeError } from './errors.js';
-import { readJsonObject, readText, reasonOf, writeFileAtomic } from './files.js';
-
-const require = createRequire(import.meta.url);
+import { readJsonObject, readText, writeFileAtomic } from './files.js';
+import { readTokenizer, type TokenizerBase, type TokenizerFile } from './tokenizer-file.js';
 
 /** GPT-2's words; \p{White_Space} and not \s, which in JavaScript also holds U+FEFF and lacks U+0085. */
 const gpt2Words =
@@ -56,87 +53,37 @@ export interface TokenDecoder {
 export class Tokenizer {
 	/** Largest id plus one, added tokens included. */
 	readonly vocabSize: number;
-	private readonly makeBpe: () => ByteBpe;
-	private madeBpe: ByteBpe | undefined;
-	private readonly vocab: ReadonlyMap<string, number>;
-	private readonly merges: readonly (readonly [string, string])[];
-	/** How text is prepared, where that is not GPT-2's way; part of the fingerprint. */
-	private readonly manner: readonly unknown[];
+	private readonly base: TokenizerBase;
 	private readonly added: readonly AddedToken[];
 	private readonly specialIds: ReadonlySet<number>;
-	/** Entries of the vocabulary by id. */
-	private readonly tokens: string[] = [];
 	/** What ids stand for: of added tokens at once, of others since they were first asked for. */
 	private readonly bytes = new Map<number, Uint8Array>();
-	private digest: string | undefined;
 	private readonly ordinary: AddedTokenMatcher;
 	private readonly all: AddedTokenMatcher;
-	private readonly normalizer: Normalizer | null;
-	/** Null: the words of GPT-2, matched here. */
-	private readonly preTokenizer: PreTokenizer | null;
+	private digest: string | undefined;
+	/** The text of the `tokenizer.json`, or how it is written. */
+	private json: string | (() => string);
 
-	/**
-	 * @param known A file of ours with GPT-2's words: the `tokenizers` package need not read it, and its merges are looked
-	 * at when they are first used, which leaves a third of the time.
-	 */
-	private constructor(
-		private readonly json: string,
-		source: string,
-		known = false,
-	) {
-		let package_: PackageTokenizer | undefined;
-		let file: TokenizerFile;
-		try {
-			if (!known) package_ = (require('tokenizers') as typeof import('tokenizers')).Tokenizer.fromString(json);
-			file = JSON.parse(json) as TokenizerFile;
-		} catch (error) {
-			throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${source}: not a tokenizer: ${reasonOf(error)}`, {
-				cause: error,
-			});
-		}
-		const reject = (what: string): never => {
-			throw new DiffusionNativeError(
-				'ERR_DN_CHECKPOINT',
-				`${source}: ${what}; only byte-level BPE tokenizers (as GPT-2's) are supported`,
-			);
-		};
-		const { model } = file;
-		if (model.type !== undefined && model.type !== 'BPE') reject(`the model is ${model.type}`);
-		if (model.continuing_subword_prefix || model.end_of_word_suffix) reject('the model marks the ends of words');
-		if (model.byte_fallback) reject('the model falls back to byte tokens');
-		if (model.dropout) reject('the model drops merges at random');
-		if (!isByteLevel(file.pre_tokenizer)) reject('the pre-tokenizer is not byte-level');
-
-		const vocab = new Map<string, number>();
-		for (const token of Object.keys(model.vocab)) vocab.set(token, model.vocab[token] as number);
-		this.vocab = vocab;
-		const merges = model.merges.map((merge): [string, string] => {
-			if (typeof merge !== 'string') return merge;
-			const space = merge.indexOf(' ');
-			return [merge.slice(0, space), merge.slice(space + 1)];
-		});
-		this.makeBpe = () => new ByteBpe(this.vocab, merges, model.ignore_merges === true, source);
-		if (!known) this.madeBpe = this.makeBpe(); // refuses merges that do not fit
-		for (const [token, id] of this.vocab) this.tokens[id] = token;
+	private constructor(base: TokenizerBase, added: readonly AddedToken[], json: string | (() => string)) {
+		const { vocab } = base;
+		this.base = base;
+		this.json = json;
 		// An added token that is in the vocabulary has its id there, whatever the list says, as in Hugging Face's tokenizers.
-		this.added = (file.added_tokens ?? []).map((token) => ({
-			...token,
-			id: this.vocab.get(token.content) ?? token.id,
-		}));
-		let size = this.tokens.length;
+		this.added = added.map((token) => ({ ...token, id: vocab.get(token.content) ?? token.id }));
+		let size = base.tokens.length;
 		for (const { id, content } of this.added) {
-			if (!this.vocab.has(content)) this.bytes.set(id, new TextEncoder().encode(content));
+			if (!vocab.has(content)) this.bytes.set(id, new TextEncoder().encode(content));
 			size = Math.max(size, id + 1);
 		}
 		this.vocabSize = size;
 		this.specialIds = new Set(this.added.filter((token) => token.special).map((token) => token.id));
-		this.normalizer = package_?.getNormalizer() ?? null;
-		this.preTokenizer = isGpt2Words(file.pre_tokenizer) ? null : (package_?.getPreTokenizer() ?? null);
 		this.ordinary = new AddedTokenMatcher(this.added.filter((token) => !token.special));
 		this.all = new AddedTokenMatcher(this.added);
-		this.merges = merges;
-		const isPlain = !file.normalizer && isGpt2Words(file.pre_tokenizer) && model.ignore_merges !== true;
-		this.manner = isPlain ? [] : [[file.normalizer ?? null, file.pre_tokenizer ?? null, model.ignore_merges === true]];
+	}
+
+	private static read(json: string, source: string, known = false): Tokenizer {
+		const { base, added } = readTokenizer(json, source, known);
+		return new Tokenizer(base, added, json);
 	}
 
 	/**
@@ -144,7 +91,7 @@ export class Tokenizer {
 	 * that give the same ids to plain text. Tokens added beyond the vocabulary (a mask token, say) change nothing.
 	 */
 	get fingerprint(): string {
-		this.digest ??= sha256([this.entries(), this.merges, ...this.manner]);
+		this.digest ??= sha256([this.entries(), this.base.merges, ...this.base.manner]);
 		return this.digest;
 	}
 
@@ -153,12 +100,12 @@ export class Tokenizer {
 	 * @throws `ERR_DN_CHECKPOINT` when it is missing, malformed or not byte-level BPE.
 	 */
 	static fromFile(path: string): Tokenizer {
-		return new Tokenizer(textOf(path), path);
+		return Tokenizer.read(textOf(path), path);
 	}
 
 	/** Parses the text of a `tokenizer.json`. @throws `ERR_DN_CHECKPOINT` when it is malformed or not byte-level BPE. */
 	static fromString(json: string): Tokenizer {
-		return new Tokenizer(json, 'the given tokenizer');
+		return Tokenizer.read(json, 'the given tokenizer');
 	}
 
 	/** Whether {@link Tokenizer.fromDirectory} would find files in `directory`. */
@@ -197,14 +144,14 @@ export class Tokenizer {
 		const added = { ...readJsonObject(join(directory, 'added_tokens.json')) } as Record<string, number>;
 		const endOfText = '<|endoftext|>';
 		if (endOfText in vocab) added[endOfText] = vocab[endOfText] as number;
-		return new Tokenizer(gpt2Json(vocab as Record<string, number>, merges, added), vocabPath);
+		return Tokenizer.read(gpt2Json(vocab as Record<string, number>, merges, added), vocabPath);
 	}
 
 	/** GPT-2's own tokenizer, 50257 tokens, from the package. Read once per thread. @throws `ERR_DN_CHECKPOINT` when it is missing there */
 	static gpt2(): Tokenizer {
 		if (!packaged) {
 			const path = join(packageRoot(), 'assets', 'gpt2', 'tokenizer.json');
-			packaged = new Tokenizer(textOf(path), path, true);
+			packaged = Tokenizer.read(textOf(path), path, true);
 		}
 		return packaged;
 	}
@@ -216,11 +163,14 @@ export class Tokenizer {
 	forModel(vocab: number, reserved: readonly number[] = []): Tokenizer {
 		const stays = (token: AddedToken): boolean => token.id < vocab && (token.special || !reserved.includes(token.id));
 		if (this.added.every(stays)) return this;
-		const file = JSON.parse(this.json) as TokenizerFile;
-		file.added_tokens = this.added
+		const added = this.added
 			.filter((token) => token.id < vocab)
 			.map((token) => ({ ...token, special: token.special || reserved.includes(token.id) }));
-		return new Tokenizer(JSON.stringify(file), 'the given tokenizer');
+		return new Tokenizer(this.base, added, () => {
+			const file = JSON.parse(this.toJSON()) as TokenizerFile;
+			file.added_tokens = added;
+			return JSON.stringify(file);
+		});
 	}
 
 	/**
@@ -229,7 +179,7 @@ export class Tokenizer {
 	 * @param vocab only the ids below it. @default all
 	 */
 	dataFingerprint(vocab: number = this.vocabSize): string {
-		const extra = this.addedBelow(vocab).filter(([content]) => !this.vocab.has(content));
+		const extra = this.addedBelow(vocab).filter(([content]) => !this.base.vocab.has(content));
 		return extra.length === 0 ? this.fingerprint : `${this.fingerprint}+${sha256(extra).slice(0, 32)}`;
 	}
 
@@ -241,12 +191,12 @@ export class Tokenizer {
 		if (vocab > this.vocabSize) return false;
 		if (fingerprint === this.dataFingerprint(vocab)) return true;
 		// Older token files hold one digest of everything.
-		return fingerprint === sha256([this.entries(), this.merges, this.addedBelow(vocab)]);
+		return fingerprint === sha256([this.entries(), this.base.merges, this.addedBelow(vocab)]);
 	}
 
 	/** The vocabulary in the order of its ids. */
 	private entries(): [string, number][] {
-		return [...this.vocab].sort((a, b) => a[1] - b[1]);
+		return [...this.base.vocab].sort((a, b) => a[1] - b[1]);
 	}
 
 	private addedBelow(vocab: number): (readonly [string, number])[] {
@@ -256,11 +206,12 @@ export class Tokenizer {
 
 	/** Writes a `tokenizer.json` that Hugging Face's libraries read as well. The file appears whole or not at all. @throws `ERR_DN_CHECKPOINT` */
 	async save(path: string): Promise<void> {
-		await writeFileAtomic(path, this.json);
+		await writeFileAtomic(path, this.toJSON());
 	}
 
 	/** The text of the `tokenizer.json`. */
 	toJSON(): string {
+		if (typeof this.json !== 'string') this.json = this.json();
 		return this.json;
 	}
 
@@ -278,7 +229,7 @@ export class Tokenizer {
 				out.push(part);
 				continue;
 			}
-			const normal = this.normalizer ? this.normalizer.normalizeString(part) : part;
+			const normal = this.base.normalizer?.normalizeString(part) ?? part;
 			for (const piece of matcher.split(normal, true)) {
 				if (typeof piece === 'number') out.push(piece);
 				else this.encodePlain(piece, out);
@@ -288,10 +239,10 @@ export class Tokenizer {
 	}
 
 	private encodePlain(text: string, out: number[]): void {
-		this.madeBpe ??= this.makeBpe();
-		const bpe = this.madeBpe;
-		if (this.preTokenizer) {
-			for (const [word] of this.preTokenizer.preTokenizeString(text)) bpe.encodeByteChars(word, out);
+		const { preTokenizer } = this.base;
+		const bpe = this.base.bpe();
+		if (preTokenizer) {
+			for (const [word] of preTokenizer.preTokenizeString(text)) bpe.encodeByteChars(word, out);
 			return;
 		}
 		for (const match of text.matchAll(gpt2Words)) bpe.encodeText(match[0], out);
@@ -338,7 +289,7 @@ export class Tokenizer {
 	private bytesOf(id: number): Uint8Array | undefined {
 		const known = this.bytes.get(id);
 		if (known) return known;
-		const token = this.tokens[id];
+		const token = this.base.tokens[id];
 		if (token === undefined) return undefined;
 		const bytes = fromByteChars(token) ?? new TextEncoder().encode(token);
 		this.bytes.set(id, bytes);
@@ -360,7 +311,7 @@ export class Tokenizer {
 
 	/** Id of the token that spells exactly `text` (`'<|endoftext|>'`, `' the'`); undefined when there is none. */
 	idOf(text: string): number | undefined {
-		return this.added.find((token) => token.content === text)?.id ?? this.vocab.get(toByteChars(text));
+		return this.added.find((token) => token.content === text)?.id ?? this.base.vocab.get(toByteChars(text));
 	}
 
 	/** Ids of the tokens that plain text never turns into. */
@@ -375,37 +326,6 @@ function textOf(path: string): string {
 	const text = readText(path);
 	if (text === undefined) throw new DiffusionNativeError('ERR_DN_CHECKPOINT', `${path}: no such file`);
 	return text;
-}
-
-interface TokenizerFile {
-	added_tokens?: AddedToken[];
-	normalizer?: unknown;
-	pre_tokenizer?: PreTokenizerJson | null;
-	model: {
-		type?: string;
-		vocab: Record<string, number>;
-		merges: (string | [string, string])[];
-		dropout?: number | null;
-		continuing_subword_prefix?: string | null;
-		end_of_word_suffix?: string | null;
-		byte_fallback?: boolean;
-		ignore_merges?: boolean;
-	};
-}
-
-interface PreTokenizerJson {
-	type: string;
-	add_prefix_space?: boolean;
-	use_regex?: boolean;
-	pretokenizers?: PreTokenizerJson[];
-}
-
-function isByteLevel(json: PreTokenizerJson | null | undefined): boolean {
-	return json?.type === 'ByteLevel' || (json?.type === 'Sequence' && (json.pretokenizers ?? []).some(isByteLevel));
-}
-
-function isGpt2Words(json: PreTokenizerJson | null | undefined): boolean {
-	return json?.type === 'ByteLevel' && json.add_prefix_space === false && json.use_regex !== false;
 }
 
 function gpt2Json(vocab: Record<string, number>, mergesText: string, ids: Record<string, number>): string {

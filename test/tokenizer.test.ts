@@ -145,6 +145,37 @@ test('added tokens are found by the rules of their flags', async (t) => {
 	t.is(fitted.idOf('plainish'), 50260);
 });
 
+test('a tokenizer fitted to a model shares what was read: nothing is read a second time', (t) => {
+	const plain = { special: false, single_word: false, lstrip: false, rstrip: false, normalized: false };
+	const added = [
+		...gpt2Json.added_tokens,
+		{ ...plain, id: 50257, content: '[M]' },
+		{ ...plain, id: 50258, content: '[P]' },
+	];
+	const whole = changed({ added_tokens: added });
+	whole.encode('the words of one are known to the other');
+	const fitted = whole.forModel(50258, [50257]);
+	const baseOf = (tokenizer: Tokenizer): unknown => (tokenizer as unknown as { base: object }).base;
+	t.truthy(baseOf(fitted));
+	t.is(baseOf(fitted), baseOf(whole));
+	t.is(whole.forModel(50259), whole, 'nothing to change');
+	const again = Tokenizer.fromString(fitted.toJSON());
+	for (const tokenizer of [fitted, again]) {
+		t.is(tokenizer.vocabSize, 50258);
+		t.deepEqual(tokenizer.special, [50256, 50257]);
+		t.is(tokenizer.encode('a [M] b').indexOf(50257), -1);
+		t.deepEqual([...tokenizer.encode('a[M][P]', { special: true })].slice(0, 2), [64, 50257]);
+		t.is(tokenizer.idOf('[P]'), undefined);
+		t.throws(() => tokenizer.decode([50258]), { message: /50258 .* not in the vocabulary of 50258/ });
+		t.is(tokenizer.decode([50257]), '[M]');
+		t.is(tokenizer.fingerprint, gpt2.fingerprint);
+		t.is(tokenizer.dataFingerprint(), fitted.dataFingerprint());
+	}
+	t.deepEqual(JSON.parse(fitted.toJSON()).model, gpt2Json.model);
+	t.true(whole.encode('a [M] b').includes(50257), 'the tokenizer that it came from stays as it was');
+	t.is(whole.decode([50258]), '[P]');
+});
+
 test('decoding is lossless and never splits a character of a stream', (t) => {
 	const text = '\ufeffBOM, naïve 😀👩‍👩‍👧 日本語 \u0000 end';
 	const ids = gpt2.encode(text);
