@@ -2,6 +2,7 @@
  * Counter-based randomness: Philox4x32-10, the same numbers as native/core/rng.h. A number is a pure function of
  * (seed, stream, step, index).
  */
+import { Turns } from './turns.js';
 
 /** What a number is used for; the values are part of the meaning of a seed (native/core/rng.h). */
 export const Stream = { init: 1, time: 2, mask: 3, anneal: 4, draw: 5, order: 6, data: 7, count: 8 } as const;
@@ -48,13 +49,39 @@ export function uniform(seed: bigint, stream: number, step: number, index: numbe
 
 /** A random permutation of 0 .. n-1 (Fisher-Yates), a function of (seed, stream, step). */
 export function permutation(n: number, seed: bigint, stream: number, step: number): Uint32Array {
-	const order = new Uint32Array(n);
-	for (let i = 0; i < n; i++) order[i] = i;
+	const order = inOrder(n);
+	for (let i = n - 1; i > 0; i--) exchange(order, i, seed, stream, step);
+	return order;
+}
+
+/** The same permutation; the event loop turns meanwhile. @throws `signal.reason` */
+export async function permutationInTurns(
+	n: number,
+	seed: bigint,
+	stream: number,
+	step: number,
+	signal: AbortSignal | undefined,
+): Promise<Uint32Array> {
+	const turns = new Turns();
+	const order = inOrder(n);
 	for (let i = n - 1; i > 0; i--) {
-		const j = Math.floor(uniform(seed, stream, step, i) * (i + 1));
-		const held = order[i] as number;
-		order[i] = order[j] as number;
-		order[j] = held;
+		exchange(order, i, seed, stream, step);
+		if (i % 4096 !== 0) continue;
+		await turns.next();
+		signal?.throwIfAborted();
 	}
 	return order;
+}
+
+function inOrder(n: number): Uint32Array {
+	const order = new Uint32Array(n);
+	for (let i = 0; i < n; i++) order[i] = i;
+	return order;
+}
+
+function exchange(order: Uint32Array, i: number, seed: bigint, stream: number, step: number): void {
+	const j = Math.floor(uniform(seed, stream, step, i) * (i + 1));
+	const held = order[i] as number;
+	order[i] = order[j] as number;
+	order[j] = held;
 }

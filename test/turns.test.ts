@@ -1,8 +1,10 @@
 /** Long loops of the library let timers and aborts through. */
 import test from 'ava';
-import { trainLengthHead } from 'diffusion-native';
+import { type TokenDataset, trainLengthHead } from 'diffusion-native';
 
 import { bootstrapDifference } from '../lib/length/metrics.js';
+import { permutation, permutationInTurns, Stream } from '../lib/random.js';
+import { validate } from '../lib/training/validation.js';
 import { Turns } from '../lib/turns.js';
 import { toyLengthModel, toyPairs } from './helpers/lengths.js';
 
@@ -22,6 +24,60 @@ test('a loop that takes its turns lets a timer fire, and does not wait in every 
 	clearInterval(timer);
 	t.true(fired >= 7, `${fired} times`);
 	t.true(rounds > 100 * waited, `${waited} waits in ${rounds} rounds`);
+});
+
+test('a permutation in turns is the permutation, and ends at an abort', async (t) => {
+	for (const n of [0, 1, 2, 5000]) {
+		const order = await permutationInTurns(n, 3n, Stream.data, 2, undefined);
+		t.deepEqual(order, permutation(n, 3n, Stream.data, 2), `of ${n}`);
+	}
+	const stop = new AbortController();
+	setTimeout(() => stop.abort(enough), 20);
+	// So many take seconds.
+	t.is(await t.throwsAsync(permutationInTurns(1e7, 3n, Stream.data, 2, stop.signal)), enough);
+});
+
+test.serial('validation draws its sequences once, in turns', async (t) => {
+	const model = await toyLengthModel();
+	const read: number[] = [];
+	const tokens = Int32Array.of(0, 1, 2, 3);
+	const data = {
+		sequences: 1_000_000,
+		path: 'none',
+		get: (index: number) => {
+			read.push(index);
+			return { tokens, promptLength: 0 };
+		},
+	} as unknown as TokenDataset;
+	const options = {
+		objective: 'diffusion',
+		sequences: 3,
+		batchSize: 2,
+		batchTokens: undefined,
+		padding: 'none',
+		padId: 0,
+		precision: 'fp32',
+	} as const;
+	const count = async (): Promise<number> => {
+		const { setImmediate: own } = globalThis;
+		let turns = 0;
+		globalThis.setImmediate = ((...all: Parameters<typeof own>) => {
+			turns++;
+			return own(...all);
+		}) as typeof own;
+		try {
+			await validate(model.engine, model.config, data, options, undefined);
+		} finally {
+			globalThis.setImmediate = own;
+		}
+		return turns;
+	};
+	const first = await count();
+	t.true(first >= 5, `${first} turns`);
+	t.true((await count()) < first / 2);
+	const drawn = [...permutation(1_000_000, 0n, Stream.data, 0).subarray(0, 3)];
+	t.deepEqual(read, [...drawn, ...drawn]);
+	await model.dispose();
 });
 
 test('a bootstrap of many rows ends at an abort', async (t) => {

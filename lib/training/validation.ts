@@ -9,7 +9,7 @@ import type { Padding } from '../data/format.js';
 import { padSequence, padTogether, type TrainingSequence, tokensTogether } from '../data/pack.js';
 import type { Engine } from '../engine.js';
 import { DiffusionNativeError } from '../errors.js';
-import { permutation, Stream } from '../random.js';
+import { permutationInTurns, Stream } from '../random.js';
 import { toBatch } from './order.js';
 import { accumulate, lossOf, packStep } from './step.js';
 
@@ -26,6 +26,19 @@ export interface ValidationOptions {
 
 const validationSeed = 0n;
 
+/** The first sequences of the permutation, which a run asks for at every evaluation. */
+const chosen = new WeakMap<TokenDataset, Uint32Array>();
+
+/** Numbers of the `count` sequences that are evaluated: the first of a permutation of all. */
+async function choose(data: TokenDataset, count: number, signal: AbortSignal | undefined): Promise<Uint32Array> {
+	const known = chosen.get(data);
+	if (known && known.length >= count) return known;
+	const order = await permutationInTurns(data.sequences, validationSeed, Stream.data, 0, signal);
+	const first = order.slice(0, count);
+	chosen.set(data, first);
+	return first;
+}
+
 /** Weighted loss per predictable token (the NELBO), and the mean cross-entropy of masked tokens; nats. */
 export async function validate(
 	engine: Engine,
@@ -35,7 +48,7 @@ export async function validate(
 	signal: AbortSignal | undefined,
 ): Promise<{ loss: number; unweighted: number }> {
 	const count = Math.min(options.sequences, data.sequences);
-	const order = permutation(data.sequences, validationSeed, Stream.data, 0);
+	const order = await choose(data, count, signal);
 	const batches: DiffusionBatch[] = [];
 	const { padding, batchSize, batchTokens } = options;
 	let open: TrainingSequence[] = [];
