@@ -57,6 +57,24 @@ test('a file that is discarded leaves the old one', async (t) => {
 	t.deepEqual(readdirSync(dirname(path)), ['out.jsonl']);
 });
 
+test('what an unfinished run has written lies beside the old file', async (t) => {
+	const path = fresh();
+	writeFileSync(path, 'old');
+	const file = await OutputFile.open(path);
+	file.write('new');
+	t.is(await file.setAside(), `${path}.partial`);
+	t.is(readFileSync(path, 'utf8'), 'old');
+	t.is(readFileSync(`${path}.partial`, 'utf8'), 'new');
+	const empty = await OutputFile.open(path);
+	t.is(await empty.setAside(), undefined);
+	const kept = await OutputFile.open(path);
+	kept.write('whole');
+	await kept.keep();
+	t.is(await kept.setAside(), undefined);
+	t.is(readFileSync(path, 'utf8'), 'whole');
+	t.deepEqual(readdirSync(dirname(path)).sort(), ['out.jsonl', 'out.jsonl.partial']);
+});
+
 test('a symbolic link stays, its target is replaced', async (t) => {
 	const path = fresh();
 	const link = fresh();

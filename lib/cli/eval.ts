@@ -155,7 +155,8 @@ async function run(path: string, data: string | undefined, flags: Flags): Promis
 	} finally {
 		view.stop();
 		interrupt.end();
-		await records?.discard();
+		const partial = await records?.setAside();
+		if (partial !== undefined) process.stderr.write(`the records so far are in ${partial}\n`);
 	}
 }
 

@@ -14,6 +14,7 @@ import { toJson, UsageError } from './terminal.js';
 
 export class OutputFile {
 	#failed: Error | undefined;
+	#hasText = false;
 
 	private constructor(
 		private readonly path: string,
@@ -54,6 +55,7 @@ export class OutputFile {
 	write(text: string): void {
 		if (this.#failed) throw cannotWrite(this.path, this.#failed);
 		this.stream.write(text);
+		this.#hasText = true;
 	}
 
 	/** A record as a line of JSON. */
@@ -87,6 +89,24 @@ export class OutputFile {
 	async discard(): Promise<void> {
 		await this.#end();
 		if (this.target !== undefined) await rm(String(this.stream.path), { force: true }).catch(() => undefined);
+	}
+
+	/**
+	 * Leaves what was there before, and what was written so far as `<path>.partial`.
+	 * @returns that path; undefined when nothing was written, when it went to a pipe, and after {@link keep}
+	 */
+	async setAside(): Promise<string | undefined> {
+		if (this.#hasText && this.target !== undefined && !this.#failed) {
+			await this.#end();
+			const partial = `${this.path}.partial`;
+			const moved = await rename(String(this.stream.path), partial).then(
+				() => true,
+				() => false,
+			);
+			if (moved) return partial;
+		}
+		await this.discard();
+		return undefined;
 	}
 
 	async #end(): Promise<void> {
