@@ -298,14 +298,14 @@ test.serial('eval length on the command line', async (t) => {
 			own.map(({ method }) => method),
 			['constant', 'expected'],
 		);
-		for (const [args, message] of [
-			[['model', 'bad.jsonl', '--max', '14'], /bad.jsonl, line 3/],
-			[['model', 'empty.jsonl', '--max', '14'], /empty.jsonl/],
-			[['model', 'pairs.jsonl', '--max', '24'], /max is 24/],
-			[['model', 'pairs.jsonl', '--max', '14', '--save', 'x'], /--save/],
+		for (const [code, args, message] of [
+			[1, ['model', 'bad.jsonl', '--max', '14'], /bad.jsonl, line 3/],
+			[1, ['model', 'empty.jsonl', '--max', '14'], /empty.jsonl/],
+			[2, ['model', 'pairs.jsonl', '--max', '24'], /max is 24/],
+			[2, ['model', 'pairs.jsonl', '--max', '14', '--save', 'x'], /--save/],
 		] as const) {
 			const error = await t.throwsAsync<Error & { code: number; stderr: string }>(run(...args));
-			t.is(error?.code as unknown as number, 2);
+			t.is(error?.code as unknown as number, code);
 			t.regex(error?.stderr ?? '', message);
 		}
 	} finally {
