@@ -126,6 +126,8 @@ interface Waiting {
 	request: DenoiseRequest | undefined;
 	steps: StepsRequest | undefined;
 	call: ((native: NativeModel) => unknown) | undefined;
+	/** It was in a batch that failed, and is not merged again. */
+	single: boolean;
 	signal: AbortSignal | undefined;
 	resolve: (value: unknown) => void;
 	reject: (reason: unknown) => void;
@@ -185,6 +187,11 @@ export class Engine {
 	/** Runs `call` alone on the native model, in its turn. Rejects with `signal.reason`, `ERR_DN_BUSY` or `ERR_DN_DISPOSED`. */
 	run<T>(call: (native: NativeModel) => T | Promise<T>, signal?: AbortSignal): Promise<T> {
 		return this.#enqueue({ call }, signal) as Promise<T>;
+	}
+
+	/** As `run`, for a call that frees memory: it is not refused because many wait, and nothing aborts it. */
+	free<T>(call: (native: NativeModel) => T | Promise<T>): Promise<T> {
+		return this.#enqueue({ call }, undefined, Number.POSITIVE_INFINITY) as Promise<T>;
 	}
 
 	/** One denoising step, merged with those of others. Rejects as `run` does. */
@@ -268,17 +275,18 @@ export class Engine {
 	#enqueue(
 		work: Partial<Pick<Waiting, 'request' | 'steps' | 'call'>>,
 		signal: AbortSignal | undefined,
+		most = this.#maxQueued,
 	): Promise<unknown> {
 		if (this.#closing) return Promise.reject(disposedError());
 		if (signal?.aborted) return Promise.reject(signal.reason);
-		if (this.#queue.length >= this.#maxQueued) {
+		if (this.#queue.length >= most) {
 			return Promise.reject(
 				new DiffusionNativeError('ERR_DN_BUSY', `${this.#queue.length} requests are already waiting for this model`),
 			);
 		}
 		return new Promise((resolve, reject) => {
 			const { request, steps, call } = work;
-			const item: Waiting = { request, steps, call, signal, resolve, reject };
+			const item: Waiting = { request, steps, call, single: false, signal, resolve, reject };
 			this.#attach(item);
 			this.#queue.push(item);
 			this.#schedule();
@@ -339,12 +347,12 @@ export class Engine {
 		for (const next of this.#queue) {
 			const { request, steps } = next;
 			const first = items[0];
-			if (first && (next.call || Boolean(first.steps) !== Boolean(steps))) break;
+			if (first && (next.call || next.single || Boolean(first.steps) !== Boolean(steps))) break;
 			tokens += request ? request.sequences.length * request.positions.length : (steps?.tokens.length ?? 0);
 			logits += request ? logitRowsOf(request) * this.config.vocab : 0;
 			if (items.length > 0 && (tokens > this.batchTokens || logits > this.#batchLogits)) break;
 			items.push(next);
-			if (next.call) break;
+			if (next.call || next.single) break;
 		}
 		this.#queue.splice(0, items.length);
 		for (const item of items) this.#detach(item);
@@ -373,8 +381,23 @@ export class Engine {
 				return;
 			}
 			// One of them is at fault; alone, only that one fails.
-			for (const item of items) await this.#serve([item]);
+			this.#putBack(items);
 		}
+	}
+
+	/** To the head of the queue, for a call each: there an abort and `dispose` reach them as they reach all who wait. */
+	#putBack(items: Waiting[]): void {
+		const again: Waiting[] = [];
+		for (const item of items) {
+			if (item.signal?.aborted) item.reject(item.signal.reason);
+			else if (this.#closing) item.reject(disposedError());
+			else again.push(item);
+		}
+		for (const item of again) {
+			item.single = true;
+			this.#attach(item);
+		}
+		this.#queue.unshift(...again);
 	}
 
 	async #denoiseTogether(requests: DenoiseRequest[]): Promise<RowStatistics[]> {

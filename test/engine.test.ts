@@ -14,6 +14,8 @@ class FakeNative {
 	readonly backend = 'fake';
 	readonly parameters = [];
 	readonly batches: NativeBatch[] = [];
+	/** What each of them may go ahead by. */
+	readonly ahead: NativeDenoise['ahead'][] = [];
 	inFlight = 0;
 	disposed = 0;
 	#gate: Promise<void> = Promise.resolve();
@@ -34,6 +36,7 @@ class FakeNative {
 	async denoise(batch: NativeBatch, denoise: NativeDenoise): Promise<NativeStats> {
 		if (this.inFlight++ > 0) throw new Error('two calls at once');
 		this.batches.push(batch);
+		this.ahead.push(denoise.ahead);
 		await this.#gate;
 		this.inFlight--;
 		if (batch.ids.includes(66)) throw Object.assign(new Error('id 66'), { code: 'ERR_DN_ARGUMENT' });
@@ -200,6 +203,84 @@ test('a request at fault fails alone', async (t) => {
 		['fulfilled', 'rejected', 'fulfilled'],
 	);
 	t.like((outcomes[1] as PromiseRejectedResult).reason, { name: 'DiffusionNativeError', code: 'ERR_DN_ARGUMENT' });
+	await engine.dispose();
+});
+
+test('what was merged with a request at fault waits again: aborts and dispose reach it', async (t) => {
+	const { native, engine } = make();
+	const controller = new AbortController();
+	const reason = new Error('enough');
+	native.hold();
+	const faulty = engine.denoise(request([66]));
+	const others = Array.from({ length: 5 }, (_, i) => engine.denoise(request([i]), controller.signal));
+	const served = engine.denoise(request([50]));
+	const never = engine.denoise(request([51]));
+	await turn();
+	t.is(native.batches.length, 1);
+	// The batch fails, and the first is tried again alone; the next call is held.
+	native.release();
+	native.hold();
+	await turn();
+	t.deepEqual(Array.from(native.batches[1]?.ids ?? []), [66]);
+	t.is(engine.queued, 7);
+	controller.abort(reason);
+	for (const promise of others) t.is(await t.throwsAsync(promise), reason);
+	native.release();
+	native.hold();
+	await t.throwsAsync(faulty, { code: 'ERR_DN_ARGUMENT' });
+	await turn();
+	t.deepEqual(Array.from(native.batches[2]?.ids ?? []), [50]);
+	const disposal = engine.dispose();
+	await t.throwsAsync(never, { code: 'ERR_DN_DISPOSED' });
+	native.release();
+	t.is((await served).best[0], 50);
+	await disposal;
+	t.is(native.batches.length, 3);
+	t.is(native.disposed, 1);
+});
+
+test('an abort and dispose during a batch that fails leave nothing to try again', async (t) => {
+	const { native, engine } = make();
+	const controller = new AbortController();
+	const reason = new Error('enough');
+	native.hold();
+	const aborted = [66, 1].map((id) => engine.denoise(request([id]), controller.signal));
+	const disposed = [2, 3].map((id) => engine.denoise(request([id])));
+	await turn();
+	controller.abort(reason);
+	const disposal = engine.dispose();
+	native.release();
+	for (const promise of aborted) t.is(await t.throwsAsync(promise), reason);
+	for (const promise of disposed) await t.throwsAsync(promise, { code: 'ERR_DN_DISPOSED' });
+	await disposal;
+	t.is(native.batches.length, 1);
+});
+
+test('a request that is tried again does not go ahead while the rest of its batch waits', async (t) => {
+	const { native, engine } = make();
+	const ahead = { most: 4, stops: new Int32Array(0) };
+	await Promise.allSettled([1, 66, 3].map((id) => engine.denoise({ ...request([id]), ahead })));
+	t.deepEqual(
+		native.ahead.map((given) => given?.most),
+		[undefined, undefined, undefined, 4],
+	);
+	await engine.dispose();
+});
+
+test('what frees memory is not refused because many wait', async (t) => {
+	const { native, engine } = make({ maxQueued: 1 });
+	native.hold();
+	const first = engine.denoise(request([1]));
+	await turn();
+	const waiting = engine.denoise(request([2]));
+	await t.throwsAsync(
+		engine.run(() => 1),
+		{ code: 'ERR_DN_BUSY' },
+	);
+	const freed = engine.free(() => 'freed');
+	native.release();
+	await Promise.all([first, waiting]);
+	t.is(await freed, 'freed');
 	await engine.dispose();
 });
 
