@@ -34,7 +34,7 @@ import {
 } from './training/options.js';
 import { DataOrder, type DataPosition } from './training/order.js';
 import { annealedMask, scheduleAt } from './training/schedules.js';
-import { accumulate, gradientNorm, lossOf, packStep, scaleOf, update } from './training/step.js';
+import { accumulate, gradientNorm, lossOf, packStep, type Runner, scaleOf, update } from './training/step.js';
 import { isSame, reference, reopen, reviveOptions, storeOptions } from './training/stored-run.js';
 import { validate } from './training/validation.js';
 
@@ -62,7 +62,7 @@ const inTraining = new WeakSet<Engine>();
 /**
  * Trains a model. Made with `new Trainer(model, options)` or `Trainer.resume(dir)`.
  * A model has at most one trainer at a time; `dispose` frees gradients and moments and lets go of the model;
- * what computes or saves fails with `ERR_DN_DISPOSED` from then on.
+ * what computes or saves fails with `ERR_DN_DISPOSED` from then on, a step that is going on at its next native call.
  */
 export class Trainer implements AsyncDisposable {
 	/** What is trained. */
@@ -72,18 +72,33 @@ export class Trainer implements AsyncDisposable {
 	readonly #loggers: readonly MetricLogger[];
 	#order: DataOrder | undefined;
 	#step = 0;
+	/** Steps that masked something: AdamW's own count. */
+	#updates = 0;
 	#totalTokens = 0;
 	#best: number | null = null;
 	#worse = 0;
 	#stopped = false;
 	#validationLoss: number | null = null;
-	#busy = false;
 	#running = false;
+	/** The call that computes or saves; never rejects. */
+	#working: Promise<void> | undefined;
 	/** Gradients and moments are allocated at the first use. */
 	#begun: Promise<unknown> | undefined;
-	#disposed = false;
+	/** Set by `dispose`. */
+	#disposal: Promise<void> | undefined;
+	/** The engine for steps: a call whose turn comes after `dispose` is refused, since its buffers may be another trainer's. */
+	readonly #gate: Runner = {
+		run: (call, signal) =>
+			this.model.engine.run((native) => {
+				this.#check();
+				return call(native);
+			}, signal),
+	};
 
-	/** @throws `ERR_DN_ARGUMENT` naming the option; `ERR_DN_BUSY` when the model already has a trainer. */
+	/**
+	 * @throws `ERR_DN_ARGUMENT` naming the option; `ERR_DN_BUSY` when the model already has a trainer, or one that is disposed
+	 * of but not yet done with a step.
+	 */
 	constructor(model: DiffuGPT, options: TrainOptions) {
 		check(model instanceof DiffuGPT, 'a Trainer needs a DiffuGPT as its first argument');
 		model.engine.check();
@@ -107,7 +122,10 @@ export class Trainer implements AsyncDisposable {
 			...this.#spindle(),
 		});
 		if (inTraining.has(model.engine)) {
-			throw new DiffusionNativeError('ERR_DN_BUSY', 'this model already has a trainer: dispose that one first');
+			throw new DiffusionNativeError(
+				'ERR_DN_BUSY',
+				'this model already has a trainer: dispose that one and await it first',
+			);
 		}
 		inTraining.add(model.engine);
 		if (data) this.#order = this.#orderAt({ epoch: 0, index: 0 });
@@ -255,16 +273,15 @@ export class Trainer implements AsyncDisposable {
 	async gradients(batch: DiffusionBatch, options: StepOptions = {}): Promise<Map<string, Float32Array>> {
 		checkOptions('gradients', options, ['signal']);
 		return this.#alone(async () => {
-			const { engine, config } = this.model;
 			const sums = await accumulate(
-				engine,
-				packStep([batch], config),
+				this.#gate,
+				packStep([batch], this.model.config),
 				this.#noiseAt(this.#step),
 				this.#native(true),
 				options.signal,
 			);
 			const scale = scaleOf(sums);
-			return engine.run((native) => {
+			return this.#gate.run((native) => {
 				const gradients = new Map<string, Float32Array>();
 				for (const { name } of native.parameters) {
 					const values = native.getGradient(name);
@@ -310,17 +327,31 @@ export class Trainer implements AsyncDisposable {
 		return target;
 	}
 
-	/** Frees gradients and moments; the model stays usable. Idempotent. */
-	async dispose(): Promise<void> {
-		if (this.#disposed) return;
-		this.#disposed = true;
-		inTraining.delete(this.model.engine);
-		if (this.#begun && !this.model.engine.disposed) await this.model.engine.run((native) => native.endTraining());
+	/**
+	 * Waits for the native call of a step that is going on, which then fails with `ERR_DN_DISPOSED` unless that call was its
+	 * last, or for a `save` to end; frees gradients and moments. The model stays usable. Idempotent.
+	 */
+	dispose(): Promise<void> {
+		this.#disposal ??= this.#release();
+		return this.#disposal;
 	}
 
 	/** `dispose`, for `await using`. */
 	[Symbol.asyncDispose](): Promise<void> {
 		return this.dispose();
+	}
+
+	async #release(): Promise<void> {
+		const { engine } = this.model;
+		// Until the work has ended the model stays marked: another trainer would compute in the same buffers.
+		if (this.#working) await this.#working;
+		inTraining.delete(engine);
+		if (!this.#begun || engine.disposed) return;
+		try {
+			await engine.free((native) => native.endTraining());
+		} catch (error) {
+			if (!engine.disposed) throw error; // the model is freed with all that it holds
+		}
 	}
 
 	/** Closes all of them, whichever fails. */
@@ -336,12 +367,13 @@ export class Trainer implements AsyncDisposable {
 	): Promise<TrainMetrics> {
 		return this.#alone(async () => {
 			const { engine, config } = this.model;
+			const gate = this.#gate;
 			const { learningRate: schedule, maxSteps, betas: configured, eps, weightDecay, gradClip, data } = this.#options;
 			const begun = performance.now();
 			const step = this.#step;
 			const { learningRate, beta1 } = scheduleAt(schedule, step, maxSteps ?? Number.POSITIVE_INFINITY);
-			const sums = await accumulate(engine, packStep(batches, config), this.#noiseAt(step), this.#native(true), signal);
-			const gradNorm = await gradientNorm(engine, sums, signal);
+			const sums = await accumulate(gate, packStep(batches, config), this.#noiseAt(step), this.#native(true), signal);
+			const gradNorm = await gradientNorm(gate, sums, signal);
 			const { loss, unweighted } = lossOf(sums);
 			if (!Number.isFinite(loss) || !Number.isFinite(gradNorm)) {
 				throw new DiffusionNativeError(
@@ -354,7 +386,9 @@ export class Trainer implements AsyncDisposable {
 			// Nothing masked: nothing to learn, and no reason to let decay and old moments move the weights.
 			if (sums.masked > 0) {
 				const betas = [beta1 ?? configured[0], configured[1]] as const;
-				await update(engine, sums, gradNorm, { learningRate, betas, eps, weightDecay, gradClip, step: step + 1 });
+				const count = this.#updates + 1;
+				await update(gate, sums, gradNorm, { learningRate, betas, eps, weightDecay, gradClip, step: count });
+				this.#updates = count;
 				forgetLengths(engine);
 			}
 			this.#step = step + 1;
@@ -391,10 +425,9 @@ export class Trainer implements AsyncDisposable {
 
 	#validate(data: TokenDataset, signal: AbortSignal | undefined): Promise<{ loss: number; unweighted: number }> {
 		const { objective, block, evalSequences, batchSize, batchTokens, padding, precision } = this.#options;
-		const { engine, config } = this.model;
 		return validate(
-			engine,
-			config,
+			this.#gate,
+			this.model.config,
 			data,
 			{
 				objective,
@@ -450,6 +483,7 @@ export class Trainer implements AsyncDisposable {
 		const { data, validation, seed } = this.#options;
 		return {
 			step: this.#step,
+			updates: this.#updates,
 			totalTokens: this.#totalTokens,
 			position: this.#order?.position ?? { epoch: 0, index: 0 },
 			seed: String(seed),
@@ -465,6 +499,7 @@ export class Trainer implements AsyncDisposable {
 
 	#restore(state: RunState): void {
 		this.#step = state.step;
+		this.#updates = state.updates;
 		this.#totalTokens = state.totalTokens;
 		this.#best = state.best;
 		this.#worse = state.worse;
@@ -475,27 +510,31 @@ export class Trainer implements AsyncDisposable {
 	}
 
 	#check(): void {
-		if (this.#disposed) throw new DiffusionNativeError('ERR_DN_DISPOSED', 'this trainer was disposed');
+		if (this.#disposal) throw new DiffusionNativeError('ERR_DN_DISPOSED', 'this trainer was disposed');
 		this.model.engine.check();
 	}
 
-	#begin(): Promise<unknown> {
+	async #begin(): Promise<void> {
 		this.#begun ??= this.model.engine.run((native) => native.beginTraining());
-		return this.#begun;
+		try {
+			await this.#begun;
+		} catch (error) {
+			this.#begun = undefined; // the next call may try again
+			throw error;
+		}
 	}
 
 	/** Gradients are one buffer: two calls at once would mix theirs. */
 	async #alone<T>(work: () => Promise<T>): Promise<T> {
 		this.#check();
-		if (this.#busy) {
+		if (this.#working) {
 			throw new DiffusionNativeError('ERR_DN_BUSY', 'this trainer is in the middle of a step: await it first');
 		}
-		this.#busy = true;
-		try {
-			await this.#begin();
-			return await work();
-		} finally {
-			this.#busy = false;
-		}
+		const running = this.#begin().then(work);
+		const settled = (): void => {
+			this.#working = undefined;
+		};
+		this.#working = running.then(settled, settled);
+		return running;
 	}
 }

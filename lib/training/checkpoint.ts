@@ -35,6 +35,8 @@ export interface DataReference {
 /** Everything of a run that is not a tensor. */
 export interface RunState {
 	readonly step: number;
+	/** Steps that changed the weights: those that masked nothing left weights and moments as they were. */
+	readonly updates: number;
 	readonly totalTokens: number;
 	readonly position: DataPosition;
 	readonly seed: string;
@@ -213,8 +215,10 @@ function readState(directory: string): RunState | string {
 	if (json['version'] !== formatVersion) {
 		return `${stateFile} is version ${String(json['version'])}, this library reads version ${formatVersion}`;
 	}
-	const { files, ...state } = json as unknown as RunState & { files?: Record<string, number> | null };
+	const { files, ...stored } = json as unknown as RunState & { files?: Record<string, number> | null };
 	if (typeof files !== 'object' || files === null) return `${stateFile} lacks files, the sizes of the other files`;
+	// Before `updates` was stored, AdamW counted the steps that masked nothing, too.
+	const state: RunState = { ...stored, updates: stored.updates ?? stored.step };
 	for (const [name, bytes] of Object.entries(files)) {
 		let size: number;
 		try {

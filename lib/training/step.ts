@@ -7,6 +7,9 @@ import type { NativeLoss, NativeNoise, NativeTrainBatch, NativeTrainOptions } fr
 import type { ModelConfig } from '../config.js';
 import type { Engine } from '../engine.js';
 
+/** What runs native calls in their turn: an engine, or a trainer's gate to one, which refuses once it is disposed. */
+export type Runner = Pick<Engine, 'run'>;
+
 /** Sums over the micro-batches of a step. */
 export interface LossSums {
 	weighted: number;
@@ -29,7 +32,7 @@ export function packStep(batches: readonly DiffusionBatch[], config: ModelConfig
 
 /** Runs micro-batches one native call each, so that others who use the model get their turn in between. */
 export async function accumulate(
-	engine: Engine,
+	engine: Runner,
 	batches: readonly NativeTrainBatch[],
 	noise: NativeNoise,
 	options: NativeTrainOptions,
@@ -62,14 +65,14 @@ export function scaleOf({ denominator }: LossSums): number {
 }
 
 /** Global norm of the gradient of the normalised loss. */
-export async function gradientNorm(engine: Engine, sums: LossSums, signal: AbortSignal | undefined): Promise<number> {
+export async function gradientNorm(engine: Runner, sums: LossSums, signal: AbortSignal | undefined): Promise<number> {
 	const sumOfSquares = await engine.run((native) => native.gradientSumOfSquares(), signal);
 	return Math.sqrt(sumOfSquares) * scaleOf(sums);
 }
 
 /** One AdamW step down the normalised gradient, clipped to a global norm of `gradClip` (0: not clipped). */
 export async function update(
-	engine: Engine,
+	engine: Runner,
 	sums: LossSums,
 	gradNorm: number,
 	options: {
@@ -78,7 +81,7 @@ export async function update(
 		readonly eps: number;
 		readonly weightDecay: number;
 		readonly gradClip: number;
-		/** From 1, for the correction of the moments' bias. */
+		/** Updates with this one, from 1, for the correction of the moments' bias. */
 		readonly step: number;
 	},
 ): Promise<void> {

@@ -7,11 +7,10 @@ import type { ModelConfig } from '../config.js';
 import type { TokenDataset } from '../data/dataset.js';
 import type { Padding } from '../data/format.js';
 import { padSequence, padTogether, type TrainingSequence, tokensTogether } from '../data/pack.js';
-import type { Engine } from '../engine.js';
 import { DiffusionNativeError } from '../errors.js';
 import { permutationInTurns, Stream } from '../random.js';
 import { toBatch } from './order.js';
-import { accumulate, lossOf, packStep } from './step.js';
+import { accumulate, lossOf, packStep, type Runner } from './step.js';
 
 export interface ValidationOptions {
 	readonly objective: NonNullable<LossOptions['objective']>;
@@ -41,7 +40,7 @@ async function choose(data: TokenDataset, count: number, signal: AbortSignal | u
 
 /** Weighted loss per predictable token (the NELBO), and the mean cross-entropy of masked tokens; nats. */
 export async function validate(
-	engine: Engine,
+	engine: Runner,
 	config: ModelConfig,
 	data: TokenDataset,
 	options: ValidationOptions,

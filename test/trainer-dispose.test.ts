@@ -1,0 +1,107 @@
+/** Disposing of a trainer: in the middle of its work, before the next trainer of the model, and while the queue is full. */
+import test from 'ava';
+import { type DiffuGPT, type DiffusionBatch, Trainer } from 'diffusion-native';
+
+import { fresh, nearly, tiny, weights } from './helpers/trainer.js';
+
+const batch = (last: number): DiffusionBatch => ({
+	tokens: [Int32Array.of(8, 1, 2, last)],
+	mask: [Uint8Array.of(0, 1, 0, 1)],
+	t: [0.5],
+});
+
+/** As many calls as may wait. */
+const fill = (model: DiffuGPT): Promise<unknown> =>
+	Promise.all(Array.from({ length: 1024 }, () => model.engine.run(() => undefined)));
+
+const isTraining = (model: DiffuGPT): Promise<boolean> =>
+	model.engine
+		.run((native) => native.gradientSumOfSquares())
+		.then(
+			() => true,
+			() => false,
+		);
+
+test('a trainer that is disposed of in a step computes nothing more, and the next one is alone', async (t) => {
+	const model = await tiny();
+	const before = weights(model);
+	let disposal: Promise<void> | undefined;
+	let refused: unknown;
+	const first: Trainer = new Trainer(model, {
+		// Called once gradients and moments are allocated, before the first native call of the step.
+		learningRate: () => {
+			disposal = first.dispose();
+			refused = t.throws(() => new Trainer(model, {}), { code: 'ERR_DN_BUSY' });
+			return 1e-2;
+		},
+	});
+	await t.throwsAsync(first.step(batch(3)), { code: 'ERR_DN_DISPOSED', message: /this trainer was disposed/ });
+	t.truthy(refused);
+	await disposal;
+	t.is(first.steps, 0);
+	t.is(nearly(weights(model), before), 0);
+	t.false(await isTraining(model));
+
+	const other = await tiny();
+	for (const each of [model, other]) {
+		await using trainer = new Trainer(each, { learningRate: 1e-2 });
+		await trainer.step(batch(4));
+	}
+	t.is(nearly(weights(model), weights(other)), 0);
+	await model.dispose();
+	await other.dispose();
+});
+
+test('a call that waits when its trainer is disposed of is not made', async (t) => {
+	const model = await tiny();
+	const trainer = new Trainer(model, {});
+	await trainer.step(batch(3));
+	const before = weights(model);
+	const work = [trainer.step(batch(4)), trainer.dispose(), trainer.dispose()] as const;
+	await t.throwsAsync(work[0], { code: 'ERR_DN_DISPOSED' });
+	await Promise.all(work.slice(1));
+	t.is(nearly(weights(model), before), 0);
+	t.false(await isTraining(model));
+	const gradients = new Trainer(model, {});
+	const both = [gradients.gradients(batch(3)), gradients.dispose()] as const;
+	await t.throwsAsync(both[0], { code: 'ERR_DN_DISPOSED' });
+	await both[1];
+	await model.dispose();
+});
+
+test('a checkpoint that is being written when its trainer is disposed of is whole', async (t) => {
+	const model = await tiny();
+	const trainer = new Trainer(model, {});
+	await trainer.step(batch(3));
+	const dir = fresh();
+	const saving = trainer.save(dir);
+	await trainer.dispose();
+	await saving;
+	const resumed = await Trainer.resume(dir, { device: 'cpu' });
+	t.is(resumed.steps, 1);
+	t.is(nearly(weights(resumed.model), weights(model)), 0);
+	await resumed.dispose();
+	await resumed.model.dispose();
+	await model.dispose();
+});
+
+test('a trainer and its model may be disposed of at once', async (t) => {
+	const model = await tiny();
+	const trainer = new Trainer(model, {});
+	await trainer.step(batch(3));
+	await t.notThrowsAsync(Promise.all([trainer.dispose(), model.dispose()]));
+});
+
+test('a full queue refuses a step, not the steps after it, and never dispose', async (t) => {
+	const model = await tiny();
+	const trainer = new Trainer(model, {});
+	let filled = fill(model);
+	await t.throwsAsync(trainer.step(batch(3)), { code: 'ERR_DN_BUSY', message: /1024 requests/ });
+	await filled;
+	t.is((await trainer.step(batch(3))).step, 1);
+	filled = fill(model);
+	await t.notThrowsAsync(trainer.dispose());
+	await filled;
+	t.false(await isTraining(model));
+	await model.dispose();
+});
