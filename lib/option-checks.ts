@@ -4,6 +4,11 @@ import { check } from './errors.js';
 /** Whole numbers that reach the addon as 32-bit ones. */
 export const mostInt32 = 2 ** 31 - 1;
 
+/** Whether a number is finite where it reaches the addon, which computes in fp32. */
+export function isFinite32(value: number): boolean {
+	return Number.isFinite(Math.fround(value));
+}
+
 /** Throws `ERR_DN_ARGUMENT` unless `options` is an object (or absent) that has none but the known keys. */
 export function checkOptions(what: string, options: unknown, known: readonly string[]): void {
 	if (options === undefined) return;

@@ -8,7 +8,7 @@ import { mostReopened } from './canvas.js';
 import { checkMask, type ModelConfig } from './config.js';
 import { check } from './errors.js';
 import { type LengthOptions, resolveLength } from './length/method.js';
-import { mostInt32, show, suggest } from './option-checks.js';
+import { isFinite32, mostInt32, show, suggest } from './option-checks.js';
 import { checkPolicy } from './policy-gate.js';
 import { ancestral } from './samplers/ancestral.js';
 import { autoregressive } from './samplers/autoregressive.js';
@@ -339,6 +339,14 @@ function checkValues(options: GenerateOptions): void {
 			`option ${key} is ${String(value)}, expected a number >= 0`,
 		);
 	};
+	const real32 = (key: 'temperature' | 'guidance'): void => {
+		real(key);
+		const value = options[key];
+		check(
+			value === undefined || isFinite32(value),
+			`option ${key} is ${String(value)}, expected a number >= 0 within the range of fp32`,
+		);
+	};
 	const oneOf = (key: keyof GenerateOptions, values: readonly string[]): void => {
 		const value = options[key];
 		check(
@@ -369,11 +377,12 @@ function checkValues(options: GenerateOptions): void {
 	whole('topK', 0, mostInt32);
 	whole('stableSteps', 1);
 	whole('attempts', 0, mostReopened);
-	for (const key of ['threshold', 'factor', 'entropyBound', 'divergence', 'verify', 'temperature', 'guidance'] as const)
-		real(key);
+	for (const key of ['threshold', 'factor', 'entropyBound', 'divergence', 'verify'] as const) real(key);
+	real32('temperature');
+	real32('guidance');
 	check(
-		topP === undefined || (typeof topP === 'number' && topP > 0 && topP <= 1),
-		`option topP is ${String(topP)}, expected a number in (0, 1]`,
+		topP === undefined || (typeof topP === 'number' && Math.fround(topP) > 0 && topP <= 1),
+		`option topP is ${String(topP)}, expected a number in (0, 1], in fp32 too`,
 	);
 	check(signal === undefined || signal instanceof AbortSignal, 'option signal is not an AbortSignal');
 }

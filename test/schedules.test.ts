@@ -70,6 +70,21 @@ test('a schedule with an unknown or missing field is refused', (t) => {
 	t.throws(() => checkSchedule(-1), { code: 'ERR_DN_ARGUMENT' });
 });
 
+test('learning rates and betas that fp32 cannot hold are refused by name', (t) => {
+	for (const [schedule, message] of [
+		[1e39, /^learningRate is 1e\+39, expected a number >= 0 within the range of fp32/],
+		[{ kind: 'constant', peak: 1e39 }, /learningRate\.peak is 1e\+39/],
+		[{ kind: 'cosine', peak: 1, final: 1e39 }, /learningRate\.final is 1e\+39/],
+		[{ kind: 'one-cycle', peak: 1e30, div: 1e-10 }, /peak \/ div, is 1e\+40/],
+		[{ kind: 'one-cycle', peak: 1e30, finalDiv: 1e-12 }, /peak \/ div \/ finalDiv, is/],
+		[{ kind: 'one-cycle', peak: 1, cycleBeta1: { base: 0.8, max: 1 - 1e-12 } }, /cycleBeta1 .* below 1, in fp32 too/],
+	] as const) {
+		t.throws(() => checkSchedule(schedule), { code: 'ERR_DN_ARGUMENT', message });
+	}
+	t.throws(() => scheduleAt(() => -1e39, 7, 10), { code: 'ERR_DN_ARGUMENT', message: /-1e\+39 at step 7, expected/ });
+	t.notThrows(() => checkSchedule(3e38));
+});
+
 test('both published annealings', (t) => {
 	const steps = 1000;
 	t.is(annealingRatio({ steps }, 0), 1 / 1000);

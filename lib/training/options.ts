@@ -5,7 +5,7 @@ import type { ModelConfig } from '../config.js';
 import { TokenDataset } from '../data/dataset.js';
 import { checkPadding, type Padding } from '../data/format.js';
 import { check } from '../errors.js';
-import { show, suggest } from '../option-checks.js';
+import { isFinite32, show, suggest } from '../option-checks.js';
 import { type AttentionAnnealing, checkAnnealing, checkSchedule, type Schedule } from './schedules.js';
 
 /** What one optimiser step did. */
@@ -193,6 +193,10 @@ export function resolveTrainOptions(options: TrainOptions, config: ModelConfig) 
 	positive('checkpoint.keep', checkpoint?.keep);
 	positive('earlyStop.patience', earlyStop?.patience);
 	notNegative('weightDecay', options.weightDecay);
+	check(
+		options.weightDecay === undefined || isFinite32(options.weightDecay),
+		`weightDecay is ${String(options.weightDecay)}, expected a number >= 0 within the range of fp32`,
+	);
 	notNegative('gradClip', options.gradClip);
 	notNegative('earlyStop.minDelta', earlyStop?.minDelta);
 	notNegative('checkpoint.keepBest', checkpoint?.keepBest);

@@ -4,7 +4,7 @@
  */
 import type { NativeMask } from '../binding.js';
 import { check } from '../errors.js';
-import { show, suggest } from '../option-checks.js';
+import { isFinite32, show, suggest } from '../option-checks.js';
 
 /**
  * Learning rate over the steps of a run. 'constant': `peak` after a rise over `warmupSteps` (default 0). A function gets the
@@ -55,6 +55,7 @@ export function checkSchedule(schedule: number | Schedule): void {
 	if (typeof schedule === 'function') return;
 	if (typeof schedule === 'number') {
 		check(Number.isFinite(schedule) && schedule >= 0, `learningRate is ${schedule}, expected a number >= 0`);
+		checkRange('learningRate', schedule);
 		return;
 	}
 	check(
@@ -88,15 +89,21 @@ export function checkSchedule(schedule: number | Schedule): void {
 		);
 	}
 	check(schedule.peak !== undefined, 'learningRate.peak is missing');
+	checkRange('learningRate.peak', schedule.peak);
+	if (kind !== 'one-cycle' && kind !== 'constant') checkRange('learningRate.final', schedule.final ?? 0);
 	if (kind === 'one-cycle') {
 		const { div = 25, finalDiv = 1e4, warmup = 0.1 } = schedule;
 		check(div > 0 && finalDiv > 0, 'learningRate.div and learningRate.finalDiv must be above 0');
+		checkRange('the first learning rate, learningRate.peak / div,', schedule.peak / div);
+		checkRange('the last learning rate, learningRate.peak / div / finalDiv,', schedule.peak / div / finalDiv);
 		check(warmup <= 1, `learningRate.warmup is ${warmup}, expected a share from 0 to 1`);
 		const { cycleBeta1 } = schedule;
 		check(
 			cycleBeta1 === undefined ||
-				[cycleBeta1?.base, cycleBeta1?.max].every((beta) => typeof beta === 'number' && beta >= 0 && beta < 1),
-			`learningRate.cycleBeta1 is ${show(cycleBeta1)}, expected { base, max }, two numbers from 0 to below 1`,
+				[cycleBeta1?.base, cycleBeta1?.max].every(
+					(beta) => typeof beta === 'number' && beta >= 0 && Math.fround(beta) < 1,
+				),
+			`learningRate.cycleBeta1 is ${show(cycleBeta1)}, expected { base, max }, two numbers from 0 to below 1, in fp32 too`,
 		);
 	}
 }
@@ -112,8 +119,8 @@ export function scheduleAt(schedule: number | Schedule, step: number, maxSteps: 
 	if (typeof schedule === 'function') {
 		const learningRate = schedule(step);
 		check(
-			typeof learningRate === 'number' && Number.isFinite(learningRate),
-			`the learning rate function returned ${String(learningRate)} at step ${step}`,
+			typeof learningRate === 'number' && isFinite32(learningRate),
+			`the learning rate function returned ${String(learningRate)} at step ${step}, expected a number within the range of fp32`,
 		);
 		return { learningRate, beta1: undefined };
 	}
@@ -198,6 +205,11 @@ export function annealingRatio(annealing: AttentionAnnealing, step: number): num
 export function annealedMask(annealing: AttentionAnnealing, step: number, seed: bigint): NativeMask {
 	const ratio = annealingRatio(annealing, step);
 	return ratio >= 1 ? { kind: 'full' } : { kind: 'annealed', ratio, seed, step };
+}
+
+/** AdamW multiplies by the learning rate in fp32. */
+function checkRange(name: string, learningRate: number): void {
+	check(isFinite32(learningRate), `${name} is ${learningRate}, expected a number >= 0 within the range of fp32`);
 }
 
 function checkStep(what: string, step: number): void {
