@@ -78,7 +78,7 @@ export function aheadEvaluator(
 					`step ${step} looks at positions ${positions.join(', ')}, but the device's step ${record?.step} looked at ${record?.positions.join(', ')}`,
 				);
 			}
-			return makeLook(positions, record.stats, 0, 0, new Map(), config, 0);
+			return makeLook(positions, record.stats, 0, 0, new Map(), config, 0, canvas.bannedEnd);
 		},
 		release() {},
 	};

@@ -170,7 +170,7 @@ export function blockEvaluator(
 	};
 
 	function toLook(positions: Int32Array, stats: Awaited<ReturnType<Engine['denoise']>>): Look {
-		return makeLook(positions, stats, ends.length, ends.length, new Map(), config, guidance);
+		return makeLook(positions, stats, ends.length, ends.length, new Map(), config, guidance, canvas.bannedEnd);
 	}
 }
 

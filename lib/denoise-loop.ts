@@ -391,7 +391,7 @@ export class Loop {
 		const { policy, samplerName, isCustom } = this.#options;
 		const decision = policy.decide(stepView(view, look, isCustom));
 		if (last) return { commit: Array.from(look.positions) };
-		return checkedDecision(decision, samplerName, view, look, this.#canvas.maskId);
+		return checkedDecision(decision, samplerName, view, look, this.#canvas);
 	}
 
 	/** Counts a step, and gives up on a user's policy that makes no progress. */

@@ -22,7 +22,7 @@ export interface Look extends RowStatistics {
 	divergence: Float32Array;
 	/** Probability of the tentative token at each verified position. */
 	verified: Map<number, number>;
-	/** Log probabilities (V) of row k, guided, without the mask id; needs logits. */
+	/** Log probabilities (V) of row k, guided, without the ids that are banned; needs logits. */
 	logProbs(k: number): Float64Array;
 	/** How far the rows are from an exact forward's, when that was measured. */
 	drift?: Drift;
@@ -151,7 +151,7 @@ export function fullEvaluator(
 				const column = watch.indexOf(canvas.tokens[position] as number);
 				verified.set(position, stats.watched[r * watch.length + column] as number);
 			}
-			return makeLook(positions, stats, watch.length, ends.length, verified, config, guidance);
+			return makeLook(positions, stats, watch.length, ends.length, verified, config, guidance, canvas.bannedEnd);
 		},
 		release() {},
 	};
@@ -183,7 +183,7 @@ export function cachedEvaluator(
 	const serve = (positions: Int32Array, step: number, stats: RowStatistics): Look => {
 		cached = positions[0] as number;
 		next = { position: cached + 1, step: step + 1, token: stats.drawn[0] as number };
-		return makeLook(positions, stats, ends.length, ends.length, new Map(), config, guidance);
+		return makeLook(positions, stats, ends.length, ends.length, new Map(), config, guidance, canvas.bannedEnd);
 	};
 	return {
 		async look({ positions, step, logits, history }) {
@@ -232,7 +232,10 @@ export function cachedEvaluator(
 	};
 }
 
-/** Cuts the verification rows off and turns watched columns into end probabilities (the first `E` columns). */
+/**
+ * Cuts the verification rows off and turns watched columns into end probabilities (the first `E` columns).
+ * @param bannedEnd as in the request, -1: none
+ */
 export function makeLook(
 	positions: Int32Array,
 	stats: RowStatistics,
@@ -241,9 +244,10 @@ export function makeLook(
 	verified: Map<number, number>,
 	config: ModelConfig,
 	guidance: number,
+	bannedEnd: number,
 ): Look {
 	const R = positions.length;
-	const V = config.vocab;
+	const { vocab: V, maskId } = config;
 	const end = new Float32Array(R);
 	for (let r = 0; r < R; r++) {
 		for (let e = 0; e < E; e++) end[r] = (end[r] as number) + (stats.watched[r * W + e] as number);
@@ -270,7 +274,8 @@ export function makeLook(
 			for (let v = 0; v < V; v++) {
 				const l = logits[k * V + v] as number;
 				const u = guideLogits ? (guideLogits[k * V + v] as number) : 0;
-				const value = v === config.maskId ? Number.NEGATIVE_INFINITY : guideLogits ? u + (guidance + 1) * (l - u) : l;
+				const banned = v === maskId || v === bannedEnd;
+				const value = banned ? Number.NEGATIVE_INFINITY : guideLogits ? u + (guidance + 1) * (l - u) : l;
 				if (value > largest) largest = value;
 				values[v] = value;
 			}

@@ -2,6 +2,7 @@
  * Between the loop and a policy, which may be a user's: what it is shown of a forward, and whether its answers can be carried
  * out. A policy that breaks the rules is an `ERR_DN_ARGUMENT` with its name, never a TypeError and never a damaged canvas.
  */
+import type { Canvas } from './canvas.js';
 import { check } from './errors.js';
 import type { Look } from './evaluator.js';
 import type { ResolvedOptions } from './options.js';
@@ -76,7 +77,7 @@ export function checkedDecision(
 	name: string,
 	view: CanvasView,
 	look: Look,
-	maskId: number,
+	{ maskId, bannedEnd }: Pick<Canvas, 'maskId' | 'bannedEnd'>,
 ): Decision {
 	const policy = `the policy '${name}'`;
 	check(
@@ -110,6 +111,10 @@ export function checkedDecision(
 			check(
 				Number.isInteger(id) && id >= 0 && id < look.vocab && id !== maskId,
 				`${policy} committed the id ${id}, which is no text token`,
+			);
+			check(
+				id !== bannedEnd,
+				`${policy} committed the id ${id}, the end token, where the length is drawn: expected a token of the text`,
 			);
 		}
 	}

@@ -110,6 +110,47 @@ test('where no end within max is drawn, all max tokens are text', async (t) => {
 	await model.dispose();
 });
 
+test('a policy neither sees nor commits an end token where the length is drawn', async (t) => {
+	// Random weights: the end token is about as likely as any other id.
+	const model = await DiffuGPT.fromConfig(toy.config, { seed: 8, device: 'cpu' });
+	const { eosId, maskId, vocab } = model.config;
+	const length = { max: 12, method: 'threshold', coverage: 'draw' } as const;
+	const every = [{}, { guidance: 0.7 }, { block: 4, cache: 'dual' }] as const;
+	for (const options of every) {
+		const { tokens } = await model.generate(loose, {
+			...options,
+			length,
+			seed: 3,
+			sampler: {
+				needsLogits: true,
+				decide({ logProbs, positions, best, probability, drawn, drawnLogProb }) {
+					for (const k of positions.keys()) {
+						const logs = logProbs(k);
+						t.deepEqual([logs[eosId], logs[maskId]], [Number.NEGATIVE_INFINITY, Number.NEGATIVE_INFINITY]);
+						let sum = 0;
+						for (const log of logs) sum += Math.exp(log);
+						t.true(Math.abs(sum - 1) < 1e-9);
+						const [id, other] = [best[k] as number, drawn[k] as number];
+						t.true(Math.abs(Math.exp(logs[id] as number) - (probability[k] as number)) < 1e-5);
+						t.true(Math.abs((logs[other] as number) - (drawnLogProb[k] as number)) < 1e-4);
+					}
+					return { commit: [positions[0] as number] };
+				},
+			},
+		});
+		t.true(tokens.length > 0 && tokens.every((id) => id !== eosId && id < vocab));
+	}
+	await t.throwsAsync(
+		model.generate(loose, {
+			length,
+			seed: 3,
+			sampler: { name: 'mine', decide: ({ positions }) => ({ commit: [positions[0] as number], tokens: [eosId] }) },
+		}),
+		{ code: 'ERR_DN_ARGUMENT', message: /'mine' committed the id 0, the end token/ },
+	);
+	await model.dispose();
+});
+
 test('what cannot be drawn is refused with the reason', async (t) => {
 	const model = await sharpModel({ eosId: sharpEnd });
 	const ask = (length: object): Promise<unknown> =>

@@ -49,7 +49,10 @@ export interface StepView extends CanvasView {
 	 * where that one did not look at the position. Empty without `needsDivergence`.
 	 */
 	readonly divergence: Float32Array;
-	/** Log probabilities (V) of the k-th row, guided, without the mask id. Needs `needsLogits`. */
+	/**
+	 * Log probabilities (V) of the k-th row, guided, without the mask id, and without the end token where the length is drawn.
+	 * Needs `needsLogits`.
+	 */
 	logProbs(k: number): Float64Array;
 	/** Position to probability of its tentative token given the rest, for the positions `verify` asked for. */
 	readonly verified: ReadonlyMap<number, number>;
