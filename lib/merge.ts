@@ -116,7 +116,6 @@ export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise
 			}
 			const sequence = request.rowSequence ? (request.rowSequence[r] as number) : 0;
 			denoise.row[d] = list(base + sequence * T + row);
-			if (request.rowGuide) denoise.guideRow[d] = list(base + (request.rowGuide[r] as number) * T + row);
 			denoise.scales[3 * d] = request.guidance;
 			denoise.scales[3 * d + 1] = request.temperature;
 			denoise.scales[3 * d + 2] = request.topP;
@@ -126,6 +125,10 @@ export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise
 			denoise.seeds[d] = request.seed;
 			denoise.counters[2 * d] = request.step;
 			denoise.counters[2 * d + 1] = request.rowPosition[r] as number;
+		}
+		// Behind the request's own rows, not between them: the core attends at once for rows of a sequence that follow each other.
+		for (let r = 0; request.rowGuide && r < R; r++) {
+			denoise.guideRow[begin + r] = list(base + (request.rowGuide[r] as number) * T + (request.row[r] as number));
 		}
 		const { history } = request;
 		for (const [r, row] of (history?.keep ?? []).entries()) {

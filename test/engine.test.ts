@@ -16,6 +16,8 @@ class FakeNative {
 	readonly batches: NativeBatch[] = [];
 	/** What each of them may go ahead by. */
 	readonly ahead: NativeDenoise['ahead'][] = [];
+	/** (D) of each, indices into the listed rows. */
+	readonly guideRows: number[][] = [];
 	inFlight = 0;
 	disposed = 0;
 	#gate: Promise<void> = Promise.resolve();
@@ -37,6 +39,7 @@ class FakeNative {
 		if (this.inFlight++ > 0) throw new Error('two calls at once');
 		this.batches.push(batch);
 		this.ahead.push(denoise.ahead);
+		this.guideRows.push(Array.from(denoise.guideRow));
 		await this.#gate;
 		this.inFlight--;
 		if (batch.ids.includes(66)) throw Object.assign(new Error('id 66'), { code: 'ERR_DN_ARGUMENT' });
@@ -168,6 +171,23 @@ test('logits come with the statistics, of the right rows, and their bound splits
 	t.deepEqual(
 		native.batches.map((batch) => batch.ids.length),
 		[6 + 2 + 1, 2],
+	);
+	await engine.dispose();
+});
+
+test('rows are listed by sequence: those of a guided request, then their twins', async (t) => {
+	const { native, engine } = make();
+	const guided = {
+		...request([1, 2, 3], [2, 0, 1]),
+		sequences: [Int32Array.of(1, 2, 3), Int32Array.of(4, 5, 6)],
+		rowGuide: Int32Array.of(1, 1, 1),
+	};
+	const results = await Promise.all([engine.denoise(request([7, 8], [1])), engine.denoise(guided)]);
+	t.deepEqual(Array.from(native.batches[0]?.rows ?? []), [1, 4, 2, 3, 7, 5, 6]);
+	t.deepEqual(native.guideRows, [[-1, 4, 5, 6]]);
+	t.deepEqual(
+		results.map(({ best }) => Array.from(best)),
+		[[8], [3, 1, 2]],
 	);
 	await engine.dispose();
 });
