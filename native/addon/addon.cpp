@@ -21,6 +21,11 @@
 namespace dn::addon {
 namespace {
 
+template <auto kCall>
+auto coded(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] { return kCall(info); });
+}
+
 Napi::Value create_model(const Napi::CallbackInfo& info) {
   return state_of(info.Env())->model_class.New({info[0], info[1]});
 }
@@ -66,13 +71,11 @@ Source to_source(const Napi::Object& item, std::vector<Napi::ObjectReference>* k
   const Napi::Object model = object_field(from, "model");
   source.wrap = unwrap<ModelWrap>(model, kModelTag, "model");
   source.model = &source.wrap->idle(env);
-  source.parameter =
-      guarded(env, [&] { return source.model->find_parameter(string_field(from, "parameter")); });
+  source.parameter = source.model->find_parameter(string_field(from, "parameter"));
   source.kind = string_field(from, "kind");
   expect(env, (source.kind == "int8") == (dtype == "I8"), "kind int8 goes with dtype I8");
-  const int64_t expected = source.kind == "scale"
-                               ? guarded(env, [&] { return source.model->int8_columns(source.parameter); })
-                               : source.model->parameters()[source.parameter].count;
+  const int64_t expected = source.kind == "scale" ? source.model->int8_columns(source.parameter)
+                                                  : source.model->parameters()[source.parameter].count;
   expect(env, expected == count, "the shape is not the parameter's");
   keep->push_back(Napi::Persistent(model));
   return source;
@@ -144,10 +147,7 @@ Napi::Value write_safetensors(const Napi::CallbackInfo& info) {
     const std::string key = keys.Get(i).As<Napi::String>().Utf8Value();
     (*metadata)[key] = string_field(extra, key.c_str());
   }
-  for (const Source& source : *sources) {
-    if (source.wrap) source.wrap->hold();
-  }
-  return Task::start(
+  const Napi::Promise promise = Task::start(
       env, std::move(keep),
       [path, sources, metadata] {
         std::vector<SafetensorsWriter::Declaration> declarations;
@@ -163,6 +163,10 @@ Napi::Value write_safetensors(const Napi::CallbackInfo& info) {
         }
       },
       [](Napi::Env e) { return e.Undefined(); });
+  for (const Source& source : *sources) {
+    if (source.wrap) source.wrap->hold();
+  }
+  return promise;
 }
 
 Napi::Value philox_words(const Napi::CallbackInfo& info) {
@@ -178,12 +182,10 @@ Napi::Value philox_words(const Napi::CallbackInfo& info) {
 Napi::Value cpu_info(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Napi::Object result = Napi::Object::New(env);
-  guarded(env, [&] {
-    result.Set("isa", cpu::isa_name(cpu::active_isa()));
-    result.Set("detected", cpu::isa_name(cpu::detected_isa()));
-    result.Set("int8", cpu::active_int8());
-    result.Set("threads", cpu::available_threads());
-  });
+  result.Set("isa", cpu::isa_name(cpu::active_isa()));
+  result.Set("detected", cpu::isa_name(cpu::detected_isa()));
+  result.Set("int8", cpu::active_int8());
+  result.Set("threads", cpu::available_threads());
   return result;
 }
 
@@ -195,21 +197,19 @@ Napi::Value cuda_info(const Napi::CallbackInfo& info) {
 #else
   result.Set("compiled", false);
 #endif
-  guarded(env, [&] {
-    std::string reason;
-    const std::vector<CudaDevice> devices = cuda_devices(&reason);
-    const Napi::Array list = Napi::Array::New(env, devices.size());
-    for (size_t i = 0; i < devices.size(); ++i) {
-      Napi::Object device = Napi::Object::New(env);
-      device.Set("name", devices[i].name);
-      device.Set("memory", static_cast<double>(devices[i].memory));
-      device.Set("capability", devices[i].capability);
-      list.Set(static_cast<uint32_t>(i), device);
-    }
-    result.Set("devices", list);
-    if (const std::string products = cuda_products(); !products.empty()) result.Set("products", products);
-    if (devices.empty()) result.Set("reason", reason);
-  });
+  std::string reason;
+  const std::vector<CudaDevice> devices = cuda_devices(&reason);
+  const Napi::Array list = Napi::Array::New(env, devices.size());
+  for (size_t i = 0; i < devices.size(); ++i) {
+    Napi::Object device = Napi::Object::New(env);
+    device.Set("name", devices[i].name);
+    device.Set("memory", static_cast<double>(devices[i].memory));
+    device.Set("capability", devices[i].capability);
+    list.Set(static_cast<uint32_t>(i), device);
+  }
+  result.Set("devices", list);
+  if (const std::string products = cuda_products(); !products.empty()) result.Set("products", products);
+  if (devices.empty()) result.Set("reason", reason);
   return result;
 }
 
@@ -234,14 +234,14 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   (*state)->cache_class.SuppressDestruct();
   (*state)->file_class.SuppressDestruct();
   env.SetInstanceData<SharedState>(state);
-  exports.Set("createModel", Napi::Function::New<create_model>(env));
-  exports.Set("openSafetensors", Napi::Function::New<open_safetensors>(env));
-  exports.Set("writeSafetensors", Napi::Function::New<write_safetensors>(env));
-  exports.Set("philox", Napi::Function::New<philox_words>(env));
-  exports.Set("cpuInfo", Napi::Function::New<cpu_info>(env));
-  exports.Set("cudaInfo", Napi::Function::New<cuda_info>(env));
-  exports.Set("detach", Napi::Function::New<detach>(env));
-  exports.Set("externalMemory", Napi::Function::New<external_memory>(env));
+  exports.Set("createModel", Napi::Function::New<coded<create_model>>(env));
+  exports.Set("openSafetensors", Napi::Function::New<coded<open_safetensors>>(env));
+  exports.Set("writeSafetensors", Napi::Function::New<coded<write_safetensors>>(env));
+  exports.Set("philox", Napi::Function::New<coded<philox_words>>(env));
+  exports.Set("cpuInfo", Napi::Function::New<coded<cpu_info>>(env));
+  exports.Set("cudaInfo", Napi::Function::New<coded<cuda_info>>(env));
+  exports.Set("detach", Napi::Function::New<coded<detach>>(env));
+  exports.Set("externalMemory", Napi::Function::New<coded<external_memory>>(env));
   return exports;
 }
 

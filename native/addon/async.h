@@ -20,16 +20,20 @@ inline Napi::Error coded_error(Napi::Env env, const char* code, const std::strin
   return error;
 }
 
-// Runs a synchronous call on the JavaScript thread; what the core throws becomes a JavaScript error with a
-// code.
+// Runs a synchronous call on the JavaScript thread; what C++ throws becomes a JavaScript error with a code,
+// because nothing but Napi::Error may leave a callback of Node-API.
 template <typename F>
 auto guarded(Napi::Env env, F&& f) {
   try {
     return f();
+  } catch (const Napi::Error&) {
+    throw;
   } catch (const Error& e) {
     throw coded_error(env, code_name(e.code()), e.what());
   } catch (const std::bad_alloc&) {
     throw coded_error(env, "ERR_DN_OUT_OF_MEMORY", "host memory ran out");
+  } catch (const std::exception& e) {
+    throw coded_error(env, "ERR_DN_INTERNAL", e.what());
   }
 }
 

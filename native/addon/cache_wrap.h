@@ -14,10 +14,10 @@ namespace dn::addon {
 class CacheWrap : public Napi::ObjectWrap<CacheWrap> {
  public:
   static Napi::Function define(Napi::Env env) {
-    return DefineClass(
-        env, "NativeCache",
-        {InstanceAccessor<&CacheWrap::capacity>("capacity"), InstanceAccessor<&CacheWrap::bytes>("bytes"),
-         InstanceMethod<&CacheWrap::dispose>("dispose")});
+    return DefineClass(env, "NativeCache",
+                       {property<CacheWrap, &CacheWrap::capacity, kCacheTag>("capacity"),
+                        property<CacheWrap, &CacheWrap::bytes, kCacheTag>("bytes"),
+                        InstanceMethod<&CacheWrap::dispose>("dispose")});
   }
 
   // Arguments: an external std::shared_ptr<Model>*, capacity. Only NativeModel.createCache constructs one.

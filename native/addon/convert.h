@@ -143,7 +143,7 @@ inline void expect(Napi::Env env, bool condition, const char* message) {
   if (!condition) throw coded_error(env, "ERR_DN_INTERNAL", std::string(kBug) + message);
 }
 
-// Type tags make a wrong `this` or argument an error instead of a crash.
+// Type tags tell the wrapped classes apart, where the runtime only knows that an object wraps something.
 inline constexpr napi_type_tag kModelTag = {0x6f1d1a2b3c4d5e01ull, 0x91a2b3c4d5e6f701ull};
 inline constexpr napi_type_tag kCacheTag = {0x6f1d1a2b3c4d5e02ull, 0x91a2b3c4d5e6f702ull};
 inline constexpr napi_type_tag kFileTag = {0x6f1d1a2b3c4d5e03ull, 0x91a2b3c4d5e6f703ull};
@@ -153,6 +153,21 @@ Wrapped* unwrap(const Napi::Value& value, const napi_type_tag& tag, const char* 
   if (!value.IsObject() || !value.As<Napi::Object>().CheckTypeTag(&tag))
     throw type_error(value.Env(), what, "a native object of the right kind");
   return Wrapped::Unwrap(value.As<Napi::Object>());
+}
+
+template <typename Wrapped, Napi::Value (Wrapped::*kGet)(const Napi::CallbackInfo&),
+          const napi_type_tag& kTag>
+Napi::Value get_property(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] { return (unwrap<Wrapped>(info.This(), kTag, "this")->*kGet)(info); });
+}
+
+// A read-only property of a wrapped class. The runtime refuses a method a `this` of another class; a getter
+// it calls with any, which the tag makes an error.
+template <typename Wrapped, Napi::Value (Wrapped::*kGet)(const Napi::CallbackInfo&),
+          const napi_type_tag& kTag>
+Napi::ClassPropertyDescriptor<Wrapped> property(const char* name) {
+  const auto descriptor = Napi::PropertyDescriptor::Accessor<get_property<Wrapped, kGet, kTag>>(name);
+  return static_cast<const napi_property_descriptor&>(descriptor);
 }
 
 }  // namespace dn::addon

@@ -38,13 +38,10 @@ Napi::Value ModelWrap::copy_out(const Napi::CallbackInfo& info,
                                 const std::function<void(Model&, size_t, float*)>& read) {
   const Napi::Env env = info.Env();
   Model& m = idle(env);
-  return guarded(env, [&]() -> Napi::Value {
-    const size_t index = m.find_parameter(string_argument(info, 0, "name"));
-    Napi::Float32Array values =
-        Napi::Float32Array::New(env, static_cast<size_t>(m.parameters()[index].count));
-    read(m, index, values.Data());
-    return values;
-  });
+  const size_t index = m.find_parameter(string_argument(info, 0, "name"));
+  Napi::Float32Array values = Napi::Float32Array::New(env, static_cast<size_t>(m.parameters()[index].count));
+  read(m, index, values.Data());
+  return values;
 }
 
 Napi::Value ModelWrap::get_parameter(const Napi::CallbackInfo& info) {
@@ -63,13 +60,11 @@ Napi::Value ModelWrap::get_moment(const Napi::CallbackInfo& info) {
 void ModelWrap::set_parameter(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Model& m = idle(env);
-  guarded(env, [&] {
-    const size_t index = m.find_parameter(string_argument(info, 0, "name"));
-    const auto values = typed_array<Napi::Float32Array>(info[1], napi_float32_array, "values");
-    expect(env, static_cast<int64_t>(values.ElementLength()) == m.parameters()[index].count,
-           "setParameter: wrong count");
-    m.set_parameter(index, values.Data());
-  });
+  const size_t index = m.find_parameter(string_argument(info, 0, "name"));
+  const auto values = typed_array<Napi::Float32Array>(info[1], napi_float32_array, "values");
+  expect(env, static_cast<int64_t>(values.ElementLength()) == m.parameters()[index].count,
+         "setParameter: wrong count");
+  m.set_parameter(index, values.Data());
 }
 
 Napi::Value ModelWrap::load_parameter(const Napi::CallbackInfo& info) {

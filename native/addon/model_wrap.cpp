@@ -2,6 +2,8 @@
 
 #include "addon/model_wrap.h"
 
+#include <charconv>
+#include <system_error>
 #include <utility>
 
 #include "addon/cache_wrap.h"
@@ -12,13 +14,22 @@ namespace dn::addon {
 
 namespace {
 
+// N of "cuda:N"; -1 unless N is decimal digits of an int.
+int cuda_ordinal(const std::string& device) {
+  const char *const end = device.data() + device.size(), *const digits = device.data() + 5;
+  if (device.rfind("cuda:", 0) != 0 || digits == end || *digits < '0' || *digits > '9') return -1;
+  int ordinal = 0;
+  const auto [rest, error] = std::from_chars(digits, end, ordinal);
+  return error == std::errc() && rest == end ? ordinal : -1;
+}
+
 // dtype: of activations, or int8: of the weights, with fp32 activations.
 std::unique_ptr<Backend> make_backend(const std::string& device, int threads, const std::string& dtype) {
   if (dtype != "fp32" && dtype != (device == "cpu" ? "int8" : "bf16"))
     throw Error(Code::kArgument, "dtype \"" + dtype + "\" is not available on device \"" + device + "\"");
   if (device == "cpu") return make_cpu_backend(threads);
-  if (device.rfind("cuda:", 0) == 0)
-    return make_cuda_backend(std::stoi(device.substr(5)), dtype == "fp32" ? Dtype::kF32 : Dtype::kBF16);
+  if (const int ordinal = cuda_ordinal(device); ordinal >= 0)
+    return make_cuda_backend(ordinal, dtype == "fp32" ? Dtype::kF32 : Dtype::kBF16);
   throw Error(Code::kDevice, "device \"" + device + "\" is unknown; expected cpu or cuda:N");
 }
 
@@ -29,30 +40,31 @@ Napi::ObjectReference keep_alive(const Napi::Value& value) {
 }  // namespace
 
 Napi::Function ModelWrap::define(Napi::Env env) {
-  return DefineClass(env, "NativeModel",
-                     {InstanceAccessor<&ModelWrap::backend>("backend"),
-                      InstanceAccessor<&ModelWrap::device_loop>("deviceLoop"),
-                      InstanceAccessor<&ModelWrap::parameters>("parameters"),
-                      InstanceMethod<&ModelWrap::memory>("memory"),
-                      InstanceMethod<&ModelWrap::initialise>("initialise"),
-                      InstanceMethod<&ModelWrap::get_parameter>("getParameter"),
-                      InstanceMethod<&ModelWrap::set_parameter>("setParameter"),
-                      InstanceMethod<&ModelWrap::load_parameter>("loadParameter"),
-                      InstanceMethod<&ModelWrap::load_moment>("loadMoment"),
-                      InstanceMethod<&ModelWrap::prepare_inference>("prepareInference"),
-                      InstanceMethod<&ModelWrap::create_cache>("createCache"),
-                      InstanceMethod<&ModelWrap::coded<&ModelWrap::denoise>>("denoise"),
-                      InstanceMethod<&ModelWrap::coded<&ModelWrap::denoise_steps>>("denoiseSteps"),
-                      InstanceMethod<&ModelWrap::coded<&ModelWrap::forward>>("forward"),
-                      InstanceMethod<&ModelWrap::begin_training>("beginTraining"),
-                      InstanceMethod<&ModelWrap::end_training>("endTraining"),
-                      InstanceMethod<&ModelWrap::coded<&ModelWrap::train_batch>>("trainBatch"),
-                      InstanceMethod<&ModelWrap::zero_gradients>("zeroGradients"),
-                      InstanceMethod<&ModelWrap::gradient_sum_of_squares>("gradientSumOfSquares"),
-                      InstanceMethod<&ModelWrap::adamw>("adamw"),
-                      InstanceMethod<&ModelWrap::get_gradient>("getGradient"),
-                      InstanceMethod<&ModelWrap::get_moment>("getMoment"),
-                      InstanceMethod<&ModelWrap::dispose>("dispose")});
+  return DefineClass(
+      env, "NativeModel",
+      {property<ModelWrap, &ModelWrap::backend, kModelTag>("backend"),
+       property<ModelWrap, &ModelWrap::device_loop, kModelTag>("deviceLoop"),
+       property<ModelWrap, &ModelWrap::parameters, kModelTag>("parameters"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::memory>>("memory"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::initialise>>("initialise"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::get_parameter>>("getParameter"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::set_parameter>>("setParameter"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::load_parameter>>("loadParameter"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::load_moment>>("loadMoment"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::prepare_inference>>("prepareInference"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::create_cache>>("createCache"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::denoise>>("denoise"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::denoise_steps>>("denoiseSteps"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::forward>>("forward"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::begin_training>>("beginTraining"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::end_training>>("endTraining"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::train_batch>>("trainBatch"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::zero_gradients>>("zeroGradients"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::gradient_sum_of_squares>>("gradientSumOfSquares"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::adamw>>("adamw"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::get_gradient>>("getGradient"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::get_moment>>("getMoment"),
+       InstanceMethod<&ModelWrap::coded<&ModelWrap::dispose>>("dispose")});
 }
 
 ModelWrap::ModelWrap(const Napi::CallbackInfo& info)
@@ -108,15 +120,16 @@ void ModelWrap::release(Napi::Env env) {
 
 Napi::Promise ModelWrap::start(const Napi::CallbackInfo& info, std::vector<Napi::ObjectReference> keep,
                                Task::Work work, Task::Result result) {
-  busy_ = true;
   keep.push_back(keep_alive(info.This()));
-  return Task::start(
+  const Napi::Promise promise = Task::start(
       info.Env(), std::move(keep), std::move(work),
       [this](Napi::Env env) {
         busy_ = false;
         account(env);
       },
       std::move(result));
+  busy_ = true;  // not before: what throws above starts no work
+  return promise;
 }
 
 Napi::Value ModelWrap::backend(const Napi::CallbackInfo& info) {

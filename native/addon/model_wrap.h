@@ -54,9 +54,9 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
   Napi::Value get_moment(const Napi::CallbackInfo& info);
   void dispose(const Napi::CallbackInfo& info);
 
-  // A method whose copies of its arguments may not fit into memory.
-  template <Napi::Value (ModelWrap::*kMethod)(const Napi::CallbackInfo&)>
-  Napi::Value coded(const Napi::CallbackInfo& info) {
+  // A method as JavaScript calls it.
+  template <auto kMethod>
+  auto coded(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&] { return (this->*kMethod)(info); });
   }
   // Starts work on the model; `keep` are further objects that must stay alive. Sets busy until the work is

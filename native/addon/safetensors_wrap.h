@@ -16,9 +16,9 @@ class SafetensorsWrap : public Napi::ObjectWrap<SafetensorsWrap> {
   static Napi::Function define(Napi::Env env) {
     return DefineClass(
         env, "NativeSafetensors",
-        {InstanceAccessor<&SafetensorsWrap::path>("path"),
-         InstanceAccessor<&SafetensorsWrap::tensors>("tensors"),
-         InstanceAccessor<&SafetensorsWrap::metadata>("metadata"),
+        {property<SafetensorsWrap, &SafetensorsWrap::path, kFileTag>("path"),
+         property<SafetensorsWrap, &SafetensorsWrap::tensors, kFileTag>("tensors"),
+         property<SafetensorsWrap, &SafetensorsWrap::metadata, kFileTag>("metadata"),
          InstanceMethod<&SafetensorsWrap::read>("read"), InstanceMethod<&SafetensorsWrap::close>("close")});
   }
 

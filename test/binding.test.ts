@@ -1,0 +1,43 @@
+/** What the addon itself refuses: calls that no code of this library makes, which must be errors and never end the process. */
+import test from 'ava';
+import { type Binding, binding, type NativeConfig } from '../lib/binding.js';
+import { root } from './helpers/fixtures.js';
+
+const config: NativeConfig = { layers: 1, heads: 2, channels: 16, vocab: 20, context: 32 };
+type Device = Parameters<Binding['createModel']>[1];
+const onCpu: Device = { device: 'cpu', threads: 1, dtype: 'fp32' };
+const tiny = `${root}/models/tiny/model.safetensors`;
+
+test('a device that is not cpu or cuda:N is ERR_DN_DEVICE', (t) => {
+	for (const device of ['cuda:x', 'cuda:', 'cuda:1x', 'cuda:-1', 'cuda: 1', 'cuda:99999999999', 'cuda', 'tpu']) {
+		const error = t.throws(
+			() => binding().createModel(config, { ...onCpu, device }),
+			{ code: 'ERR_DN_DEVICE' },
+			device,
+		);
+		t.regex(error?.message ?? '', /expected cpu or cuda:N/, device);
+	}
+});
+
+test("a getter called on another class's object, or on none, is an error", async (t) => {
+	const model = binding().createModel(config, onCpu);
+	const file = binding().openSafetensors(tiny);
+	await model.initialise(1n);
+	const cache = model.createCache(4);
+	const objects: object[] = [model, file, cache];
+	for (const owner of objects) {
+		const getters = Object.entries(Object.getOwnPropertyDescriptors(Object.getPrototypeOf(owner))).filter(
+			([, { get }]) => get,
+		);
+		t.true(getters.length >= 2);
+		for (const [name, { get }] of getters) {
+			t.notThrows(() => get?.call(owner), name);
+			for (const other of [...objects.filter((each) => each !== owner), {}, Object.create(owner), undefined, 1]) {
+				t.throws(() => get?.call(other), { code: 'ERR_DN_INTERNAL', message: /this is not/ }, name);
+			}
+		}
+	}
+	file.close();
+	cache.dispose();
+	model.dispose();
+});
