@@ -192,7 +192,7 @@ void CudaBackend::head_denoise(DenoiseStats* stats, float* watched, Tensor hidde
     const int64_t r = order[static_cast<size_t>(i)];
     const DenoiseResult& result = host[static_cast<size_t>(i)];
     if (result.not_finite >= 0) {
-      throw Error(Code::kInternal, "head_denoise: logits of row " + std::to_string(r) +
+      throw Error(Code::kDiverged, "head_denoise: logits of row " + std::to_string(r) +
                                        " are not finite: id " + std::to_string(result.not_finite) + " has " +
                                        std::to_string(result.value) + " (hidden row " +
                                        std::to_string(rows[r].row) + ", position " +

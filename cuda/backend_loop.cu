@@ -282,7 +282,7 @@ void CudaLoop::finish(LoopLog* log) {
     LoopFailure failure;
     read(&failure, layout.failures + static_cast<size_t>(s) * sizeof failure);
     if (failure.id < 0) continue;
-    throw Error(Code::kInternal, "denoising steps: logits of sequence " + std::to_string(s) +
+    throw Error(Code::kDiverged, "denoising steps: logits of sequence " + std::to_string(s) +
                                      " are not finite: id " + std::to_string(failure.id) + " has " +
                                      std::to_string(failure.value) + " at position " +
                                      std::to_string(failure.position));

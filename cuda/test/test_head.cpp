@@ -258,7 +258,7 @@ DN_TEST(cuda_denoise_names_logits_that_are_not_finite) {
   DenoiseStats stats;
   CHECK_THROWS(device.head_denoise(&stats, nullptr, hidden.tensor(), &row, 1, nullptr, 0,
                                    head_weight(wte.data(), 4, 1)),
-               Code::kInternal, "id 2");
+               Code::kDiverged, "id 2");
 }
 
 }  // namespace

@@ -124,12 +124,12 @@ DN_TEST(cuda_fused_head_names_logits_that_are_not_finite) {
     c.wte_values[idx(id * c.C + 5)] = kNan;
     c.wte_values[idx(599 * c.C)] = kNan;
     c.wte->set(c.wte_values);
-    CHECK_THROWS(c.run(), Code::kInternal, "row 0 are not finite: id " + std::to_string(id));
+    CHECK_THROWS(c.run(), Code::kDiverged, "row 0 are not finite: id " + std::to_string(id));
   }
   DenoiseCase c(600, 16, 3);
   c.hidden_values[idx(c.rows[1].row * c.C)] = std::numeric_limits<float>::infinity();
   c.hidden->set(c.hidden_values);
-  CHECK_THROWS(c.run(), Code::kInternal, "row 1 are not finite: id 0");
+  CHECK_THROWS(c.run(), Code::kDiverged, "row 1 are not finite: id 0");
 }
 
 }  // namespace

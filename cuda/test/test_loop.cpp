@@ -87,7 +87,7 @@ DN_TEST(cuda_loop_reports_logits_that_are_not_finite) {
   const std::vector<float> good = parameter(model, index),
                            broken(good.size(), std::numeric_limits<float>::infinity());
   model.set_parameter(index, broken.data());
-  CHECK_THROWS(model.denoise_steps(c.request, &log), Code::kInternal, "logits of sequence 0 are not finite");
+  CHECK_THROWS(model.denoise_steps(c.request, &log), Code::kDiverged, "logits of sequence 0 are not finite");
   model.set_parameter(index, good.data());
   CHECK(c.compare(model, 3).empty());
 }

@@ -100,7 +100,7 @@ class DeviceLoop {
   // Does what `issue` issues so many times: one forward pass, from embed() to decide(). With graphs it is
   // called at most twice; the rest is replayed.
   virtual void run(int32_t steps, const std::function<void()>& issue) = 0;
-  // Waits and brings the log. Throws Error(kInternal) when logits were not finite.
+  // Waits and brings the log. Throws Error(kDiverged) when logits were not finite.
   virtual void finish(LoopLog* log) = 0;
 
   // The ops of a step whose lists the device holds; the others are the backend's. Tensors have the rounded
