@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/int8.h"
 #include "core/json.h"
 #include "core/workspace.h"
 
@@ -56,6 +57,19 @@ void load_parameter(Model& model, size_t index, const SafetensorsFile& file, con
   for (int64_t i = 0; i < parameter.count; ++i) {
     if (values[i] != -128) continue;
     refuse(file, tensor, "the value at index " + std::to_string(i) + " is -128, expected -127 to 127");
+  }
+  // Values of a column are neighbours in wte, and `columns` apart elsewhere.
+  const int64_t K = parameter.count / columns;
+  for (int64_t n = 0; n < columns; ++n) {
+    const float factor = factors[static_cast<size_t>(n)];
+    if (std::isfinite(kInt8Most * factor)) continue;
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t i = index == kWte ? n * K + k : k * columns + n;
+      if (std::isfinite(static_cast<float>(values[i]) * factor)) continue;
+      refuse(file, tensor,
+             "the value at index " + std::to_string(i) + " is " + std::to_string(values[i]) +
+                 " times the scale " + std::to_string(factor) + ", expected a finite product");
+    }
   }
   model.set_int8(index, values, factors.data());
 }

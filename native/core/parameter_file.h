@@ -11,7 +11,7 @@ namespace dn {
 
 // `scales`: for an I8 tensor, the F32 tensor with a scale per output column; null for any other. Throws
 // Error(kCheckpoint) naming the tensor and what is wrong: counts, dtypes, scales that are negative or not
-// finite, values outside -127 .. 127.
+// finite, values outside -127 .. 127, products of the two that are not finite.
 void load_parameter(Model& model, size_t index, const SafetensorsFile& file, const TensorEntry& tensor,
                     const TensorEntry* scales);
 

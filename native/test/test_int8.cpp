@@ -560,6 +560,26 @@ DN_TEST(int8_tensors_are_written_and_read) {
     CHECK_THROWS(load_parameter(copy, index, file, *file.find("w"), file.find("s")), Code::kCheckpoint,
                  "scale 9");
   }
+  std::vector<float> large = scales;
+  large[9] = 3e38f;
+  write(q, large);
+  Model plain(make_cpu_backend(1), config);
+  plain.initialise(2);
+  for (Model* const model_of : {&copy, &plain}) {
+    const SafetensorsFile file(path);
+    CHECK_THROWS(load_parameter(*model_of, index, file, *file.find("w"), file.find("s")), Code::kCheckpoint,
+                 "tensor \"w\": the value at index 2");
+  }
+  std::vector<int8_t> ones = q;
+  for (size_t k = 0; k < 32; ++k) ones[9 * 32 + k] = static_cast<int8_t>(k % 2);
+  write(ones, large);  // what is finite is taken
+  {
+    const SafetensorsFile file(path);
+    load_parameter(plain, index, file, *file.find("w"), file.find("s"));
+    std::vector<float> values(64 * 32);
+    plain.get_parameter(index, values.data());
+    CHECK(values[9 * 32] == 0 && values[9 * 32 + 1] == 3e38f);
+  }
   q[77] = -128;
   write(q, scales);
   {
