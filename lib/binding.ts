@@ -311,7 +311,7 @@ export interface NativeModel {
 	/** `into`: the buffer of an earlier result of the same model to write to, if it has the room. */
 	forward(batch: NativeBatch, output: 'logits' | 'hidden', into?: ArrayBuffer): Promise<Float32Array>;
 
-	/** Unpacks the weights in place and allocates gradients and moments. */
+	/** Unpacks the weights in place and allocates gradients and moments; all of them are zero then. */
 	beginTraining(): Promise<void>;
 	/** Frees gradients and moments. */
 	endTraining(): Promise<void>;

@@ -147,7 +147,8 @@ class Model {
   void denoise_steps(const LoopRequest& request, LoopLog* log);
   void use_graphs(bool on);
 
-  // Training. begin_training unpacks weights and allocates gradients and moments; end_training frees them.
+  // Training. begin_training unpacks weights and allocates gradients and moments, which are zero then, also
+  // when the model was training already; end_training frees them.
   void begin_training();
   void end_training();
   bool training() const { return training_ != nullptr; }

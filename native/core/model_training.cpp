@@ -17,7 +17,11 @@ namespace {
 }  // namespace
 
 void Model::begin_training() {
-  if (training_) return;
+  if (training_) {
+    for (const Buffer* each : {training_->gradients.get(), training_->m.get(), training_->v.get()})
+      backend_->zero(each->data(), each->bytes());
+    return;
+  }
   if (weights_ != Dtype::kF32) {
     bad("training needs fp32 weights, this model holds int8 ones; load it with dtype 'fp32'");
   }

@@ -345,6 +345,24 @@ DN_TEST(training_continues_from_a_saved_state) {
                   moments(resumed, Model::Moment::kSecond), "v");
 }
 
+// Who begins never goes on with what another left behind.
+DN_TEST(training_begins_anew) {
+  const NaiveGpt2 naive = random_weights(tiny_config(20, 37), 10);
+  const auto model = make_model(naive);
+  model->begin_training();
+  run(*model, make_task(naive.config, all_masks()[1].mask, 41));
+  AdamWStep step;
+  step.learning_rate = 0.05f;
+  model->adamw(step, 0);
+  const State trained = weights(*model);
+  model->begin_training();
+  for (const State& state :
+       {moments(*model, Model::Moment::kFirst), moments(*model, Model::Moment::kSecond), gradients(*model)}) {
+    for (const Floats& values : state) CHECK(root_sum_of_squares(values) == 0);
+  }
+  check_same_bits(*model, weights(*model), trained, "weight");
+}
+
 // Packing for inference and back loses nothing, also not after training has changed the weights.
 DN_TEST(training_alternates_with_inference) {
   const NaiveGpt2 naive = random_weights(tiny_config(20, 37), 10);
