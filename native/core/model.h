@@ -159,7 +159,8 @@ class Model {
                           float* losses);
   void zero_gradients();
   double gradient_sum_of_squares();
-  // decay applies to matrices only (nanoGPT's rule: rank >= 2).
+  // decay applies to matrices only (nanoGPT's rule: rank >= 2). Numbers out of range, or not finite in fp32:
+  // Error(kArgument).
   void adamw(const AdamWStep& step, float weight_decay);
   void get_gradient(size_t index, float* out);
   enum class Moment { kFirst, kSecond };

@@ -3,6 +3,7 @@
 // is noise.h's business.
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "core/error.h"
@@ -13,6 +14,22 @@ namespace dn {
 namespace {
 
 [[noreturn]] void bad(const std::string& message) { throw Error(Code::kArgument, message); }
+
+// One number that is not among these makes every weight NaN.
+void check_adamw(const AdamWStep& step, float weight_decay) {
+  if (step.step < 1) bad("adamw: step is " + std::to_string(step.step) + ", expected at least 1");
+  const auto require = [](bool condition, const char* name, float value, const char* expected) {
+    if (!condition)
+      bad(std::string("adamw: ") + name + " is " + std::to_string(value) + " in fp32, expected " + expected);
+  };
+  const char* const finite = "a finite number";
+  require(std::isfinite(step.learning_rate), "the learning rate", step.learning_rate, finite);
+  require(std::isfinite(weight_decay), "the weight decay", weight_decay, finite);
+  require(std::isfinite(step.gradient_scale), "the gradients' scale", step.gradient_scale, finite);
+  require(step.beta1 >= 0 && step.beta1 < 1, "beta1", step.beta1, "0 or more and less than 1");
+  require(step.beta2 >= 0 && step.beta2 < 1, "beta2", step.beta2, "0 or more and less than 1");
+  require(step.eps > 0 && std::isfinite(step.eps), "eps", step.eps, "a finite number above 0");
+}
 
 }  // namespace
 
@@ -225,7 +242,7 @@ double Model::gradient_sum_of_squares() {
 // Neighbours with the same decay go together, gaps included: there everything is zero and stays so.
 void Model::adamw(const AdamWStep& step, float weight_decay) {
   const Training& training = require_training("adamw");
-  if (step.step < 1) bad("adamw: step is " + std::to_string(step.step) + ", expected at least 1");
+  check_adamw(step, weight_decay);
   const int64_t total = static_cast<int64_t>(storage_->bytes() / sizeof(float));
   for (size_t begin = 0; begin < parameters_.size();) {
     size_t end = begin + 1;

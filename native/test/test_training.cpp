@@ -479,6 +479,22 @@ DN_TEST(training_rejects_bad_calls) {
   model->begin_training();
   step.step = 0;
   CHECK_THROWS(model->adamw(step, 0), Code::kArgument, "step is 0");
+  const State before = weights(*model);
+  const float infinity = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  const auto refused = [&](float AdamWStep::*field, std::initializer_list<float> values, const char* part) {
+    for (const float value : values) {
+      AdamWStep spoilt;
+      spoilt.*field = value;
+      CHECK_THROWS(model->adamw(spoilt, 0.1f), Code::kArgument, part);
+    }
+  };
+  refused(&AdamWStep::learning_rate, {infinity, -infinity, nan}, "the learning rate is");
+  refused(&AdamWStep::gradient_scale, {infinity, nan}, "the gradients' scale is");
+  refused(&AdamWStep::beta1, {-0.1f, 1, nan}, "beta1 is");
+  refused(&AdamWStep::beta2, {-0.1f, 1, infinity}, "beta2 is");
+  refused(&AdamWStep::eps, {0, -1, infinity, nan}, "eps is");
+  CHECK_THROWS(model->adamw(AdamWStep(), infinity), Code::kArgument, "the weight decay is inf in fp32");
+  check_same_bits(*model, weights(*model), before, "weight");
   const auto changed = [&](void (*change)(Task&)) {
     Task task = good;
     change(task);
