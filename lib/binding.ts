@@ -290,7 +290,10 @@ export interface NativeModel {
 	/** Whether `denoiseSteps` works: the device can take several steps by itself. */
 	readonly deviceLoop: boolean;
 	readonly parameters: NativeParameter[];
-	/** Bytes held: parameters, training state, workspace with the memory of results that nobody uses now. */
+	/**
+	 * Bytes held: parameters, training state, workspace with the memory of results that nobody uses now. Must not be called
+	 * while a call is in flight.
+	 */
 	memory(): { parameters: number; training: number; workspace: number };
 	initialise(seed: bigint): Promise<void>;
 	getParameter(name: string): Float32Array;

@@ -19,6 +19,21 @@ test('a device that is not cpu or cuda:N is ERR_DN_DEVICE', (t) => {
 	}
 });
 
+test('while a call runs, what may change is refused and what stays is told', async (t) => {
+	const model = binding().createModel(config, onCpu);
+	for (const call of [model.beginTraining(), undefined]) {
+		const running = call ?? model.endTraining();
+		t.throws(() => model.memory(), { code: 'ERR_DN_INTERNAL', message: /busy/ });
+		t.false(model.deviceLoop);
+		t.regex(model.backend, /^cpu/);
+		t.is(model.parameters[0]?.name, 'wte.weight');
+		await running;
+		t.is(model.memory().training > 0, call !== undefined);
+	}
+	model.dispose();
+	t.throws(() => model.deviceLoop, { code: 'ERR_DN_DISPOSED' });
+});
+
 test("a getter called on another class's object, or on none, is an error", async (t) => {
 	const model = binding().createModel(config, onCpu);
 	const file = binding().openSafetensors(tiny);

@@ -83,8 +83,10 @@ ModelWrap::ModelWrap(const Napi::CallbackInfo& info)
   const int threads = static_cast<int>(int_field(options, "threads"));
   const std::string dtype = string_field(options, "dtype");
   const Dtype weights = dtype == "int8" ? Dtype::kI8 : Dtype::kF32;
-  model_ = guarded(
-      env, [&] { return std::make_shared<Model>(make_backend(device, threads, dtype), config, weights); });
+  guarded(env, [&] {
+    model_ = std::make_shared<Model>(make_backend(device, threads, dtype), config, weights);
+    has_device_loop_ = model_->has_device_loop();
+  });
   account(env);
 }
 
@@ -137,11 +139,12 @@ Napi::Value ModelWrap::backend(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value ModelWrap::device_loop(const Napi::CallbackInfo& info) {
-  return Napi::Boolean::New(info.Env(), model(info.Env()).has_device_loop());
+  model(info.Env());
+  return Napi::Boolean::New(info.Env(), has_device_loop_);
 }
 
 Napi::Value ModelWrap::memory(const Napi::CallbackInfo& info) {
-  const Model::Memory memory = model(info.Env()).memory();
+  const Model::Memory memory = idle(info.Env()).memory();
   Napi::Object result = Napi::Object::New(info.Env());
   result.Set("parameters", static_cast<double>(memory.parameters));
   result.Set("training", static_cast<double>(memory.training));

@@ -1,5 +1,6 @@
 // NativeModel: a dn::Model with its asynchronous calls. At most one call is in flight at a time
-// (lib/engine.ts queues); a second one is an error here, never a race.
+// (lib/engine.ts queues); a second one is an error here, never a race. Properties do not change and may be
+// read at any time.
 #pragma once
 
 #include <napi.h>
@@ -72,6 +73,7 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
   SharedState state_;
   std::shared_ptr<Model> model_;
   const std::shared_ptr<PagePool> results_ = std::make_shared<PagePool>();
+  bool has_device_loop_ = false;  // asked for once: a backend may make its loop then
   bool busy_ = false;
   int64_t reported_ = 0;  // bytes told to V8
 };
