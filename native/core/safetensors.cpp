@@ -178,11 +178,12 @@ void parse_header(const char* header, size_t header_bytes, uint64_t data_bytes, 
   check_coverage(tensors, data_bytes, path);
 }
 
-// Reads exactly `bytes` at `offset`; a file that shrank meanwhile is an error, not a short result.
+// Reads exactly `bytes` at `offset`; a file that shrank meanwhile is an error, not a short result. At most
+// 1 GiB at a time: macOS refuses to read more than INT_MAX bytes.
 void read_exactly(int fd, void* out, size_t bytes, size_t offset, const std::string& where) {
   char* to = static_cast<char*>(out);
   while (bytes > 0) {
-    const ssize_t got = pread(fd, to, bytes, static_cast<off_t>(offset));
+    const ssize_t got = pread(fd, to, std::min(bytes, size_t{1} << 30), static_cast<off_t>(offset));
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) fail(where, "cannot be read: " + system_reason(errno));
     if (got == 0)
