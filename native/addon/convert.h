@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "addon/async.h"
+#include "addon/state.h"
 #include "core/page_pool.h"
 
 namespace dn::addon {
@@ -114,11 +115,12 @@ Array to_array(Napi::Env env, const std::vector<T>& values) {
 
 // A (n) result that a pool thread writes, all of it: nothing is said of its contents before. A large one lies
 // in huge pages, which return to `pool` when JavaScript is done with it. A runtime that forbids memory of
-// ours in its arrays (V8 with a sandbox) gives its own.
+// ours in its arrays (V8 with a sandbox) gives its own, and is asked once.
 inline Napi::Float32Array result_array(Napi::Env env, size_t n, const std::shared_ptr<PagePool>& pool) {
   constexpr size_t kLarge = 4 << 20;  // bytes
   const size_t bytes = n * sizeof(float);
-  if (bytes < kLarge) return Napi::Float32Array::New(env, n);
+  const SharedState state = state_of(env);
+  if (bytes < kLarge || !state->takes_memory) return Napi::Float32Array::New(env, n);
   struct Lent {
     std::shared_ptr<Pages> pages;
     std::shared_ptr<PagePool> pool;
@@ -133,7 +135,10 @@ inline Napi::Float32Array result_array(Napi::Env env, size_t n, const std::share
   napi_value buffer;
   const napi_status status =
       napi_create_external_arraybuffer(env, lent->pages->data(), bytes, give_back, lent.get(), &buffer);
-  if (status == napi_no_external_buffers_allowed) return Napi::Float32Array::New(env, n);
+  if (status == napi_no_external_buffers_allowed) {
+    state->takes_memory = false;
+    return Napi::Float32Array::New(env, n);
+  }
   lent.release();  // what the runtime refuses for another reason it gives back itself
   if (status != napi_ok) throw Napi::Error::New(env);
   return Napi::Float32Array::New(env, n, Napi::ArrayBuffer(env, buffer), 0);

@@ -13,6 +13,7 @@ struct State {
   Napi::FunctionReference model_class;
   Napi::FunctionReference cache_class;
   Napi::FunctionReference file_class;
+  bool takes_memory = true;     // whether arrays may lie in memory of ours; false once the runtime refused
   int64_t external_memory = 0;  // bytes reported with AdjustExternalMemory and not yet taken back
 
   // Reports a change of native memory to V8, in steps of at most 512 MiB (larger ones are ignored by some

@@ -38,11 +38,8 @@ std::shared_ptr<Pages> PagePool::lent(const void* data) const {
 void PagePool::give(std::shared_ptr<Pages> pages) {
   std::vector<std::shared_ptr<Pages>> dropped;  // unmapped without the lock
   std::lock_guard<std::mutex> lock(mutex_);
-  const auto is_over = [&](const std::weak_ptr<Pages>& block) {
-    const std::shared_ptr<Pages> other = block.lock();
-    return !other || other == pages;
-  };
-  lent_.erase(std::remove_if(lent_.begin(), lent_.end(), is_over), lent_.end());
+  const auto is_this = [&](const std::weak_ptr<Pages>& block) { return block.lock() == pages; };
+  lent_.erase(std::remove_if(lent_.begin(), lent_.end(), is_this), lent_.end());
   // With the mutex held and nothing lent, nobody else can begin to hold it.
   if (pages.use_count() > 1) return;
   kept_.push_back(std::move(pages));
@@ -70,7 +67,10 @@ size_t PagePool::kept_bytes() const {
   return sum;
 }
 
+// Forgets the blocks that were freed and never given back.
 std::shared_ptr<Pages> PagePool::lend(std::shared_ptr<Pages> pages) {
+  const auto is_gone = [](const std::weak_ptr<Pages>& block) { return block.expired(); };
+  lent_.erase(std::remove_if(lent_.begin(), lent_.end(), is_gone), lent_.end());
   lent_.push_back(pages);
   return pages;
 }
