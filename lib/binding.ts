@@ -279,7 +279,7 @@ export interface NativeSafetensors {
 	readonly metadata: Record<string, string>;
 	/** The whole tensor as fp32. For small ones; large ones go through NativeModel.loadParameter. */
 	read(name: string): Float32Array;
-	/** Unmaps the file; idempotent. */
+	/** Closes the file; idempotent. */
 	close(): void;
 }
 

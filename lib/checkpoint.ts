@@ -1,7 +1,7 @@
 /**
  * Reading a model directory: configuration, tokenizer, and the mapping from the tensors of its safetensors files to the
  * parameters of a model. Everything but the values and the tokenizer is checked before a model is made; values go from the
- * mapped files straight into native memory.
+ * files straight into native memory.
  */
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
@@ -26,7 +26,7 @@ export interface LoadOptions {
 	signal?: AbortSignal | undefined;
 }
 
-/** An opened model directory. Its files stay mapped until `load` has ended or `close` was called. */
+/** An opened model directory. Its files stay open until `load` has ended or `close` was called. */
 export interface Checkpoint {
 	readonly config: ModelConfig;
 	/**
@@ -37,7 +37,7 @@ export interface Checkpoint {
 	tokenizer(): Tokenizer | undefined;
 	/** Fills every parameter of a model made with `config`, then closes the files. Once. */
 	load(native: NativeModel, options?: LoadOptions): Promise<void>;
-	/** Unmaps the files; idempotent. */
+	/** Closes the files; idempotent. */
 	close(): void;
 }
 
@@ -122,7 +122,7 @@ function openFile(path: string): NativeSafetensors {
 	}
 }
 
-/** The safetensors files of a directory, mapped and checked against the index when there is one. */
+/** The safetensors files of a directory, opened and checked against the index when there is one. */
 function openWeights(directory: string): NativeSafetensors[] {
 	if (existsSync(join(directory, weights))) return [openFile(join(directory, weights))];
 	const indexPath = join(directory, weightsIndex);

@@ -1,4 +1,4 @@
-// NativeSafetensors: an open, memory-mapped safetensors file.
+// NativeSafetensors: an open safetensors file.
 #pragma once
 
 #include <napi.h>

@@ -1,8 +1,7 @@
-// The reader: header checks (parse_safetensors), the mapped file, and conversion to fp32.
+// The reader: header checks (parse_safetensors), the open file, and conversion to fp32.
 #include "core/safetensors.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -180,7 +179,7 @@ void parse_header(const char* header, size_t header_bytes, uint64_t data_bytes, 
 
 // Reads exactly `bytes` at `offset`; a file that shrank meanwhile is an error, not a short result. At most
 // 1 GiB at a time: macOS refuses to read more than INT_MAX bytes.
-void read_exactly(int fd, void* out, size_t bytes, size_t offset, const std::string& where) {
+void read_exactly(int fd, void* out, size_t bytes, uint64_t offset, const std::string& where) {
   char* to = static_cast<char*>(out);
   while (bytes > 0) {
     const ssize_t got = pread(fd, to, std::min(bytes, size_t{1} << 30), static_cast<off_t>(offset));
@@ -190,7 +189,7 @@ void read_exactly(int fd, void* out, size_t bytes, size_t offset, const std::str
       fail(where,
            "the file ends at byte " + std::to_string(offset) + "; it was truncated after it was opened");
     to += got;
-    offset += static_cast<size_t>(got);
+    offset += static_cast<uint64_t>(got);
     bytes -= static_cast<size_t>(got);
   }
 }
@@ -249,24 +248,15 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : path_(path) {
   read_exactly(file.fd, prefix, kPrefix, 0, path);
   const size_t header = checked_header_bytes(prefix, bytes, path);
   data_begin_ = kPrefix + header;
-  {
-    std::vector<uint8_t> text(header);
-    read_exactly(file.fd, text.data(), header, kPrefix, path);
-    parse_header(reinterpret_cast<const char*>(text.data()), header, bytes - data_begin_, path, &tensors_,
-                 &metadata_);
-  }
-  void* map = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ, MAP_PRIVATE, file.fd, 0);
-  if (map == MAP_FAILED) fail(path, "cannot be mapped into memory: " + system_reason(errno));
-  map_ = static_cast<const uint8_t*>(map);
-  map_bytes_ = static_cast<size_t>(bytes);
+  data_bytes_ = bytes - data_begin_;
+  std::vector<char> text(header);
+  read_exactly(file.fd, text.data(), header, kPrefix, path);
+  parse_header(text.data(), header, data_bytes_, path, &tensors_, &metadata_);
   fd_ = file.fd;
   file.fd = -1;
 }
 
-SafetensorsFile::~SafetensorsFile() {
-  munmap(const_cast<uint8_t*>(map_), map_bytes_);
-  close(fd_);
-}
+SafetensorsFile::~SafetensorsFile() { close(fd_); }
 
 const TensorEntry* SafetensorsFile::find(const std::string& name) const {
   for (const TensorEntry& entry : tensors_) {
@@ -275,11 +265,11 @@ const TensorEntry* SafetensorsFile::find(const std::string& name) const {
   return nullptr;
 }
 
-const uint8_t* SafetensorsFile::bytes(const TensorEntry& entry) const {
-  if (entry.begin > entry.end || entry.end > map_bytes_ - data_begin_) {
+uint64_t SafetensorsFile::offset(const TensorEntry& entry) const {
+  if (entry.begin > entry.end || entry.end > data_bytes_) {
     throw Error(Code::kArgument, path_ + ": tensor " + shown_name(entry.name) + " is not one of this file");
   }
-  return map_ + data_begin_ + entry.begin;
+  return data_begin_ + entry.begin;
 }
 
 void SafetensorsFile::read(const TensorEntry& entry, float* out) const {
@@ -299,18 +289,15 @@ void SafetensorsFile::read_range(const TensorEntry& entry, int64_t begin, int64_
                                      std::to_string(begin) + " + " + std::to_string(count) + ") of " +
                                      std::to_string(total) + " were asked for");
   }
-  bytes(entry);  // refuses an entry of another file
-  const size_t first = data_begin_ + static_cast<size_t>(entry.begin) + static_cast<size_t>(begin * size);
-  // pread and not the mapping: as fast, since it spares the page faults, and a file that was truncated gives
-  // an error where a mapping gives SIGBUS. The chunk stays in the second-level cache between the copy and the
-  // conversion.
+  const uint64_t first = offset(entry) + static_cast<uint64_t>(begin * size);
+  // The chunk stays in the second-level cache between the copy and the conversion.
   constexpr int64_t kChunk = 1 << 15;
   std::vector<uint16_t> narrow(is_f32 ? 0 : static_cast<size_t>(std::min(kChunk, count)));
   for (int64_t done = 0; done < count; done += kChunk) {
     const int64_t n = std::min(kChunk, count - done);
     float* const to = out + done;
     void* const raw = is_f32 ? static_cast<void*>(to) : narrow.data();
-    read_exactly(fd_, raw, static_cast<size_t>(n * size), first + static_cast<size_t>(done * size),
+    read_exactly(fd_, raw, static_cast<size_t>(n * size), first + static_cast<uint64_t>(done * size),
                  path_ + ": tensor " + shown_name(entry.name));
     uint32_t special = 0;
     if (is_f32) {
@@ -333,9 +320,8 @@ void SafetensorsFile::read_range(const TensorEntry& entry, int64_t begin, int64_
 void SafetensorsFile::read_int8(const TensorEntry& entry, int8_t* out) const {
   const std::string where = "tensor " + shown_name(entry.name);
   if (entry.dtype != "I8") fail(path_, where + ": has dtype " + entry.dtype + ", expected I8");
-  bytes(entry);  // refuses an entry of another file
-  read_exactly(fd_, out, static_cast<size_t>(entry.end - entry.begin),
-               data_begin_ + static_cast<size_t>(entry.begin), path_ + ": " + where);
+  const uint64_t first = offset(entry);
+  read_exactly(fd_, out, static_cast<size_t>(entry.end - entry.begin), first, path_ + ": " + where);
 }
 
 }  // namespace dn

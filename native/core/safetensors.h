@@ -1,7 +1,7 @@
 // Reading and writing safetensors files (an 8-byte little-endian header length, a JSON header, then raw
 // tensors). The reader trusts nothing in the file: every length, offset, shape and name is checked first.
-// Values are read with pread; only bytes() hands out the memory mapping, where a file that another process
-// truncates meanwhile raises SIGBUS, as in every mapping.
+// Values are read with pread and not mapped: a file that another process truncates meanwhile is an error
+// then, where a mapping raises SIGBUS.
 #pragma once
 
 #include <cstdint>
@@ -45,16 +45,16 @@ class SafetensorsFile {
   void read_range(const TensorEntry& entry, int64_t begin, int64_t count, float* out) const;
   // The same for I8, as it is stored.
   void read_int8(const TensorEntry& entry, int8_t* out) const;
-  // The tensor's bytes as they are in the file, entry.end - entry.begin of them; they may be unaligned.
-  const uint8_t* bytes(const TensorEntry& entry) const;
 
  private:
+  // Offset of the tensor's first byte in the file. Throws Error(kArgument) for an entry of another file.
+  uint64_t offset(const TensorEntry& entry) const;
+
   std::string path_;
   std::vector<TensorEntry> tensors_;
   std::map<std::string, std::string> metadata_;
-  const uint8_t* map_ = nullptr;
-  size_t map_bytes_ = 0;
-  size_t data_begin_ = 0;
+  uint64_t data_begin_ = 0;
+  uint64_t data_bytes_ = 0;
   int fd_ = -1;
 };
 
