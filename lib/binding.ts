@@ -55,7 +55,7 @@ export interface NativeBatch {
 	rows: Int32Array | null;
 }
 
-/** How each row of `NativeBatch.rows` is sampled (R = rows.length, or N when rows is null); see DenoiseRow in backend.h. */
+/** How D rows are sampled, each one of those that `NativeBatch.rows` lists; see DenoiseRow in native/core/backend.h. */
 export interface NativeDenoise {
 	/** (D) index into the listed rows: the row this statistic is of. */
 	row: Int32Array;
@@ -226,13 +226,13 @@ export interface NativeLoss {
 	predictable: number;
 	/** What this micro-batch adds to the divisor, by `normalise`. */
 	denominator: number;
-	/** (N) the mask as drawn or given. */
-	mask: Uint8Array;
-	/** (S), or one per block. */
-	t: Float64Array;
-	/** (R) packed row, target and unweighted loss of every loss row. */
+}
+
+/** What a batch without gradients tells besides. */
+export interface NativeRowLosses extends NativeLoss {
+	/** (R) packed row of every loss row. */
 	rows: Int32Array;
-	targets: Int32Array;
+	/** (R) its cross-entropy, nats. */
 	losses: Float32Array;
 }
 
@@ -302,22 +302,27 @@ export interface NativeModel {
 	loadParameter(name: string, file: NativeSafetensors, tensor: string, scales?: string): Promise<void>;
 	/** Restores an AdamW moment from an open file. */
 	loadMoment(name: string, which: 'moment1' | 'moment2', file: NativeSafetensors, tensor: string): Promise<void>;
-	/** Packs the weights for inference; forward does it by itself when needed. */
-	prepareInference(): Promise<void>;
 	createCache(capacity: number): NativeCache;
 
 	/** Forward, then statistics of the asked rows. */
 	denoise(batch: NativeBatch, denoise: NativeDenoise): Promise<NativeStats>;
 	/** Several steps, decided on the device. */
 	denoiseSteps(batch: NativeLoop): Promise<NativeLoopLog>;
-	/** Forward, then raw logits (R, V) or hidden states (R, C). */
-	/** `into`: the buffer of an earlier result of the same model to write to, if it has the room. */
+	/**
+	 * Forward, then raw logits (R, V) or hidden states (R, C). `into`: the buffer of an earlier result of the same model to
+	 * write to, if it has the room.
+	 */
 	forward(batch: NativeBatch, output: 'logits' | 'hidden', into?: ArrayBuffer): Promise<Float32Array>;
 
 	/** Unpacks the weights in place and allocates gradients and moments; all of them are zero then. */
 	beginTraining(): Promise<void>;
 	/** Frees gradients and moments. */
 	endTraining(): Promise<void>;
+	trainBatch(
+		batch: NativeTrainBatch,
+		noise: NativeNoise,
+		options: NativeTrainOptions & { backward: false },
+	): Promise<NativeRowLosses>;
 	trainBatch(batch: NativeTrainBatch, noise: NativeNoise, options: NativeTrainOptions): Promise<NativeLoss>;
 	zeroGradients(): Promise<void>;
 	gradientSumOfSquares(): Promise<number>;

@@ -1,6 +1,6 @@
 /** What the addon itself refuses: calls that no code of this library makes, which must be errors and never end the process. */
 import test from 'ava';
-import { type Binding, binding, type NativeConfig } from '../lib/binding.js';
+import { type Binding, binding, type NativeConfig, type NativeNoise, type NativeTrainBatch } from '../lib/binding.js';
 import { root } from './helpers/fixtures.js';
 
 const config: NativeConfig = { layers: 1, heads: 2, channels: 16, vocab: 20, context: 32 };
@@ -54,5 +54,45 @@ test("a getter called on another class's object, or on none, is an error", async
 	}
 	file.close();
 	cache.dispose();
+	model.dispose();
+});
+
+test('a batch tells the losses of its rows where no gradients are asked for', async (t) => {
+	const model = binding().createModel(config, onCpu);
+	await model.initialise(1n);
+	await model.beginTraining();
+	const batch: NativeTrainBatch = {
+		ids: Int32Array.of(2, 3, 4, 5),
+		offsets: Int32Array.of(0, 4),
+		maskable: null,
+		mask: Uint8Array.of(0, 1, 0, 1),
+		t: Float64Array.of(0.5),
+		firstSequence: 0,
+		stepSequences: 1,
+	};
+	const noise: NativeNoise = {
+		objective: 'diffusion',
+		timeSampler: 'uniform',
+		normalise: 'tokens',
+		weighted: true,
+		shift: true,
+		maskId: 1,
+		tMin: 0.001,
+		tMax: 1,
+		block: 0,
+		seed: 1n,
+		step: 0,
+		attention: { kind: 'full' },
+		spindleInformation: null,
+		spindleLambda: 0,
+	};
+	const { rows, losses, ...sums } = await model.trainBatch(batch, noise, {
+		recompute: false,
+		precision: 'fp32',
+		backward: false,
+	});
+	t.deepEqual(rows, Int32Array.of(0, 2));
+	t.is(sums.unweighted, (losses[0] as number) + (losses[1] as number));
+	t.deepEqual(await model.trainBatch(batch, noise, { recompute: false, precision: 'fp32', backward: true }), sums);
 	model.dispose();
 });

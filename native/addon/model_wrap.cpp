@@ -51,7 +51,6 @@ Napi::Function ModelWrap::define(Napi::Env env) {
        InstanceMethod<&ModelWrap::coded<&ModelWrap::set_parameter>>("setParameter"),
        InstanceMethod<&ModelWrap::coded<&ModelWrap::load_parameter>>("loadParameter"),
        InstanceMethod<&ModelWrap::coded<&ModelWrap::load_moment>>("loadMoment"),
-       InstanceMethod<&ModelWrap::coded<&ModelWrap::prepare_inference>>("prepareInference"),
        InstanceMethod<&ModelWrap::coded<&ModelWrap::create_cache>>("createCache"),
        InstanceMethod<&ModelWrap::coded<&ModelWrap::denoise>>("denoise"),
        InstanceMethod<&ModelWrap::coded<&ModelWrap::denoise_steps>>("denoiseSteps"),
@@ -157,12 +156,6 @@ Napi::Value ModelWrap::initialise(const Napi::CallbackInfo& info) {
   const uint64_t seed = bigint_value(info[0], "seed");
   return start(
       info, {}, [&m, seed] { m.initialise(seed); }, [](Napi::Env env) { return env.Undefined(); });
-}
-
-Napi::Value ModelWrap::prepare_inference(const Napi::CallbackInfo& info) {
-  Model& m = idle(info.Env());
-  return start(
-      info, {}, [&m] { m.prepare_inference(); }, [](Napi::Env env) { return env.Undefined(); });
 }
 
 Napi::Value ModelWrap::create_cache(const Napi::CallbackInfo& info) {
@@ -344,7 +337,7 @@ Napi::Value ModelWrap::train_batch(const Napi::CallbackInfo& info) {
           m.loss(noisy->batch, noisy->rows, request->options, losses->data());
         }
       },
-      [noisy, losses](Napi::Env e) -> Napi::Value {
+      [noisy, losses, backward = request->backward](Napi::Env e) -> Napi::Value {
         double weighted = 0, unweighted = 0;
         for (size_t i = 0; i < losses->size(); ++i) {
           weighted += static_cast<double>(noisy->rows.weights[i]) * (*losses)[i];
@@ -356,12 +349,10 @@ Napi::Value ModelWrap::train_batch(const Napi::CallbackInfo& info) {
         result.Set("masked", static_cast<double>(losses->size()));
         result.Set("predictable", static_cast<double>(noisy->predictable));
         result.Set("denominator", noisy->denominator);
-        result.Set("mask", to_array<Napi::Uint8Array>(e, noisy->mask));
-        result.Set("t", to_array<Napi::Float64Array>(e, noisy->t));
+        if (backward) return result;
         Napi::Int32Array rows = Napi::Int32Array::New(e, losses->size());
         for (size_t i = 0; i < losses->size(); ++i) rows[i] = static_cast<int32_t>(noisy->rows.rows[i]);
         result.Set("rows", rows);
-        result.Set("targets", to_array<Napi::Int32Array>(e, noisy->rows.targets));
         result.Set("losses", to_array<Napi::Float32Array>(e, *losses));
         return result;
       });

@@ -40,7 +40,6 @@ class ModelWrap : public Napi::ObjectWrap<ModelWrap> {
   void set_parameter(const Napi::CallbackInfo& info);
   Napi::Value load_parameter(const Napi::CallbackInfo& info);
   Napi::Value load_moment(const Napi::CallbackInfo& info);
-  Napi::Value prepare_inference(const Napi::CallbackInfo& info);
   Napi::Value create_cache(const Napi::CallbackInfo& info);
   Napi::Value denoise(const Napi::CallbackInfo& info);
   Napi::Value denoise_steps(const Napi::CallbackInfo& info);

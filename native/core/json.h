@@ -28,7 +28,7 @@ struct JsonValue {
 struct JsonLimits {
   size_t bytes = size_t{100} << 20;
   int depth = 32;           // of nested arrays and objects
-  size_t values = 1000000;  // in all; bounds the memory of the result to about 100 bytes each plus the text
+  size_t values = 1000000;  // in all; bounds the memory of the result to about 120 bytes each plus the text
 };
 
 // Parses one value that fills the whole text, apart from white space. Throws Error(kCheckpoint) that begins

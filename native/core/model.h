@@ -97,7 +97,6 @@ class Model {
 
   const ModelConfig& config() const { return config_; }
   Backend& backend() { return *backend_; }
-  Dtype weights() const { return weights_; }
   const std::vector<Parameter>& parameters() const { return parameters_; }
   // Index into parameters(); throws Error(kArgument) naming the parameter when there is none.
   size_t find_parameter(const std::string& name) const;
