@@ -85,6 +85,30 @@ DN_TEST(cuda_memory_is_estimated_before_it_is_taken) {
   }
 }
 
+// Rows of two sequences by turns are an entry of the attention's plan each.
+DN_TEST(cuda_memory_estimates_listed_rows) {
+  emulator::MemoryState& memory = emulator::memory();
+  const Batch batch = make_batch({4, 4});
+  std::vector<int64_t> rows;
+  for (int64_t r = 0; r < 2000; ++r) rows.push_back(r % 2 * 4);
+  size_t grown = 0;
+  for (const bool limited : {false, true}) {
+    Model model(make_cuda_backend(0, Dtype::kBF16), kConfig);
+    model.initialise(1);
+    model.forward(batch, {});
+    const size_t before = memory.used;
+    if (limited) {
+      const Limit limit(before + grown - 1);
+      CHECK_THROWS(model.forward(batch, rows), Code::kOutOfMemory, "needs about");
+      CHECK(memory.used == before);
+    } else {
+      model.forward(batch, rows);
+      model.backend().synchronize();
+      grown = memory.used - before;
+    }
+  }
+}
+
 // Room for logits is only asked for where they will be stored.
 DN_TEST(cuda_memory_estimates_logits_where_they_are_stored) {
   StepShape shape;

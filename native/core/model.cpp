@@ -338,8 +338,11 @@ void Model::run_forward(const Batch& batch, const std::vector<int64_t>& rows, Ma
 
 StepShape Model::step_shape(int64_t R, bool training) const {
   StepShape shape;
-  shape.N = workspace_->plan.N;
-  shape.S = static_cast<int64_t>(workspace_->plan.all.sequences.size());
+  // Of its attention calls the last block's may be the larger one: a list repeats rows, and goes from one
+  // sequence to another and back.
+  const BatchPlan& plan = workspace_->plan;
+  shape.N = std::max(plan.N, plan.R);
+  shape.S = static_cast<int64_t>(std::max(plan.all.sequences.size(), plan.rows.sequences.size()));
   shape.R = R;
   shape.C = config_.channels;
   shape.NH = config_.heads;
