@@ -142,19 +142,7 @@ void CudaBackend::head_denoise(DenoiseStats* stats, float* watched, Tensor hidde
   const char* const op = "head_denoise";
   const int64_t V = wte.N;
   check(op, "hidden", hidden, hidden.rows, wte.K, dtype_);
-  for (int64_t r = 0; r < R; ++r) {
-    const DenoiseRow& row = rows[r];
-    check_row(op, r, row.row, hidden);
-    if (row.guide_row >= 0) check_row(op, r, row.guide_row, hidden);
-    if (!(row.temperature >= 0) || !(row.top_p >= 0) || row.top_k < 0 || row.banned < -1 || row.banned >= V ||
-        row.banned_end < -1 || row.banned_end >= V)
-      refuse(op, "row " + std::to_string(r) + " has options out of range (temperature " +
-                     std::to_string(row.temperature) + ", top_p " + std::to_string(row.top_p) + ", top_k " +
-                     std::to_string(row.top_k) + ", banned " + std::to_string(row.banned) + " and " +
-                     std::to_string(row.banned_end) + ")");
-    if (bans_all(row.banned, row.banned_end, V)) refuse(op, "the vocabulary has no id that is not banned");
-  }
-  for (int64_t w = 0; w < watch_count; ++w) check_id(op, "watched id", w, watch[w], V);
+  check_denoise(op, rows, R, hidden.rows, watch, watch_count, V);
   if (R == 0) return;
 
   // Rows that the fused kernel takes come first; order: where a row stands in the caller's list.

@@ -147,7 +147,7 @@ void CudaLoop::begin(const LoopRequest& request, const StepShape& rounded, const
   const bool fits = backend_.dtype_ == Dtype::kBF16 && shape_.C % kFusedMultiple == 0;
   const bool filtered = shape_.logit_rows > 0;
   const bool plain = std::any_of(request.sequences.begin(), request.sequences.end(),
-                                 [&](const LoopSequence& q) { return !q.needs_logits(shape_.V); });
+                                 [&](const LoopSequence& q) { return !q.draw().needs_logits(shape_.V); });
   key_ = Key();
   key_.N = shape_.N;
   key_.S = shape_.S;

@@ -1,6 +1,7 @@
 {
   "variables": {
     "core_sources": [
+      "native/core/denoise_row.cpp",
       "native/core/divergence.cpp",
       "native/core/json.cpp",
       "native/core/model.cpp",

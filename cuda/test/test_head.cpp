@@ -251,6 +251,24 @@ DN_TEST(cuda_denoise_counts_rows_on_the_device) {
   CHECK(results[0].not_finite == -1 && results[1].not_finite == -1 && results[2].not_finite == -77);
 }
 
+DN_TEST(cuda_denoise_refuses_what_the_cpu_refuses) {
+  Backend& device = backend(Dtype::kF32);
+  Array wte(device, Dtype::kF32, 4, 1, {1, 2, 3, 4}), hidden(device, Dtype::kF32, 1, 1, {1});
+  const auto refused = [&](const char* part, void (*spoil)(DenoiseRow*)) {
+    DenoiseRow row;
+    DenoiseStats stats;
+    spoil(&row);
+    CHECK_THROWS(device.head_denoise(&stats, nullptr, hidden.tensor(), &row, 1, nullptr, 0,
+                                     head_weight(wte.data(), 4, 1)),
+                 Code::kArgument, part);
+  };
+  refused("temperature is inf", [](DenoiseRow* r) { r->temperature = INFINITY; });
+  refused("guidance is nan", [](DenoiseRow* r) { r->guidance = kNan; });
+  refused("top_p is 0", [](DenoiseRow* r) { r->top_p = 0; });
+  refused("guide row -2", [](DenoiseRow* r) { r->guide_row = -2; });
+  refused("banned id is 4", [](DenoiseRow* r) { r->banned_end = 4; });
+}
+
 DN_TEST(cuda_denoise_names_logits_that_are_not_finite) {
   Backend& device = backend(Dtype::kF32);
   Array wte(device, Dtype::kF32, 4, 1, {1, 2, kNan, 4}), hidden(device, Dtype::kF32, 1, 1, {1});

@@ -110,7 +110,9 @@ DN_TEST(cuda_loop_refuses_bad_requests) {
   refused("position 0 is open", [](LoopRequest* r) { r->sequences[0].shift = r->open[0] = 1; });
   refused("has 3 steps, of which 3 are spent", [](LoopRequest* r) { r->sequences[0].block_step = 3; });
   refused("window 0 is [2, 8) of 6 positions", [](LoopRequest* r) { r->windows[0].end = 8; });
-  refused("options out of range", [](LoopRequest* r) { r->sequences[0].top_p = 0; });
+  refused("sequence 0: top_p is 0", [](LoopRequest* r) { r->sequences[0].top_p = 0; });
+  refused("parameter is nan", [](LoopRequest* r) { r->sequences[0].parameter = std::nan(""); });
+  refused("-1 steps are spent", [](LoopRequest* r) { r->sequences[0].block_step = -1; });
   refused("cover 6 of 7 rows", [](LoopRequest* r) {
     r->ids.push_back(0);
     r->open.push_back(0);

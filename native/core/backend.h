@@ -83,10 +83,12 @@ struct DenoiseRow {
   }
 };
 
-// Whether a row bans every id there is.
-inline bool bans_all(int32_t banned, int32_t banned_end, int64_t V) {
-  return V <= (banned >= 0) + (banned_end >= 0 && banned_end != banned);
-}
+// What is wrong with a row's options (guidance, temperature, filters, banned ids) over V ids; empty: nothing.
+std::string denoise_fault(const DenoiseRow& row, int64_t V);
+// Throws Error(kArgument), beginning with `op`, unless rows and guides are among `hidden_rows`, their options
+// make sense, and the watched ids are among V.
+void check_denoise(const char* op, const DenoiseRow* rows, int64_t R, int64_t hidden_rows,
+                   const int32_t* watch, int64_t watch_count, int64_t V);
 
 // Statistics of one row. Probability, margin and entropy are of the distribution at temperature 1 without
 // filters (after guidance and without the banned ids); the draw is from the tempered and filtered one.

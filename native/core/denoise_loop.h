@@ -50,13 +50,16 @@ struct LoopSequence {
   int32_t window_begin = 0;  // its windows: [window_begin, window_end) of LoopRequest::windows
   int32_t window_end = 0;
 
-  // DenoiseRow::needs_logits of its rows.
-  bool needs_logits(int64_t V) const {
+  // How its rows are sampled; which, and at what step, the device decides.
+  DenoiseRow draw() const {
     DenoiseRow row;
     row.temperature = temperature;
     row.top_p = top_p;
     row.top_k = top_k;
-    return row.needs_logits(V);
+    row.banned = banned;
+    row.banned_end = banned_end;
+    row.seed = seed;
+    return row;
   }
 };
 

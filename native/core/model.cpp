@@ -4,7 +4,6 @@
 #include "core/model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "core/divergence.h"
@@ -401,30 +400,7 @@ void Model::logits(float* out, const int64_t* rows, int64_t R) {
 void Model::denoise(DenoiseStats* stats, float* watched, const DenoiseRow* rows, int64_t R,
                     const int32_t* watch, int64_t watch_count) {
   if (!hidden_) bad("denoise: there are no hidden states, call forward first");
-  const std::string kept = " is outside the " + str(hidden_.rows) + " rows kept by forward";
-  const std::string vocabulary = " is outside the vocabulary of " + str(config_.vocab);
-  for (int64_t r = 0; r < R; ++r) {
-    const DenoiseRow& row = rows[r];
-    if (row.row < 0 || row.row >= hidden_.rows) bad("denoise: row " + str(row.row) + kept);
-    if (row.guide_row < -1 || row.guide_row >= hidden_.rows)
-      bad("denoise: guide row " + str(row.guide_row) + kept);
-    for (const int32_t banned : {row.banned, row.banned_end}) {
-      if (banned < -1 || banned >= config_.vocab) bad("denoise: banned id " + str(banned) + vocabulary);
-    }
-    if (!(row.temperature >= 0) || std::isinf(row.temperature)) {
-      bad("denoise: temperature is " + std::to_string(row.temperature) +
-          ", expected a finite number of at least 0");
-    }
-    if (!(row.top_p > 0 && row.top_p <= 1)) {
-      bad("denoise: top_p is " + std::to_string(row.top_p) + ", expected more than 0 and at most 1");
-    }
-    if (row.top_k < 0) bad("denoise: top_k is " + str(row.top_k) + ", expected at least 0");
-    if (!std::isfinite(row.guidance))
-      bad("denoise: guidance is " + std::to_string(row.guidance) + ", expected a finite number");
-  }
-  for (int64_t i = 0; i < watch_count; ++i) {
-    if (watch[i] < 0 || watch[i] >= config_.vocab) bad("denoise: watched id " + str(watch[i]) + vocabulary);
-  }
+  check_denoise("denoise", rows, R, hidden_.rows, watch, watch_count, config_.vocab);
   if (R == 0) return;
   StepShape shape = step_shape(R, false);
   shape.N = shape.S = 0;

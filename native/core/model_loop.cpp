@@ -77,16 +77,13 @@ void Model::check_loop(const LoopRequest& request) const {
         (q.shift == 1 && request.open[static_cast<size_t>(q.begin)] != 0 && q.window_begin < q.window_end)) {
       bad(where + ": position 0 is open, which no row predicts at a shift of " + str(q.shift));
     }
-    if (q.banned < -1 || q.banned >= config_.vocab || q.banned_end < -1 || q.banned_end >= config_.vocab ||
-        !(q.temperature >= 0) || std::isinf(q.temperature) || !(q.top_p > 0 && q.top_p <= 1) || q.top_k < 0 ||
-        !std::isfinite(q.parameter) || q.block_step < 0) {
-      bad(where + " has options out of range (temperature " + std::to_string(q.temperature) + ", top_p " +
-          std::to_string(q.top_p) + ", top_k " + str(q.top_k) + ", banned " + str(q.banned) + " and " +
-          str(q.banned_end) + ", parameter " + std::to_string(q.parameter) + ", steps spent " +
-          str(q.block_step) + ")");
+    const std::string fault = denoise_fault(q.draw(), config_.vocab);
+    if (!fault.empty()) bad(where + ": " + fault);
+    if (!std::isfinite(q.parameter)) {
+      bad(where + ": the sampler's parameter is " + std::to_string(q.parameter) +
+          ", expected a finite number");
     }
-    if (bans_all(q.banned, q.banned_end, config_.vocab))
-      bad(where + ": the vocabulary has no id that is not banned");
+    if (q.block_step < 0) bad(where + ": " + str(q.block_step) + " steps are spent, expected 0 or more");
     check_windows(request, q, where);
   }
   if (covered != N) bad("the sequences cover " + str(covered) + " of " + str(N) + " rows");
@@ -99,17 +96,14 @@ void Model::denoise_steps(const LoopRequest& request, LoopLog* log) {
   hidden_ = Tensor();
   prepare_inference();
 
-  StepShape shape;
+  StepShape shape = step_shape(
+      std::count_if(request.open.begin(), request.open.end(), [](uint8_t open) { return open != 0; }), false);
   shape.N = static_cast<int64_t>(request.ids.size());
   shape.S = static_cast<int64_t>(request.sequences.size());
-  shape.R = std::count_if(request.open.begin(), request.open.end(), [](uint8_t open) { return open != 0; });
-  shape.C = config_.channels;
-  shape.NH = config_.heads;
-  shape.V = config_.vocab;
   shape.loop_steps = request.steps;
   shape = loop->rounded(shape);
   const bool filtered = std::any_of(request.sequences.begin(), request.sequences.end(),
-                                    [&](const LoopSequence& q) { return q.needs_logits(shape.V); });
+                                    [&](const LoopSequence& q) { return q.draw().needs_logits(shape.V); });
   if (filtered) shape.logit_rows = shape.R;
   const int64_t rows_held = std::max(shape.N, shape.R);
   InferenceActivations t;

@@ -131,12 +131,7 @@ void head_denoise(const Cpu& cpu, DenoiseStats* stats, float* watched, Tensor hi
                   int64_t R, const int32_t* watch, int64_t watch_count, const Weight& wte) {
   const int64_t V = wte.N;
   check_hidden("head_denoise", hidden, wte);
-  for (int64_t r = 0; r < R; ++r) {
-    check_row("head_denoise", r, rows[r].row, hidden);
-    if (rows[r].guide_row >= 0) check_row("head_denoise", r, rows[r].guide_row, hidden);
-    check_denoise_row(rows[r], r, V);
-  }
-  for (int64_t w = 0; w < watch_count; ++w) check_id("head_denoise", "watched id", w, watch[w], V);
+  check_denoise("head_denoise", rows, R, hidden.rows, watch, watch_count, V);
   if (R == 0) return;
 
   // A row and its guide lie in the same chunk, one after the other.

@@ -80,13 +80,10 @@ int64_t denoise_workspace_floats(int64_t V);
 // Statistics and draw of one row (core/backend.h, DenoiseStats). logits (V) are overwritten; guide (V) are
 // the logits of the unconditional twin, or null. watched (watch_count) receives the probabilities of the ids
 // in watch. Returns -1, or the smallest id whose logit (after guidance) is not finite: then nothing was
-// written. `row` must have been checked (check_denoise_row), and one id at least must not be banned.
+// written. `row` must have been checked (core/backend.h, denoise_fault).
 int64_t denoise_row(DenoiseStats* stats, float* watched, float* logits, const float* guide, int64_t V,
                     const DenoiseRow& row, const int32_t* watch, int64_t watch_count, float* workspace,
                     const HeadKernels& kernels);
-
-// Throws Error(kArgument) when the options of selected row r make no sense.
-void check_denoise_row(const DenoiseRow& row, int64_t r, int64_t V);
 
 // Numbers x (n) with masses, of which some in [low, high] are looked for.
 struct Candidates {

@@ -6,10 +6,8 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <string>
 
 #include "core/backend.h"
-#include "core/error.h"
 #include "core/rng.h"
 #include "cpu/head_kernels.h"
 
@@ -133,25 +131,6 @@ int32_t draw_from(const float* mass, const double* tile_mass, int64_t V, double 
     if (target < sum) break;
   }
   return drawn;
-}
-
-void check_denoise_row(const DenoiseRow& row, int64_t r, int64_t V) {
-  const auto reject = [r](const std::string& what) {
-    throw Error(Code::kArgument, "head_denoise: row " + std::to_string(r) + ": " + what);
-  };
-  if (!(row.temperature >= 0) || !std::isfinite(row.temperature)) {
-    reject("temperature is " + std::to_string(row.temperature) + ", expected a finite number >= 0");
-  }
-  if (!(row.top_p >= 0)) reject("top_p is " + std::to_string(row.top_p) + ", expected a number >= 0");
-  if (row.top_k < 0) reject("top_k is " + std::to_string(row.top_k) + ", expected 0 (all) or more");
-  if (!std::isfinite(row.guidance))
-    reject("guidance is " + std::to_string(row.guidance) + ", expected a finite number");
-  for (const int32_t banned : {row.banned, row.banned_end}) {
-    if (banned < -1 || banned >= V) {
-      reject("banned id is " + std::to_string(banned) + ", expected -1 or an id below " + std::to_string(V));
-    }
-  }
-  if (bans_all(row.banned, row.banned_end, V)) reject("the vocabulary has no id that is not banned");
 }
 
 int64_t denoise_workspace_floats(int64_t V) {

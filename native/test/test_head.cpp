@@ -321,6 +321,10 @@ DN_TEST(head_refuses_bad_arguments) {
   row = DenoiseRow();
   row.top_p = kNaN;
   CHECK_THROWS(denoise(row, p.weight()), Code::kArgument, "top_p is nan");
+  for (const float beyond : {0.0f, 1.5f}) {
+    row.top_p = beyond;
+    CHECK_THROWS(denoise(row, p.weight()), Code::kArgument, "expected more than 0 and at most 1");
+  }
   row = DenoiseRow();
   row.top_k = -3;
   CHECK_THROWS(denoise(row, p.weight()), Code::kArgument, "top_k is -3");
@@ -329,7 +333,9 @@ DN_TEST(head_refuses_bad_arguments) {
   CHECK_THROWS(denoise(row, p.weight()), Code::kArgument, "banned id is 20");
   row = DenoiseRow();
   row.guide_row = 3;
-  CHECK_THROWS(denoise(row, p.weight()), Code::kArgument, "outside hidden");
+  CHECK_THROWS(denoise(row, p.weight()), Code::kArgument, "guide row 3 is outside the 3");
+  row.guide_row = -2;
+  CHECK_THROWS(denoise(row, p.weight()), Code::kArgument, "guide row -2");
   row = DenoiseRow();
   row.banned = 0;
   Weight one = p.weight();

@@ -478,7 +478,7 @@ DN_TEST(model_rejects_bad_batches) {
   };
   CHECK_THROWS(denoise([](DenoiseRow& r) { r.row = 2; }), Code::kArgument, "row 2");
   CHECK_THROWS(denoise([](DenoiseRow& r) { r.guide_row = 2; }), Code::kArgument, "guide row 2");
-  CHECK_THROWS(denoise([](DenoiseRow& r) { r.banned = 11; }), Code::kArgument, "banned id 11");
+  CHECK_THROWS(denoise([](DenoiseRow& r) { r.banned = 11; }), Code::kArgument, "banned id is 11");
   CHECK_THROWS(denoise([](DenoiseRow& r) { r.temperature = -1; }), Code::kArgument, "temperature");
   CHECK_THROWS(denoise([](DenoiseRow& r) { r.temperature = NAN; }), Code::kArgument, "temperature");
   CHECK_THROWS(denoise([](DenoiseRow& r) { r.top_p = 0; }), Code::kArgument, "top_p");
