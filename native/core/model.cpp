@@ -14,10 +14,6 @@
 namespace dn {
 namespace {
 
-[[noreturn]] void bad(const std::string& message) { throw Error(Code::kArgument, message); }
-
-std::string str(int64_t n) { return std::to_string(n); }
-
 size_t idx(int64_t n) { return static_cast<size_t>(n); }
 
 // A mask must be able to answer visible(q, k) for q < q_end and k < k_end.

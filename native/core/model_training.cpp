@@ -13,8 +13,6 @@
 namespace dn {
 namespace {
 
-[[noreturn]] void bad(const std::string& message) { throw Error(Code::kArgument, message); }
-
 // One number that is not among these makes every weight NaN.
 void check_adamw(const AdamWStep& step, float weight_decay) {
   if (step.step < 1) bad("adamw: step is " + std::to_string(step.step) + ", expected at least 1");

@@ -24,8 +24,7 @@ namespace dn {
 
 namespace {
 
-constexpr size_t kPrefix = 8;                         // header length, little-endian
-constexpr size_t kLargestHeader = size_t{100} << 20;  // the format's own limit is 100 MB
+constexpr size_t kPrefix = 8;  // header length, little-endian
 constexpr JsonLimits kHeaderLimits{kLargestHeader, 8, 1000000};
 
 [[noreturn]] void fail(const std::string& path, const std::string& what) {

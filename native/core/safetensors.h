@@ -15,6 +15,8 @@
 
 namespace dn {
 
+constexpr size_t kLargestHeader = size_t{100} << 20;  // bytes; the format's own limit is 100 MB
+
 struct TensorEntry {
   std::string name;
   std::string dtype;  // as in the file: "F32", "F16", "BF16", "I64", ...

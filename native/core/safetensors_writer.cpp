@@ -20,8 +20,6 @@ namespace dn {
 
 namespace {
 
-constexpr size_t kLargestHeader = size_t{100} << 20;
-
 [[noreturn]] void misuse(const std::string& path, const std::string& what) {
   throw Error(Code::kArgument, path + ": " + what);
 }

@@ -9,9 +9,14 @@
 
 #include "core/backend.h"
 #include "core/denoise_loop.h"
+#include "core/error.h"
 #include "core/model.h"
 
 namespace dn {
+
+// Refuses an argument.
+[[noreturn]] inline void bad(const std::string& message) { throw Error(Code::kArgument, message); }
+inline std::string str(int64_t n) { return std::to_string(n); }
 
 // Order of the parameter table: wte, wpe, twelve tensors a block, ln_f.
 constexpr size_t kWte = 0;
