@@ -37,6 +37,16 @@ export function temporaryName(path: string): string {
 	return join(dirname(path), `.${basename(path)}.${process.pid}-${randomBytes(6).toString('hex')}.tmp`);
 }
 
+/** Whether there is a process of this number on this host, its own or another user's: the owner of a temporary file may be gone. */
+export function isAlive(pid: number): boolean {
+	try {
+		process.kill(pid, 0);
+		return true;
+	} catch (error) {
+		return (error as { code?: unknown }).code !== 'ESRCH';
+	}
+}
+
 /**
  * What tells a file from others: device and inode, behind symbolic links. Of a path where nothing is: its place, so that two
  * spellings of one place are equal.

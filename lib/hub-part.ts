@@ -9,6 +9,8 @@ import { readdir, rename, stat, utimes } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { basename, dirname, join } from 'node:path';
 
+import { isAlive } from './files.js';
+
 /**
  * Time without a write after which a part belongs to nobody, whatever its name says, in ms: three times what `fetch` waits for
  * the next bytes. Process numbers of other hosts cannot be looked up, and one's own are given out again.
@@ -78,14 +80,5 @@ async function isFree(path: string, owner: string): Promise<boolean> {
 		return Date.now() - (await stat(path)).mtimeMs > abandonedMs;
 	} catch {
 		return false;
-	}
-}
-
-function isAlive(pid: number): boolean {
-	try {
-		process.kill(pid, 0);
-		return true;
-	} catch (error) {
-		return (error as { code?: unknown }).code !== 'ESRCH';
 	}
 }

@@ -12,6 +12,7 @@ import { isModelFile } from '../checkpoint-save.js';
 import type { Engine } from '../engine.js';
 import { check, DiffusionNativeError } from '../errors.js';
 import {
+	isAlive,
 	isMissing,
 	makeDirectories,
 	readJsonObject,
@@ -241,14 +242,5 @@ function list(directory: string): string[] {
 	} catch (error) {
 		if (isMissing(error)) return [];
 		throw error;
-	}
-}
-
-function isAlive(pid: number): boolean {
-	try {
-		process.kill(pid, 0);
-		return true;
-	} catch (error) {
-		return (error as { code?: string }).code === 'EPERM';
 	}
 }
