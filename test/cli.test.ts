@@ -1,7 +1,7 @@
 /** The command line, run as a child process: output, files, exit status, interruption. */
 import { spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
@@ -328,3 +328,37 @@ test('Ctrl-C stops after the current step and leaves the old files', async (t) =
 	for (const path of files) t.is(readFileSync(path, 'utf8'), 'old');
 	t.deepEqual(readdirSync(place).sort(), ['html', 'trace']);
 });
+
+(process.platform === 'win32' ? test.skip : test)(
+	'an interrupted evaluation leaves the old output and its records so far beside it',
+	async (t) => {
+		const folder = mkdtempSync(join(tmpdir(), 'dn-cli-partial-'));
+		t.teardown(() => rmSync(folder, { recursive: true, force: true }));
+		const data = join(folder, 'data.jsonl');
+		const output = join(folder, 'out.jsonl');
+		// Far more records than are scored before the signal.
+		writeFileSync(data, '{"prompt":"one two","answer":"three"}\n'.repeat(50_000));
+		writeFileSync(output, 'old');
+		const main = join(root, 'dist', 'lib', 'cli', 'main.js');
+		const args = ['eval', modelPath, data, '-m', 'likelihood', '-o', output, '--device', 'cpu'];
+		const child = spawn(process.execPath, [main, ...args], { stdio: ['ignore', 'ignore', 'pipe'] });
+		let stderr = '';
+		child.stderr.setEncoding('utf8').on('data', (chunk: string) => {
+			stderr += chunk;
+		});
+		const hasRecords = (): boolean =>
+			readdirSync(folder).some((name) => name.endsWith('.tmp') && statSync(join(folder, name)).size > 0);
+		const watching = setInterval(() => {
+			if (!hasRecords()) return;
+			clearInterval(watching); // a second signal would kill
+			child.kill('SIGINT');
+		}, 20);
+		const [code] = (await once(child, 'close')) as [number | null];
+		clearInterval(watching);
+		t.is(code, 1, stderr);
+		t.is(readFileSync(output, 'utf8'), 'old');
+		t.true(stderr.includes(`the records so far are in ${output}.partial`), stderr);
+		const [first] = readFileSync(`${output}.partial`, 'utf8').split('\n');
+		t.is(typeof JSON.parse(first as string), 'object');
+	},
+);
