@@ -215,7 +215,8 @@ void Model::plan_batch(const Batch& batch, const std::vector<int64_t>& rows) {
 
 // One transformer block: mid = inp + attention(LN1(inp)), out = mid + mlp(LN2(mid)). Without `out` the last
 // projection is left out: a backward pass that recomputes needs only what lies before it. With `listed`
-// everything after the keys and values is computed for the plan's rows.
+// everything after the keys and values is computed for the plan's rows; attention, too, unless att_rows is
+// given: a backward pass wants it of all.
 void Model::block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActivations& a, bool listed,
                           MatmulPrecision precision) {
   const int64_t C = config_.channels;
@@ -237,23 +238,30 @@ void Model::block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActi
   }
 
   Tensor q = a.qkv.columns(0, C);
-  Tensor residual = inp;
+  Tensor residual = inp, att = a.att;
+  const bool listed_queries = listed && !a.att_rows;
   if (listed) {
-    gather(backend, plan, a.q, q);
     gather(backend, plan, a.inp_rows, inp);
-    q = a.q;
     residual = a.inp_rows;
   }
+  if (listed_queries) {
+    gather(backend, plan, a.q, q);
+    q = a.q;
+  }
   if (plan.loop) {
-    plan.loop->attention(a.att, q, a.qkv.columns(C, 2 * C), listed, config_.heads);
+    plan.loop->attention(a.att, q, a.qkv.columns(C, 2 * C), listed_queries, config_.heads);
   } else {
-    QueryPlan& queries = listed ? plan.rows : plan.all;
+    QueryPlan& queries = listed_queries ? plan.rows : plan.all;
     queries.use_layer(layer);
     backend.attention_forward(a.att, a.lse, q, a.qkv.columns(C, 2 * C), queries.sequences.data(),
                               static_cast<int64_t>(queries.sequences.size()), queries.positions.data(),
                               config_.heads);
   }
-  backend.matmul_forward(a.mid, a.att, weight(parameter(kAttnProjWeight)), tensor(parameter(kAttnProjBias)),
+  if (listed && a.att_rows) {
+    gather(backend, plan, a.att_rows, a.att);
+    att = a.att_rows;
+  }
+  backend.matmul_forward(a.mid, att, weight(parameter(kAttnProjWeight)), tensor(parameter(kAttnProjBias)),
                          Epilogue::kResidual, residual, precision);
 
   backend.layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.mid, tensor(parameter(kLn2Weight)),

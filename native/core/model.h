@@ -202,7 +202,9 @@ class Model {
   void run_forward(const Batch& batch, const std::vector<int64_t>& rows, MatmulPrecision precision);
   void block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActivations& a, bool listed,
                      MatmulPrecision precision);
-  void block_backward(int32_t layer, Tensor inp, const BlockActivations& a, MatmulPrecision precision);
+  void block_backward(int32_t layer, Tensor inp, const BlockActivations& a, bool listed,
+                      MatmulPrecision precision);
+  const int64_t* first_rows(int64_t R);
   void check_loop(const LoopRequest& request) const;
   void check_loss_rows(const Batch& batch, const LossRows& rows);
   const Training& require_training(const char* caller) const;

@@ -29,6 +29,16 @@ void check_adamw(const AdamWStep& step, float weight_decay) {
   require(step.eps > 0 && std::isfinite(step.eps), "eps", step.eps, "a finite number above 0");
 }
 
+// dst (N, C) = the rows of src (R, C) where the plan lists them, zero elsewhere.
+void scatter(Backend& backend, const BatchPlan& plan, Tensor dst, Tensor src) {
+  backend.zero(dst.data, static_cast<size_t>(dst.rows * dst.cols) * dtype_bytes(dst.dtype));
+  int64_t r = 0;
+  for (const RowRun& run : plan.gathers) {
+    backend.copy(dst.slice(run.row, run.count), src.slice(r, run.count));
+    r += run.count;
+  }
+}
+
 }  // namespace
 
 void Model::begin_training() {
@@ -102,6 +112,14 @@ void Model::check_loss_rows(const Batch& batch, const LossRows& rows) {
   }
 }
 
+// 0 .. R - 1: the rows of the list that a forward pass has kept.
+const int64_t* Model::first_rows(int64_t R) {
+  std::vector<int64_t>& kept = workspace_->kept_rows;
+  kept.resize(static_cast<size_t>(R));
+  std::iota(kept.begin(), kept.end(), int64_t{0});
+  return kept.data();
+}
+
 void Model::loss(const Batch& batch, const LossRows& rows, const TrainingOptions& options, float* losses) {
   check_loss_rows(batch, rows);
   const int64_t R = static_cast<int64_t>(rows.rows.size());
@@ -110,10 +128,7 @@ void Model::loss(const Batch& batch, const LossRows& rows, const TrainingOptions
     return;
   }
   run_forward(batch, rows.rows, options.precision);
-  std::vector<int64_t>& kept = workspace_->kept_rows;
-  kept.resize(static_cast<size_t>(R));
-  std::iota(kept.begin(), kept.end(), int64_t{0});
-  backend_->head_cross_entropy(losses, Tensor(), Tensor(), hidden_, kept.data(), rows.targets.data(),
+  backend_->head_cross_entropy(losses, Tensor(), Tensor(), hidden_, first_rows(R), rows.targets.data(),
                                rows.weights.data(), R, weight(kWte), options.precision);
 }
 
@@ -122,13 +137,14 @@ void Model::loss_and_gradients(const Batch& batch, const LossRows& rows, const T
   require_training("loss_and_gradients");
   hidden_ = Tensor();
   check_loss_rows(batch, rows);
-  plan_batch(batch, {});
+  plan_batch(batch, rows.rows);
   const int64_t R = static_cast<int64_t>(rows.rows.size());
   if (R == 0) return;
 
   Workspace& w = *workspace_;
   Backend& backend = *backend_;
   const int64_t N = w.plan.N, C = config_.channels, NH = config_.heads;
+  const bool listed = w.plan.listed;
   const int32_t L = config_.layers;
   const Dtype dtype = backend.activation_dtype();
   Tensor lnf, lnf_mean, lnf_rstd;
@@ -151,9 +167,20 @@ void Model::loss_and_gradients(const Batch& batch, const LossRows& rows, const T
       a.fc_pre = carver.take(dtype, N, 4 * C);
       a.fc = carver.take(dtype, N, 4 * C);
     }
-    lnf = carver.take(dtype, N, C);
-    lnf_mean = carver.take(Dtype::kF32, N, 1);
-    lnf_rstd = carver.take(Dtype::kF32, N, 1);
+    lnf = carver.take(dtype, R, C);
+    lnf_mean = carver.take(Dtype::kF32, R, 1);
+    lnf_rstd = carver.take(Dtype::kF32, R, 1);
+    w.last = w.blocks.back();
+    w.dh_rows = Tensor();
+    if (listed) {
+      w.inputs.back().rows = R;
+      for (Tensor* each :
+           {&w.last.mid, &w.last.ln2, &w.last.ln2_mean, &w.last.ln2_rstd, &w.last.fc_pre, &w.last.fc})
+        each->rows = R;
+      w.last.att_rows = carver.take(dtype, R, C);
+      w.last.inp_rows = w.last.ln2;
+      w.dh_rows = carver.take(dtype, R, C);
+    }
     w.dh = carver.take(dtype, N, C);
     w.dln = carver.take(dtype, N, C);
     Carver narrow = carver;
@@ -171,36 +198,40 @@ void Model::loss_and_gradients(const Batch& batch, const LossRows& rows, const T
   w.arena.reserve(backend, bytes, "the activations of a training step");
   layout(Carver(w.arena.data()));
   const auto activations = [&](int32_t layer) -> const BlockActivations& {
-    return w.blocks[options.recompute ? 0 : static_cast<size_t>(layer)];
+    return layer == L - 1 ? w.last : w.blocks[options.recompute ? 0 : static_cast<size_t>(layer)];
   };
   const auto input = [&](int32_t layer) { return w.inputs[static_cast<size_t>(layer)]; };
 
   backend.embedding_forward(input(0), batch.ids.data(), batch.positions.data(), weight(kWte), tensor(kWpe));
   for (int32_t layer = 0; layer < L; ++layer) {
-    block_forward(layer, input(layer + 1), input(layer), activations(layer), false, options.precision);
+    block_forward(layer, input(layer + 1), input(layer), activations(layer), listed && layer == L - 1,
+                  options.precision);
   }
   const size_t lnf_weight = ln_f_weight(config_), lnf_bias = ln_f_bias(config_);
   backend.layernorm_forward(lnf, lnf_mean, lnf_rstd, input(L), tensor(lnf_weight), tensor(lnf_bias));
 
-  backend.head_cross_entropy(losses, w.dln, gradient(kWte), lnf, rows.rows.data(), rows.targets.data(),
+  const Tensor dh = listed ? w.dh_rows : w.dh, dlnf = w.dln.slice(0, R);
+  backend.head_cross_entropy(losses, dlnf, gradient(kWte), lnf, first_rows(R), rows.targets.data(),
                              rows.weights.data(), R, weight(kWte), options.precision);
-  backend.zero(w.dh.data, static_cast<size_t>(N * C) * dtype_bytes(dtype));
-  backend.layernorm_backward(w.dh, gradient(lnf_weight), gradient(lnf_bias), w.dln, input(L),
-                             tensor(lnf_weight), lnf_mean, lnf_rstd);
+  backend.zero(dh.data, static_cast<size_t>(R * C) * dtype_bytes(dtype));
+  backend.layernorm_backward(dh, gradient(lnf_weight), gradient(lnf_bias), dlnf, input(L), tensor(lnf_weight),
+                             lnf_mean, lnf_rstd);
   for (int32_t layer = L - 1; layer >= 0; --layer) {
     // The last block's activations are still there.
     if (options.recompute && layer < L - 1) {
       block_forward(layer, Tensor(), input(layer), activations(layer), false, options.precision);
     }
-    block_backward(layer, input(layer), activations(layer), options.precision);
+    block_backward(layer, input(layer), activations(layer), listed && layer == L - 1, options.precision);
   }
   backend.embedding_backward(gradient(kWte), gradient(kWpe), w.dh, batch.ids.data(), batch.positions.data());
 }
 
 // Mirror of block_forward. The workspace's dh holds the gradient of the block's output and becomes that of
 // its input: both residual connections pass it on as it is, and each branch adds its own through the layer
-// norm.
-void Model::block_backward(int32_t layer, Tensor inp, const BlockActivations& a, MatmulPrecision precision) {
+// norm. With `listed` only the plan's rows of the output have one, in dh_rows; below the projection of
+// attention, where the rows meet again, all have.
+void Model::block_backward(int32_t layer, Tensor inp, const BlockActivations& a, bool listed,
+                           MatmulPrecision precision) {
   Workspace& w = *workspace_;
   Backend& backend = *backend_;
   const auto parameter = [&](BlockParameter which) { return block_parameter(layer, which); };
@@ -210,13 +241,21 @@ void Model::block_backward(int32_t layer, Tensor inp, const BlockActivations& a,
                             weight(parameter(matrix)), precision);
   };
 
-  matmul_backward(w.dfc, kFcProjWeight, kFcProjBias, w.dh, a.fc);
-  backend.gelu_backward(w.dfc, w.dfc, a.fc_pre);
-  matmul_backward(w.dln, kFcWeight, kFcBias, w.dfc, a.ln2);
-  backend.layernorm_backward(w.dh, gradient(parameter(kLn2Weight)), gradient(parameter(kLn2Bias)), w.dln,
-                             a.mid, tensor(parameter(kLn2Weight)), a.ln2_mean, a.ln2_rstd);
+  const int64_t R = a.mid.rows;
+  const Tensor dh = listed ? w.dh_rows : w.dh, dln = w.dln.slice(0, R), dfc = w.dfc.slice(0, R);
+  matmul_backward(dfc, kFcProjWeight, kFcProjBias, dh, a.fc);
+  backend.gelu_backward(dfc, dfc, a.fc_pre);
+  matmul_backward(dln, kFcWeight, kFcBias, dfc, a.ln2);
+  backend.layernorm_backward(dh, gradient(parameter(kLn2Weight)), gradient(parameter(kLn2Bias)), dln, a.mid,
+                             tensor(parameter(kLn2Weight)), a.ln2_mean, a.ln2_rstd);
 
-  matmul_backward(w.datt, kAttnProjWeight, kAttnProjBias, w.dh, a.att);
+  if (listed) {
+    matmul_backward(dln, kAttnProjWeight, kAttnProjBias, dh, a.att_rows);
+    scatter(backend, w.plan, w.datt, dln);
+    scatter(backend, w.plan, w.dh, dh);
+  } else {
+    matmul_backward(w.datt, kAttnProjWeight, kAttnProjBias, dh, a.att);
+  }
   const QueryPlan& queries = w.plan.all;
   backend.attention_backward(w.dqkv, w.datt, a.qkv, a.att, a.lse, queries.sequences.data(),
                              static_cast<int64_t>(queries.sequences.size()), queries.positions.data(),

@@ -171,7 +171,8 @@ struct Model::BlockActivations {
   Tensor q, inp_rows;              // (R, C) gathered, only with listed rows
   Tensor lse;                      // (N, NH)
   Tensor att;                      // (N, C)
-  Tensor mid;                      // (N, C) residual stream after attention
+  Tensor att_rows;  // (R, C) gathered, only with listed rows in training, which keeps all of att
+  Tensor mid;       // (N, C) residual stream after attention
   Tensor ln2, ln2_mean, ln2_rstd;
   Tensor fc_pre, fc;  // (N, 4C) before and after GELU
 };
@@ -188,8 +189,10 @@ struct Model::Workspace {
   std::vector<int64_t> kept_rows;        // 0 .. R - 1
   std::vector<uint8_t> seen;             // (N) marks of check_loss_rows
   std::vector<BlockActivations> blocks;  // training: one a layer, or one for all with recompute
+  BlockActivations last;                 // training: those of the last block, with listed rows
   std::vector<Tensor> inputs;            // training: (N, C) input of each block, then the last one's output
   Tensor dh, dln, datt, dqkv, dfc;       // training: gradients; dqkv and datt share dfc's memory
+  Tensor dh_rows;                        // training: (R, C) that of the listed rows in the last block
 };
 
 struct Model::Training {

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
@@ -33,8 +34,7 @@ constexpr int64_t kSmallDepth = 1024;
 constexpr int64_t kNearFloats = int64_t{256} << 10;
 // Below this many elements A is packed by the caller alone: a parallel region would cost more.
 constexpr int64_t kPackAlone = 32768;
-constexpr int64_t kLine = 16;      // floats in a cache line
-constexpr int64_t kPackRows = 32;  // rows of a panel that are packed at a time
+constexpr int64_t kLine = 16;  // floats in a cache line
 // Rows a thread needs to have all of a packed B pass by for them alone: it comes from memory at 7 GB/s then.
 constexpr int64_t kOwnRows = 64;
 constexpr int64_t kMostTileRows = 16;
@@ -48,18 +48,28 @@ int64_t block_panels(const GemmKernels& kernels) { return kBlockFloats / (kernel
 // One row chunk [m_begin, m_begin + rows) of a product, cut into tiles of nearly equal height, and its packed
 // A: blocks of kernels.depth of the reduction, in each the tiles one after the other.
 struct Chunk {
+  Chunk(const GemmProduct& product, const GemmKernels& table, int64_t m, int64_t count, float* a,
+        int64_t row_parts = 1)
+      : p(product),
+        kernels(table),
+        m_begin(m),
+        rows(count),
+        packed_a(a),
+        parts(row_parts),
+        tiles(ceil_div(count, table.max_rows * row_parts) * row_parts) {}
+
   const GemmProduct& p;
   const GemmKernels& kernels;
-  int64_t m_begin;
-  int64_t rows;
-  float* packed_a;
-  int64_t parts = 1;  // row parts with equally many tiles each
+  const int64_t m_begin;
+  const int64_t rows;
+  float* const packed_a;
+  const int64_t parts;  // row parts with equally many tiles each
+  const int64_t tiles;
 
   int64_t k_begin(int64_t block) const { return block * kernels.depth; }
   int64_t blocks() const { return ceil_div(p.K, kernels.depth); }
   int64_t depth(int64_t block) const { return std::min(kernels.depth, p.K - k_begin(block)); }
-  int64_t tiles() const { return ceil_div(rows, kernels.max_rows * parts) * parts; }
-  int64_t tile_begin(int64_t tile) const { return rows * tile / tiles(); }
+  int64_t tile_begin(int64_t tile) const { return rows * tile / tiles; }
   float* tile_a(int64_t block, int64_t tile) const {
     return packed_a + k_begin(block) * rows + tile_begin(tile) * depth(block);
   }
@@ -75,7 +85,9 @@ struct Ahead {
   GemmPrefetch memory;
   int64_t tiles = 1;
 
-  int64_t share() const { return ceil_div(memory.lines, std::max<int64_t>(1, tiles)); }
+  int64_t share() const {
+    return memory.lines == 0 ? 0 : ceil_div(memory.lines, std::max<int64_t>(1, tiles));
+  }
 };
 
 // `rows` runs of `floats`, `stride` floats apart.
@@ -120,29 +132,18 @@ void pack_a(const Chunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_
 // Packs [k, k + depth) of panels [panel_begin, panel_end) of a plain B into dst, panel_floats apart.
 void pack_panels(const GemmProduct& p, const GemmKernels& kernels, int64_t panel_begin, int64_t panel_end,
                  int64_t k, int64_t depth, float* dst, int64_t panel_floats) {
-  const int64_t last_cols = p.N - (panel_end - 1) * kGemmPanel;
-  if (last_cols < kGemmPanel) {
-    std::memset(dst + (panel_end - 1 - panel_begin) * panel_floats, 0,
-                static_cast<size_t>(depth * kGemmPanel) * sizeof(float));
-  }
-  // Some rows of every panel at a time where rows run across panels: whole runs of memory.
-  const bool transposed = p.b_layout == GemmLayout::kTransposed;
-  const int64_t strip = transposed ? depth : kPackRows;
-  for (int64_t d = 0; d < depth; d += strip) {
-    const int64_t rows = std::min(strip, depth - d);
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
-      float* const to = dst + (panel - panel_begin) * panel_floats + d * kGemmPanel;
-      if (transposed) {
-        kernels.transpose(to, kGemmPanel, p.b + n * p.b_stride + k, p.b_stride, cols, depth);
-      } else {
-        kernels.copy(to, kGemmPanel, p.b + (k + d) * p.b_stride + n, p.b_stride, rows, cols);
-      }
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel, dst += panel_floats) {
+    const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
+    if (cols < kGemmPanel) std::memset(dst, 0, static_cast<size_t>(depth * kGemmPanel) * sizeof(float));
+    if (p.b_layout == GemmLayout::kTransposed) {
+      kernels.transpose(dst, kGemmPanel, p.b + n * p.b_stride + k, p.b_stride, cols, depth);
+    } else {
+      kernels.copy(dst, kGemmPanel, p.b + k * p.b_stride + n, p.b_stride, depth, cols);
     }
   }
 }
 
-// What pack_panels will read.
+// What will be read of a plain B.
 Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
                       int64_t tiles) {
   const int64_t n = panel_begin * kGemmPanel, cols = std::min(p.N, panel_end * kGemmPanel) - n;
@@ -151,25 +152,37 @@ Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_e
   return ahead_of(p.b + k * p.b_stride + n, depth, cols, p.b_stride, tiles);
 }
 
-// One block of the reduction for some tiles of the chunk and one panel, whose block is b. Tiles take turns in
-// asking for what comes of A and of B.
+// Whether the first tile that meets a panel of B packs it on the way: whole panels whose rows lie as tiles
+// read them.
+bool packs_on_the_way(const GemmProduct& p, int64_t panel) {
+  return p.b_layout == GemmLayout::kPlain && (panel + 1) * kGemmPanel <= p.N;
+}
+
+// One block of the reduction for some tiles of the chunk and one panel, whose block is b; with `packed`, b is
+// the block as it lies in a plain B and becomes packed. Tiles take turns in asking for what comes of A and of
+// B.
 void multiply_panel(const Chunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end, int64_t panel,
-                    const float* b, Ahead& ahead_a, Ahead& ahead_b) {
+                    const float* b, float* packed, Ahead& ahead_a, Ahead& ahead_b) {
   const GemmProduct& p = chunk.p;
   const int64_t depth = chunk.depth(block);
   const bool finish = block + 1 == chunk.blocks() && has_finish(p);
   const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
+  // A tile of a short reduction is over in less than a microsecond: no division here that can be left out.
+  const float* const block_a = chunk.tile_a(block, 0);
+  int64_t begin = chunk.tile_begin(tile_begin);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int64_t m = chunk.m_begin + chunk.tile_begin(tile);
-    const int64_t rows = chunk.tile_begin(tile + 1) - chunk.tile_begin(tile);
-    const GemmFinish then = finish_of(p, m, n, rows, cols);
+    const int64_t end = chunk.tile_begin(tile + 1), rows = end - begin;
+    const GemmFinish then = finish_of(p, chunk.m_begin + begin, n, rows, cols);
     const bool both = ahead_a.memory.lines > 0 && ahead_b.memory.lines > 0;
     Ahead& ahead = both ? (tile % 2 == 0 ? ahead_a : ahead_b) : ahead_a.memory.lines > 0 ? ahead_a : ahead_b;
     const int64_t share = std::min(ahead.memory.lines, (both ? 2 : 1) * ahead.share());
-    chunk.kernels.tile({then.c, p.c_stride, rows, cols, chunk.tile_a(block, tile), b, depth,
-                        p.accumulate || block > 0, &ahead.memory, share, finish ? &then : nullptr});
+    chunk.kernels.tile({then.c, p.c_stride, rows, cols, block_a + begin * depth, b, depth,
+                        p.accumulate || block > 0, &ahead.memory, share, finish ? &then : nullptr, packed,
+                        p.b_stride});
+    if (packed) b = std::exchange(packed, nullptr);
     --ahead_a.tiles;
     --ahead_b.tiles;
+    begin = end;
   }
 }
 
@@ -185,7 +198,7 @@ void multiply_packed(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, i
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t next_block = block + 1 < blocks ? block + 1 : 0, uses = tiles * (panel_end - panel_begin);
     const int64_t first = next_block > 0 ? tile_begin : next_tiles;
-    const int64_t last = std::min(chunk.tiles(), first + tiles);
+    const int64_t last = std::min(chunk.tiles, first + tiles);
     Ahead ahead_a = ahead_of_tiles(chunk, next_block, first, last, uses);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const float* next = panel + 1 < panel_end ? b_of(block, panel + 1)
@@ -194,7 +207,8 @@ void multiply_packed(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, i
       const int64_t next_depth = chunk.depth(panel + 1 < panel_end ? block : next_block);
       Ahead ahead_b;
       if (next != nullptr) ahead_b = ahead_of(next, 1, next_depth * kGemmPanel, 0, tiles);
-      multiply_panel(chunk, block, tile_begin, tile_end, panel, b_of(block, panel), ahead_a, ahead_b);
+      multiply_panel(chunk, block, tile_begin, tile_end, panel, b_of(block, panel), nullptr, ahead_a,
+                     ahead_b);
     }
   }
 }
@@ -209,7 +223,11 @@ void multiply_plain(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, in
   const int64_t next_end = std::min(ceil_div(p.N, kGemmPanel), next_panel + panel_end - panel_begin);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t k = chunk.k_begin(block), depth = chunk.depth(block);
-    pack_panels(p, chunk.kernels, panel_begin, panel_end, k, depth, buffer, panel_floats);
+    const int64_t first = p.b_layout == GemmLayout::kTransposed ? panel_begin
+                          : packs_on_the_way(p, panel_end - 1)  ? panel_end
+                                                                : panel_end - 1;
+    pack_panels(p, chunk.kernels, first, panel_end, k, depth, buffer + (first - panel_begin) * panel_floats,
+                panel_floats);
     Ahead ahead_b;
     const int64_t width = panel_end - panel_begin;
     if (block + 1 < blocks) {
@@ -224,8 +242,11 @@ void multiply_plain(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, in
       Ahead ahead_a = ahead_of_tiles(chunk, next_block, part_begin(next_part), part_begin(next_part + 1),
                                      (end - begin) * width);
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-        multiply_panel(chunk, block, begin, end, panel, buffer + (panel - panel_begin) * panel_floats,
-                       ahead_a, ahead_b);
+        float* const packed = buffer + (panel - panel_begin) * panel_floats;
+        const bool is_plain = part == 0 && packs_on_the_way(p, panel);
+        multiply_panel(chunk, block, begin, end, panel,
+                       is_plain ? p.b + k * p.b_stride + panel * kGemmPanel : packed,
+                       is_plain ? packed : nullptr, ahead_a, ahead_b);
       }
     }
   }
@@ -276,7 +297,7 @@ Cut cut_chunk(const Cpu& cpu, const GemmProduct& p, const GemmKernels& kernels, 
 
 void multiply_chunk(const Cpu& cpu, const Chunk& chunk, const PanelGroups& groups, float* buffers) {
   const GemmProduct& p = chunk.p;
-  const int64_t tiles = chunk.tiles(), blocks = chunk.blocks();
+  const int64_t tiles = chunk.tiles, blocks = chunk.blocks();
   parallel_near(chunk.rows * p.K <= kPackAlone ? 1 : cpu.threads, tiles, [&](int64_t tile, int) {
     for (int64_t block = 0; block < blocks; ++block) pack_a(chunk, block, tile, tile + 1);
   });
@@ -296,7 +317,7 @@ void multiply_by_columns(const Cpu& cpu, const GemmProduct& p, const GemmKernels
   for (int64_t m = 0; m < p.M; m += most_rows) {
     const int64_t rows = std::min(most_rows, p.M - m);
     const Cut cut = cut_chunk(cpu, p, kernels, rows);
-    multiply_chunk(cpu, {p, kernels, m, rows, scratch + buffer_floats, cut.parts}, cut.groups, scratch);
+    multiply_chunk(cpu, Chunk(p, kernels, m, rows, scratch + buffer_floats, cut.parts), cut.groups, scratch);
   }
 }
 
@@ -337,8 +358,8 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
   }
   parallel(cpu.threads, tasks, [&](int64_t task, int worker) {
     const int64_t m = p.M * task / tasks, m_end = p.M * (task + 1) / tasks;
-    const Chunk chunk = {p, kernels, m, m_end - m, scratch + b_floats + worker * task_floats};
-    const int64_t tiles = chunk.tiles(), blocks = chunk.blocks();
+    const Chunk chunk(p, kernels, m, m_end - m, scratch + b_floats + worker * task_floats);
+    const int64_t tiles = chunk.tiles, blocks = chunk.blocks();
     for (int64_t block = 0; block < blocks; ++block) pack_a(chunk, block, 0, tiles);
     Ahead ahead, none;  // the rows of the next task; all of B is near
     const int64_t next = p.M * (task + cpu.threads) / tasks, uses = tiles * panels * blocks;
@@ -350,7 +371,7 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t panel = 0; panel < panels; ++panel) {
         multiply_panel(chunk, block, 0, tiles, panel,
-                       p.b + panel * panel_floats + chunk.k_begin(block) * kGemmPanel, ahead, none);
+                       p.b + panel * panel_floats + chunk.k_begin(block) * kGemmPanel, nullptr, ahead, none);
       }
     }
   });

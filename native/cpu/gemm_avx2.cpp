@@ -23,9 +23,9 @@ __m256i lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// Columns [0, 16) of c and b; cols counts from there. Asks for `lines` of t.prefetch.
-template <int kRows>
-void half_rows(const GemmTile& t, float* c, const float* b, int64_t cols, int64_t lines) {
+// Columns [0, 16) of c, b and, unless null, packed; cols counts from there. Asks for `lines` of t.prefetch.
+template <int kRows, bool kPack>
+void half_rows(const GemmTile& t, float* c, const float* b, float* packed, int64_t cols, int64_t lines) {
   __m256 sum[kRows][2];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
@@ -33,8 +33,15 @@ void half_rows(const GemmTile& t, float* c, const float* b, int64_t cols, int64_
     _mm_prefetch(reinterpret_cast<const char*>(c + r * t.c_stride), _MM_HINT_T0);
   }
   const float* a = t.a;
+  const int64_t b_stride = kPack ? t.b_stride : kGemmPanel;
   const auto step = [&] {
     const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+    if (kPack) {
+      prefetch_plain(b, b_stride);
+      _mm256_storeu_ps(packed, b0);
+      _mm256_storeu_ps(packed + 8, b1);
+      packed += kGemmPanel;
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const __m256 value = _mm256_broadcast_ss(a + r);
@@ -42,15 +49,15 @@ void half_rows(const GemmTile& t, float* c, const float* b, int64_t cols, int64_
       sum[r][1] = _mm256_fmadd_ps(value, b1, sum[r][1]);
     }
     a += kRows;
-    b += kGemmPanel;
+    b += b_stride;
   };
-  const float* const end = b + t.depth * kGemmPanel;
+  const float* const end = b + t.depth * b_stride;
   const PrefetchPlan plan = plan_prefetch(t.depth, lines);
   GemmPrefetch ahead = *t.prefetch;
   for (int64_t slot = 0; slot < plan.slots; ++slot) {
     lines -= plan.burst;
     take_lines(&ahead, lines < 0 ? plan.burst + lines : plan.burst);
-    const float* const pause = b + plan.gap * kGemmPanel;
+    const float* const pause = b + plan.gap * b_stride;
     do step();
     while (b != pause);
   }
@@ -86,8 +93,13 @@ template <int kRows>
 void tile_rows(const GemmTile& t) {
   const bool both = t.cols > 16;
   const int64_t first = both ? t.prefetch_lines / 2 : t.prefetch_lines;
-  half_rows<kRows>(t, t.c, t.b, t.cols, first);
-  if (both) half_rows<kRows>(t, t.c + 16, t.b + 16, t.cols - 16, t.prefetch_lines - first);
+  if (t.packed) {  // both, then
+    half_rows<kRows, true>(t, t.c, t.b, t.packed, 16, first);
+    half_rows<kRows, true>(t, t.c + 16, t.b + 16, t.packed + 16, 16, t.prefetch_lines - first);
+    return;
+  }
+  half_rows<kRows, false>(t, t.c, t.b, nullptr, t.cols, first);
+  if (both) half_rows<kRows, false>(t, t.c + 16, t.b + 16, nullptr, t.cols - 16, t.prefetch_lines - first);
 }
 
 void finish(const GemmFinish& f) {

@@ -16,7 +16,8 @@ constexpr int kMaxRows = 14;
 // A panel block of 96 KB streams from L2, two lines for 28 multiply-adds: fewer blocks touch C less often.
 constexpr int64_t kDepth = 768;
 
-template <int kRows>
+// kPack: t.packed is given.
+template <int kRows, bool kPack>
 void tile_rows(const GemmTile& t) {
   __m512 sum[kRows][2];
 #pragma GCC unroll 14
@@ -27,8 +28,17 @@ void tile_rows(const GemmTile& t) {
   prefetch_finish(t.finish);
   const float* a = t.a;
   const float* b = t.b;
+  const int64_t b_stride = kPack ? t.b_stride : kGemmPanel;
+  float* packed = t.packed;
   const auto step = [&] {
     const __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
+    if (kPack) {
+      prefetch_plain(b, b_stride);
+      prefetch_plain(b + 16, b_stride);
+      _mm512_storeu_ps(packed, b0);
+      _mm512_storeu_ps(packed + 16, b1);
+      packed += kGemmPanel;
+    }
 #pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r) {
       const __m512 value = _mm512_set1_ps(a[r]);
@@ -36,16 +46,16 @@ void tile_rows(const GemmTile& t) {
       sum[r][1] = _mm512_fmadd_ps(value, b1, sum[r][1]);
     }
     a += kRows;
-    b += kGemmPanel;
+    b += b_stride;
   };
-  const float* const end = b + t.depth * kGemmPanel;
+  const float* const end = b + t.depth * b_stride;
   const PrefetchPlan plan = plan_prefetch(t.depth, t.prefetch_lines);
   GemmPrefetch ahead = *t.prefetch;
   int64_t lines = t.prefetch_lines;
   for (int64_t slot = 0; slot < plan.slots; ++slot) {
     lines -= plan.burst;
     take_lines(&ahead, lines < 0 ? plan.burst + lines : plan.burst);
-    const float* const pause = b + plan.gap * kGemmPanel;
+    const float* const pause = b + plan.gap * b_stride;
     do step();
     while (b != pause);
   }
@@ -64,24 +74,27 @@ void tile_rows(const GemmTile& t) {
   writer.end();
 }
 
-void tile(const GemmTile& t) {
+template <bool kPack>
+void tile_of(const GemmTile& t) {
   switch (t.rows) {
-    case 1: return tile_rows<1>(t);
-    case 2: return tile_rows<2>(t);
-    case 3: return tile_rows<3>(t);
-    case 4: return tile_rows<4>(t);
-    case 5: return tile_rows<5>(t);
-    case 6: return tile_rows<6>(t);
-    case 7: return tile_rows<7>(t);
-    case 8: return tile_rows<8>(t);
-    case 9: return tile_rows<9>(t);
-    case 10: return tile_rows<10>(t);
-    case 11: return tile_rows<11>(t);
-    case 12: return tile_rows<12>(t);
-    case 13: return tile_rows<13>(t);
-    default: return tile_rows<14>(t);
+    case 1: return tile_rows<1, kPack>(t);
+    case 2: return tile_rows<2, kPack>(t);
+    case 3: return tile_rows<3, kPack>(t);
+    case 4: return tile_rows<4, kPack>(t);
+    case 5: return tile_rows<5, kPack>(t);
+    case 6: return tile_rows<6, kPack>(t);
+    case 7: return tile_rows<7, kPack>(t);
+    case 8: return tile_rows<8, kPack>(t);
+    case 9: return tile_rows<9, kPack>(t);
+    case 10: return tile_rows<10, kPack>(t);
+    case 11: return tile_rows<11, kPack>(t);
+    case 12: return tile_rows<12, kPack>(t);
+    case 13: return tile_rows<13, kPack>(t);
+    default: return tile_rows<14, kPack>(t);
   }
 }
+
+void tile(const GemmTile& t) { t.packed ? tile_of<true>(t) : tile_of<false>(t); }
 
 void pack_rows(float* dst, const float* const* rows, int64_t count, int64_t depth) {
   __m512i block[16];

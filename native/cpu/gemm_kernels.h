@@ -49,6 +49,11 @@ struct GemmTile {
   GemmPrefetch* prefetch;    // not null; advanced by prefetch_lines
   int64_t prefetch_lines;    // to ask for during this tile, no more than there are
   const GemmFinish* finish;  // or null
+  // Given: b is not packed yet, its rows lie b_stride apart, and all kGemmPanel columns of it go to `packed`
+  // (depth, kGemmPanel) on the way. Loads and stores find room beside the multiply-adds, a pass by itself
+  // does not.
+  float* packed = nullptr;
+  int64_t b_stride = kGemmPanel;
 };
 
 struct GemmKernels {

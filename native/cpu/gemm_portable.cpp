@@ -41,11 +41,14 @@ void finish(const GemmFinish& f) {
 }
 
 void tile(const GemmTile& t) {
+  for (int64_t k = 0; t.packed && k < t.depth; ++k)
+    memcpy(t.packed + k * kGemmPanel, t.b + k * t.b_stride, kGemmPanel * sizeof(float));
+  const float* const packed = t.packed ? t.packed : t.b;
   for (int64_t r = 0; r < t.rows; ++r) {
     float sum[kGemmPanel] = {};
     const float* a = t.a + r;
     for (int64_t k = 0; k < t.depth; ++k) {
-      const float* b = t.b + k * kGemmPanel;
+      const float* b = packed + k * kGemmPanel;
       for (int64_t n = 0; n < kGemmPanel; ++n) sum[n] = multiply_add(a[k * t.rows], b[n], sum[n]);
     }
     float* c = t.c + r * t.c_stride;

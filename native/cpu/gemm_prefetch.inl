@@ -32,6 +32,13 @@ __attribute__((always_inline)) inline void prefetch_row(const float* c) {
   _mm_prefetch(reinterpret_cast<const char*>(c + kGemmPanel - 1), _MM_HINT_T0);
 }
 
+// The line of a plain B that is read some steps after the one at b: no hardware prefetcher follows its
+// stride.
+__attribute__((always_inline)) inline void prefetch_plain(const float* b, int64_t b_stride) {
+  constexpr int64_t kSteps = 12;
+  _mm_prefetch(reinterpret_cast<const char*>(b + kSteps * b_stride), _MM_HINT_T1);
+}
+
 // What the finish of a tile reads and writes besides C.
 __attribute__((always_inline)) inline void prefetch_finish(const GemmFinish* f) {
   if (!f) return;
