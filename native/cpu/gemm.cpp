@@ -32,6 +32,8 @@ constexpr int64_t kSmallB = int64_t{256} << 10;
 constexpr int64_t kSmallDepth = 1024;
 // So many numbers of packed A (1 MB) stay in L2 by themselves.
 constexpr int64_t kNearFloats = int64_t{256} << 10;
+// So many of B (32 KB) stay in L1 while a tile of A passes by.
+constexpr int64_t kNearestFloats = int64_t{8} << 10;
 // Below this many elements A is packed by the caller alone: a parallel region would cost more.
 constexpr int64_t kPackAlone = 32768;
 constexpr int64_t kLine = 16;  // floats in a cache line
@@ -368,10 +370,16 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
     } else if (task + cpu.threads < tasks && !p.a_rows) {
       ahead = ahead_of(p.a + next * p.a_stride, chunk.rows, p.K, p.a_stride, uses);
     }
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        multiply_panel(chunk, block, 0, tiles, panel,
-                       p.b + panel * panel_floats + chunk.k_begin(block) * kGemmPanel, nullptr, ahead, none);
+    // Where a panel's block stays in L1 all tiles meet it before the next one; else it comes from L2 anyway,
+    // and tiles go one by one, each along its rows of C.
+    const int64_t together = kernels.depth * kGemmPanel <= kNearestFloats ? tiles : 1;
+    for (int64_t tile = 0; tile < tiles; tile += together) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          multiply_panel(chunk, block, tile, tile + together, panel,
+                         p.b + panel * panel_floats + chunk.k_begin(block) * kGemmPanel, nullptr, ahead,
+                         none);
+        }
       }
     }
   });
