@@ -40,6 +40,15 @@ export function forwardFlops(shape: ShapeName, T: number, rows: number): number 
 	return blocks + 2 * C * vocab * rows;
 }
 
+/**
+ * Those of a training step's forward and backward over T tokens with a loss at `rows` of them: every product comes
+ * three times, and beyond attention the last block is computed for these rows alone.
+ */
+export function trainingFlops(shape: ShapeName, T: number, rows: number): number {
+	const C = shapes[shape].channels;
+	return 3 * (forwardFlops(shape, T, rows) - 18 * C * C * (T - rows));
+}
+
 /** T ids that differ, all inside the vocabulary. */
 export function someTokens(shape: ShapeName, T: number): Int32Array {
 	return Int32Array.from({ length: T }, (_, i) => (i * 7919 + 13) % shapes[shape].vocab);

@@ -144,7 +144,8 @@
       "native/test/test_scratch.cpp",
       "native/test/test_split.cpp",
       "native/test/test_thread_pool.cpp",
-      "native/test/test_training.cpp"
+      "native/test/test_training.cpp",
+      "native/test/test_training_rows.cpp"
     ]
   }
 }

@@ -7,7 +7,7 @@ import { execFileSync } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 
 import type { BenchCase } from '../harness.js';
-import { forwardFlops, load } from '../shapes.js';
+import { load, trainingFlops } from '../shapes.js';
 import { temporaryFolder } from '../temporary.js';
 
 interface Report {
@@ -72,7 +72,7 @@ function trainingMemory(B: number, T: number): BenchCase {
 					String(B),
 					String(T),
 				);
-				return { tokens: B * T, flops: 3 * B * forwardFlops('gpt2', T, T / 2), ms: stepMs, peakRssBytes };
+				return { tokens: B * T, flops: B * trainingFlops('gpt2', T, T / 2), ms: stepMs, peakRssBytes };
 			},
 			teardown: async () => undefined,
 		}),

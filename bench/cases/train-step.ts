@@ -1,6 +1,6 @@
 /** One optimiser step: forward, backward and AdamW, half the tokens masked. */
 import type { BenchCase } from '../harness.js';
-import { forwardFlops, type ShapeName } from '../shapes.js';
+import { type ShapeName, trainingFlops } from '../shapes.js';
 import { halfMasked, startTraining } from '../training.js';
 
 function trainStep(shape: ShapeName, B: number, T: number, repeats: number, recompute = false): BenchCase {
@@ -15,7 +15,7 @@ function trainStep(shape: ShapeName, B: number, T: number, repeats: number, reco
 			return {
 				async run() {
 					await trainer.step(batch);
-					return { tokens: B * T, flops: 3 * B * forwardFlops(shape, T, T / 2) };
+					return { tokens: B * T, flops: B * trainingFlops(shape, T, T / 2) };
 				},
 				teardown: () => trainer.model.dispose(),
 			};

@@ -8,84 +8,13 @@
 #include "core/error.h"
 #include "core/model.h"
 #include "test/check.h"
-#include "test/naive_gpt2.h"
 #include "test/proxy_backend.h"
+#include "test/training_task.h"
 
 using namespace dn;
 using namespace dn::test;
 
 namespace {
-
-using Floats = std::vector<float>;
-using State = std::vector<Floats>;  // one array a parameter
-
-Floats sized(const Model& model, size_t index) {
-  return Floats(static_cast<size_t>(model.parameters()[index].count));
-}
-
-State gradients(Model& model) {
-  State state;
-  for (size_t i = 0; i < model.parameters().size(); ++i) {
-    state.push_back(sized(model, i));
-    model.get_gradient(i, state.back().data());
-  }
-  return state;
-}
-
-State weights(Model& model) {
-  State state;
-  for (size_t i = 0; i < model.parameters().size(); ++i) {
-    state.push_back(sized(model, i));
-    model.get_parameter(i, state.back().data());
-  }
-  return state;
-}
-
-State moments(Model& model, Model::Moment which) {
-  State state;
-  for (size_t i = 0; i < model.parameters().size(); ++i) {
-    state.push_back(sized(model, i));
-    model.get_moment(i, which, state.back().data());
-  }
-  return state;
-}
-
-bool same_bits(const Floats& a, const Floats& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
-
-void check_same_bits(const Model& model, const State& a, const State& b, const char* what) {
-  for (size_t i = 0; i < a.size(); ++i) {
-    CHECK_MSG(same_bits(a[i], b[i]), std::string(what) + ": " + model.parameters()[i].name + " differs");
-  }
-}
-
-// Two ragged sequences; every second row is asked for, with weights as of different diffusion times.
-struct Task {
-  Batch batch;
-  LossRows rows;
-};
-
-Task make_task(const ModelConfig& config, const AttentionMask& mask, uint64_t seed, int32_t first = 12,
-               int32_t second = 5) {
-  Task task;
-  Numbers numbers(seed);
-  append_sequence(task.batch, numbers, first, config.vocab, mask);
-  if (second > 0) append_sequence(task.batch, numbers, second, config.vocab, mask);
-  double_positions(task.batch);
-  for (int64_t n = 0; n < static_cast<int64_t>(task.batch.ids.size()); n += 2) {
-    task.rows.rows.push_back(n);
-    task.rows.targets.push_back(numbers.below(config.vocab));
-    task.rows.weights.push_back(n < first ? 1.75f : 0.5f);
-  }
-  return task;
-}
-
-Floats run(Model& model, const Task& task, const TrainingOptions& options = {}) {
-  Floats losses(task.rows.rows.size());
-  model.loss_and_gradients(task.batch, task.rows, options, losses.data());
-  return losses;
-}
 
 double central_difference(NaiveGpt2& naive, const Task& task, size_t index, const Doubles& direction) {
   constexpr double kStep = 1e-5;
@@ -96,12 +25,6 @@ double central_difference(NaiveGpt2& naive, const Task& task, size_t index, cons
   const double below = naive.weighted_loss(task.batch, task.rows);
   naive.p[index] = kept;
   return (above - below) / (2 * kStep);
-}
-
-double root_sum_of_squares(const Floats& values) {
-  double sum = 0;
-  for (const float x : values) sum += static_cast<double>(x) * x;
-  return std::sqrt(sum);
 }
 
 }  // namespace
@@ -295,22 +218,6 @@ DN_TEST(training_threads_change_nothing) {
   }
 }
 
-// Losses of a sequence do not know their neighbours.
-DN_TEST(training_losses_do_not_depend_on_the_batch) {
-  const NaiveGpt2 naive = random_weights(tiny_config(20, 37), 8);
-  const auto model = make_model(naive);
-  model->begin_training();
-  const Task both = make_task(naive.config, all_masks()[0].mask, 40, 8, 5);
-  Task one = make_task(naive.config, all_masks()[0].mask, 40, 8, 0);
-  one.rows = both.rows;
-  one.rows.rows.resize(4);
-  one.rows.targets.resize(4);
-  one.rows.weights.resize(4);
-  Floats together = run(*model, both);
-  together.resize(4);
-  CHECK(same_bits(together, run(*model, one)));
-}
-
 DN_TEST(training_continues_from_a_saved_state) {
   const NaiveGpt2 naive = random_weights(tiny_config(20, 37), 9);
   const auto original = make_model(naive);
@@ -385,17 +292,6 @@ DN_TEST(training_alternates_with_inference) {
     for (const Floats& values : state) CHECK(root_sum_of_squares(values) == 0);
   }
   check_same_bits(*model, weights(*model), trained, "weight");
-}
-
-DN_TEST(training_without_rows_changes_nothing) {
-  const NaiveGpt2 naive = random_weights(tiny_config(), 11);
-  const auto model = make_model(naive);
-  Task task = make_task(naive.config, all_masks()[0].mask, 42);
-  task.rows = LossRows();
-  model->loss(task.batch, task.rows, {}, nullptr);
-  model->begin_training();
-  run(*model, task);
-  CHECK(model->gradient_sum_of_squares() == 0);
 }
 
 // Reduced precision may round, but must stay near: bf16 keeps 8 bits.
