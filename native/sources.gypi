@@ -22,6 +22,7 @@
       "native/cpu/attention_portable.cpp",
       "native/cpu/backend_cpu.cpp",
       "native/cpu/gemm.cpp",
+      "native/cpu/gemm_chunk.cpp",
       "native/cpu/gemm_bf16.cpp",
       "native/cpu/gemm_int8.cpp",
       "native/cpu/gemm_int8_portable.cpp",

@@ -7,18 +7,14 @@
 #include "cpu/gemm.h"
 
 #include <algorithm>
-#include <cstring>
-#include <utility>
 
+#include "cpu/gemm_chunk.h"
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
 
 namespace dn::cpu {
 namespace {
 
-// Packed A that is met with one panel before the next, and packed B of a task, in one block of the reduction:
-// 384 KB each. Both and what is asked for ahead fit in an L2 of 1 MB.
-constexpr int64_t kBlockFloats = int64_t{96} << 10;
 // So few rows are bound by reading the weight, and all of their packed A fits in L2.
 constexpr int64_t kFewRows = 32;
 // Packed A kept at a time when cut by columns: 16 MB, or the rows of a block when they are longer.
@@ -30,167 +26,16 @@ constexpr int64_t kMostDepth = 6144;
 constexpr int64_t kManyRows = 2048;
 constexpr int64_t kSmallB = int64_t{256} << 10;
 constexpr int64_t kSmallDepth = 1024;
-// So many numbers of packed A (1 MB) stay in L2 by themselves.
-constexpr int64_t kNearFloats = int64_t{256} << 10;
 // So many of B (32 KB) stay in L1 while a tile of A passes by.
 constexpr int64_t kNearestFloats = int64_t{8} << 10;
 // Below this many elements A is packed by the caller alone: a parallel region would cost more.
 constexpr int64_t kPackAlone = 32768;
-constexpr int64_t kLine = 16;  // floats in a cache line
 // Rows a thread needs to have all of a packed B pass by for them alone: it comes from memory at 7 GB/s then.
 constexpr int64_t kOwnRows = 64;
-constexpr int64_t kMostTileRows = 16;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Rows of A, and panels of B, in a block.
-int64_t block_rows(const GemmKernels& kernels) { return kBlockFloats / kernels.depth; }
-int64_t block_panels(const GemmKernels& kernels) { return kBlockFloats / (kernels.depth * kGemmPanel); }
-
-// One row chunk [m_begin, m_begin + rows) of a product, cut into tiles of nearly equal height, and its packed
-// A: blocks of kernels.depth of the reduction, in each the tiles one after the other.
-struct Chunk {
-  Chunk(const GemmProduct& product, const GemmKernels& table, int64_t m, int64_t count, float* a,
-        int64_t row_parts = 1)
-      : p(product),
-        kernels(table),
-        m_begin(m),
-        rows(count),
-        packed_a(a),
-        parts(row_parts),
-        tiles(ceil_div(count, table.max_rows * row_parts) * row_parts) {}
-
-  const GemmProduct& p;
-  const GemmKernels& kernels;
-  const int64_t m_begin;
-  const int64_t rows;
-  float* const packed_a;
-  const int64_t parts;  // row parts with equally many tiles each
-  const int64_t tiles;
-
-  int64_t k_begin(int64_t block) const { return block * kernels.depth; }
-  int64_t blocks() const { return ceil_div(p.K, kernels.depth); }
-  int64_t depth(int64_t block) const { return std::min(kernels.depth, p.K - k_begin(block)); }
-  int64_t tile_begin(int64_t tile) const { return rows * tile / tiles; }
-  float* tile_a(int64_t block, int64_t tile) const {
-    return packed_a + k_begin(block) * rows + tile_begin(tile) * depth(block);
-  }
-  // Row blocks of nearly equal size that so many tiles make: what is handled against one panel before the
-  // next.
-  int64_t row_blocks(int64_t of_tiles) const {
-    return ceil_div(of_tiles, ceil_div(block_rows(kernels), kernels.max_rows));
-  }
-};
-
-// Memory wanted soon and the tiles that may still ask for it, each for an equal share.
-struct Ahead {
-  GemmPrefetch memory;
-  int64_t tiles = 1;
-
-  int64_t share() const {
-    return memory.lines == 0 ? 0 : ceil_div(memory.lines, std::max<int64_t>(1, tiles));
-  }
-};
-
-// `rows` runs of `floats`, `stride` floats apart.
-Ahead ahead_of(const float* at, int64_t rows, int64_t floats, int64_t stride, int64_t tiles) {
-  Ahead ahead;
-  if (floats == stride) {
-    floats *= rows;
-    rows = 1;
-  }
-  ahead.memory.at = at;
-  ahead.memory.run = ahead.memory.left = std::max<int64_t>(1, ceil_div(floats, kLine));
-  ahead.memory.jump = stride - ahead.memory.run * kLine;
-  ahead.memory.lines = rows * ahead.memory.run;
-  ahead.tiles = tiles;
-  return ahead;
-}
-
-// Packed A of some tiles, unless all of it is near anyway.
-Ahead ahead_of_tiles(const Chunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end, int64_t tiles) {
-  if (chunk.rows * chunk.p.K <= kNearFloats) return {};
-  const int64_t rows = chunk.tile_begin(tile_end) - chunk.tile_begin(tile_begin);
-  return ahead_of(chunk.tile_a(block, tile_begin), 1, rows * chunk.depth(block), 0, tiles);
-}
-
-void pack_a(const Chunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end) {
-  const GemmProduct& p = chunk.p;
-  const int64_t k = chunk.k_begin(block), depth = chunk.depth(block);
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int64_t m = chunk.m_begin + chunk.tile_begin(tile);
-    const int64_t rows = chunk.tile_begin(tile + 1) - chunk.tile_begin(tile);
-    float* const dst = chunk.tile_a(block, tile);
-    if (p.a_layout == GemmLayout::kTransposed) {
-      chunk.kernels.copy(dst, rows, p.a + k * p.a_stride + m, p.a_stride, depth, rows);
-      continue;
-    }
-    const float* src[kMostTileRows] = {};
-    for (int64_t r = 0; r < rows; ++r) src[r] = (p.a_rows ? p.a_rows[m + r] : p.a + (m + r) * p.a_stride) + k;
-    chunk.kernels.pack_rows(dst, src, rows, depth);
-  }
-}
-
-// Packs [k, k + depth) of panels [panel_begin, panel_end) of a plain B into dst, panel_floats apart.
-void pack_panels(const GemmProduct& p, const GemmKernels& kernels, int64_t panel_begin, int64_t panel_end,
-                 int64_t k, int64_t depth, float* dst, int64_t panel_floats) {
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel, dst += panel_floats) {
-    const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
-    if (cols < kGemmPanel) std::memset(dst, 0, static_cast<size_t>(depth * kGemmPanel) * sizeof(float));
-    if (p.b_layout == GemmLayout::kTransposed) {
-      kernels.transpose(dst, kGemmPanel, p.b + n * p.b_stride + k, p.b_stride, cols, depth);
-    } else {
-      kernels.copy(dst, kGemmPanel, p.b + k * p.b_stride + n, p.b_stride, depth, cols);
-    }
-  }
-}
-
-// What will be read of a plain B.
-Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
-                      int64_t tiles) {
-  const int64_t n = panel_begin * kGemmPanel, cols = std::min(p.N, panel_end * kGemmPanel) - n;
-  if (p.b_layout == GemmLayout::kTransposed)
-    return ahead_of(p.b + n * p.b_stride + k, cols, depth, p.b_stride, tiles);
-  return ahead_of(p.b + k * p.b_stride + n, depth, cols, p.b_stride, tiles);
-}
-
-// Whether the first tile that meets a panel of B packs it on the way: whole panels whose rows lie as tiles
-// read them.
-bool packs_on_the_way(const GemmProduct& p, int64_t panel) {
-  return p.b_layout == GemmLayout::kPlain && (panel + 1) * kGemmPanel <= p.N;
-}
-
-// One block of the reduction for some tiles of the chunk and one panel, whose block is b; with `packed`, b is
-// the block as it lies in a plain B and becomes packed. Tiles take turns in asking for what comes of A and of
-// B.
-void multiply_panel(const Chunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end, int64_t panel,
-                    const float* b, float* packed, Ahead& ahead_a, Ahead& ahead_b) {
-  const GemmProduct& p = chunk.p;
-  const int64_t depth = chunk.depth(block);
-  const bool finish = block + 1 == chunk.blocks() && has_finish(p);
-  const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
-  // A tile of a short reduction is over in less than a microsecond: no division here that can be left out.
-  const float* const block_a = chunk.tile_a(block, 0);
-  int64_t begin = chunk.tile_begin(tile_begin);
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int64_t end = chunk.tile_begin(tile + 1), rows = end - begin;
-    const GemmFinish then = finish_of(p, chunk.m_begin + begin, n, rows, cols);
-    const bool both = ahead_a.memory.lines > 0 && ahead_b.memory.lines > 0;
-    Ahead& ahead = both ? (tile % 2 == 0 ? ahead_a : ahead_b) : ahead_a.memory.lines > 0 ? ahead_a : ahead_b;
-    const int64_t share = std::min(ahead.memory.lines, (both ? 2 : 1) * ahead.share());
-    chunk.kernels.tile({then.c, p.c_stride, rows, cols, block_a + begin * depth, b, depth,
-                        p.accumulate || block > 0, &ahead.memory, share, finish ? &then : nullptr, packed,
-                        p.b_stride});
-    if (packed) b = std::exchange(packed, nullptr);
-    --ahead_a.tiles;
-    --ahead_b.tiles;
-    begin = end;
-  }
-}
 
 // Tiles [tile_begin, tile_end) of the chunk, at most a row block, against packed panels [panel_begin,
 // panel_end). next_tiles: where those begin that follow in time. after: the panel that follows, or null.
-void multiply_packed(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t next_tiles,
+void multiply_packed(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t next_tiles,
                      int64_t panel_begin, int64_t panel_end, const float* after) {
   const GemmProduct& p = chunk.p;
   const int64_t blocks = chunk.blocks(), tiles = tile_end - tile_begin;
@@ -217,7 +62,7 @@ void multiply_packed(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, i
 
 // C of tiles [tile_begin, tile_end) of the chunk and panels [panel_begin, panel_end) of a plain B. buffer:
 // kBlockFloats. next_panel: where the next task of this thread may begin.
-void multiply_plain(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t panel_begin,
+void multiply_plain(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t panel_begin,
                     int64_t panel_end, int64_t next_panel, float* buffer) {
   const GemmProduct& p = chunk.p;
   const int64_t panel_floats = chunk.kernels.depth * kGemmPanel, blocks = chunk.blocks();
@@ -255,7 +100,7 @@ void multiply_plain(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, in
 }
 
 // C of tiles [tile_begin, tile_end) of the chunk and panels [panel_begin, panel_end).
-void multiply_group(const Chunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t panel_begin,
+void multiply_group(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t panel_begin,
                     int64_t panel_end, int64_t next_panel, float* buffer) {
   const GemmProduct& p = chunk.p;
   if (p.b_layout != GemmLayout::kPanels)
@@ -297,7 +142,7 @@ Cut cut_chunk(const Cpu& cpu, const GemmProduct& p, const GemmKernels& kernels, 
   return {std::clamp<int64_t>(spare, 1, ceil_div(ceil_div(rows, kernels.max_rows), 4)), groups};
 }
 
-void multiply_chunk(const Cpu& cpu, const Chunk& chunk, const PanelGroups& groups, float* buffers) {
+void multiply_chunk(const Cpu& cpu, const GemmChunk& chunk, const PanelGroups& groups, float* buffers) {
   const GemmProduct& p = chunk.p;
   const int64_t tiles = chunk.tiles, blocks = chunk.blocks();
   parallel_near(chunk.rows * p.K <= kPackAlone ? 1 : cpu.threads, tiles, [&](int64_t tile, int) {
@@ -319,7 +164,8 @@ void multiply_by_columns(const Cpu& cpu, const GemmProduct& p, const GemmKernels
   for (int64_t m = 0; m < p.M; m += most_rows) {
     const int64_t rows = std::min(most_rows, p.M - m);
     const Cut cut = cut_chunk(cpu, p, kernels, rows);
-    multiply_chunk(cpu, Chunk(p, kernels, m, rows, scratch + buffer_floats, cut.parts), cut.groups, scratch);
+    multiply_chunk(cpu, GemmChunk(p, kernels, m, rows, scratch + buffer_floats, cut.parts), cut.groups,
+                   scratch);
   }
 }
 
@@ -360,7 +206,7 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
   }
   parallel(cpu.threads, tasks, [&](int64_t task, int worker) {
     const int64_t m = p.M * task / tasks, m_end = p.M * (task + 1) / tasks;
-    const Chunk chunk(p, kernels, m, m_end - m, scratch + b_floats + worker * task_floats);
+    const GemmChunk chunk(p, kernels, m, m_end - m, scratch + b_floats + worker * task_floats);
     const int64_t tiles = chunk.tiles, blocks = chunk.blocks();
     for (int64_t block = 0; block < blocks; ++block) pack_a(chunk, block, 0, tiles);
     Ahead ahead, none;  // the rows of the next task; all of B is near

@@ -1,0 +1,97 @@
+// What the ways of cutting an fp32 product (gemm.cpp) are made of: rows of A packed tile by tile, blocks of
+// panels of B, the tiles of one panel, and the memory that tiles ask for ahead. Private to gemm.cpp and
+// gemm_chunk.cpp.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/gemm.h"
+
+namespace dn::cpu {
+
+// Packed A that is met with one panel before the next, and packed B of a task, in one block of the reduction:
+// 384 KB each. Both and what is asked for ahead fit in an L2 of 1 MB.
+constexpr int64_t kBlockFloats = int64_t{96} << 10;
+constexpr int64_t kLine = 16;  // floats in a cache line
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of A, and panels of B, in a block.
+inline int64_t block_rows(const GemmKernels& kernels) { return kBlockFloats / kernels.depth; }
+inline int64_t block_panels(const GemmKernels& kernels) {
+  return kBlockFloats / (kernels.depth * kGemmPanel);
+}
+
+// One row chunk [m_begin, m_begin + rows) of a product, cut into tiles of nearly equal height, and its packed
+// A: blocks of kernels.depth of the reduction, in each the tiles one after the other.
+struct GemmChunk {
+  GemmChunk(const GemmProduct& product, const GemmKernels& table, int64_t m, int64_t count, float* a,
+            int64_t row_parts = 1)
+      : p(product),
+        kernels(table),
+        m_begin(m),
+        rows(count),
+        packed_a(a),
+        parts(row_parts),
+        tiles(ceil_div(count, table.max_rows * row_parts) * row_parts) {}
+
+  const GemmProduct& p;
+  const GemmKernels& kernels;
+  const int64_t m_begin;
+  const int64_t rows;
+  float* const packed_a;
+  const int64_t parts;  // row parts with equally many tiles each
+  const int64_t tiles;
+
+  int64_t k_begin(int64_t block) const { return block * kernels.depth; }
+  int64_t blocks() const { return ceil_div(p.K, kernels.depth); }
+  int64_t depth(int64_t block) const { return std::min(kernels.depth, p.K - k_begin(block)); }
+  int64_t tile_begin(int64_t tile) const { return rows * tile / tiles; }
+  float* tile_a(int64_t block, int64_t tile) const {
+    return packed_a + k_begin(block) * rows + tile_begin(tile) * depth(block);
+  }
+  // Row blocks of nearly equal size that so many tiles make: what is handled against one panel before the
+  // next.
+  int64_t row_blocks(int64_t of_tiles) const {
+    return ceil_div(of_tiles, ceil_div(block_rows(kernels), kernels.max_rows));
+  }
+};
+
+// Memory wanted soon and the tiles that may still ask for it, each for an equal share.
+struct Ahead {
+  GemmPrefetch memory;
+  int64_t tiles = 1;
+
+  int64_t share() const {
+    return memory.lines == 0 ? 0 : ceil_div(memory.lines, std::max<int64_t>(1, tiles));
+  }
+};
+
+// `rows` runs of `floats`, `stride` floats apart.
+Ahead ahead_of(const float* at, int64_t rows, int64_t floats, int64_t stride, int64_t tiles);
+// Packed A of some tiles, unless all of it is near anyway.
+Ahead ahead_of_tiles(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end,
+                     int64_t tiles);
+// What will be read of a plain B: [k, k + depth) of panels [panel_begin, panel_end).
+Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
+                      int64_t tiles);
+
+// Packs a block of tiles [tile_begin, tile_end).
+void pack_a(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end);
+// Packs [k, k + depth) of panels [panel_begin, panel_end) of a plain B into dst, panel_floats apart.
+void pack_panels(const GemmProduct& p, const GemmKernels& kernels, int64_t panel_begin, int64_t panel_end,
+                 int64_t k, int64_t depth, float* dst, int64_t panel_floats);
+// Whether the first tile that meets a panel of B packs it on the way: whole panels whose rows lie as tiles
+// read them.
+inline bool packs_on_the_way(const GemmProduct& p, int64_t panel) {
+  return p.b_layout == GemmLayout::kPlain && (panel + 1) * kGemmPanel <= p.N;
+}
+
+// One block of the reduction for some tiles of the chunk and one panel, whose block is b; with `packed`, b is
+// the block as it lies in a plain B and becomes packed. Tiles take turns in asking for what comes of A and of
+// B.
+void multiply_panel(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end,
+                    int64_t panel, const float* b, float* packed, Ahead& ahead_a, Ahead& ahead_b);
+
+}  // namespace dn::cpu
