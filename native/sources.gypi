@@ -1,6 +1,7 @@
 {
   "variables": {
     "core_sources": [
+      "native/core/batch_plan.cpp",
       "native/core/denoise_row.cpp",
       "native/core/divergence.cpp",
       "native/core/json.cpp",

@@ -29,16 +29,6 @@ void check_adamw(const AdamWStep& step, float weight_decay) {
   require(step.eps > 0 && std::isfinite(step.eps), "eps", step.eps, "a finite number above 0");
 }
 
-// dst (N, C) = the rows of src (R, C) where the plan lists them, zero elsewhere.
-void scatter(Backend& backend, const BatchPlan& plan, Tensor dst, Tensor src) {
-  backend.zero(dst.data, static_cast<size_t>(dst.rows * dst.cols) * dtype_bytes(dst.dtype));
-  int64_t r = 0;
-  for (const RowRun& run : plan.gathers) {
-    backend.copy(dst.slice(run.row, run.count), src.slice(r, run.count));
-    r += run.count;
-  }
-}
-
 }  // namespace
 
 void Model::begin_training() {

@@ -1,5 +1,6 @@
 // What the model's source files share: where a parameter stands in the table, the memory of a step and the
-// plan of a batch. Private to native/core/{params,parameter_file,model,model_loop,model_training}.cpp.
+// plan of a batch. Private to
+// native/core/{batch_plan,model,model_loop,model_training,parameter_file,params}.cpp.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,7 @@ namespace dn {
 // Refuses an argument.
 [[noreturn]] inline void bad(const std::string& message) { throw Error(Code::kArgument, message); }
 inline std::string str(int64_t n) { return std::to_string(n); }
+inline size_t idx(int64_t n) { return static_cast<size_t>(n); }
 
 // Order of the parameter table: wte, wpe, twelve tensors a block, ln_f.
 constexpr size_t kWte = 0;
@@ -161,6 +163,11 @@ struct BatchPlan {
     return (batch.mask_positions.empty() ? batch.positions : batch.mask_positions)[static_cast<size_t>(n)];
   }
 };
+
+// dst (R, C) = the rows of src that the plan lists, in order.
+void gather(Backend& backend, const BatchPlan& plan, Tensor dst, Tensor src);
+// dst (N, C) = the rows of src (R, C) where the plan lists them, zero elsewhere.
+void scatter(Backend& backend, const BatchPlan& plan, Tensor dst, Tensor src);
 
 // Where a block leaves its intermediate results. Inference lets them share memory and leaves out what only a
 // backward pass reads (null); training keeps all. With listed rows everything from q on has R rows instead of
