@@ -12,7 +12,6 @@
  *
  * Under the shift row p - 1 predicts token p: the block's first token needs the row before the block, which is computed too.
  */
-import type { NativeCache, NativeMask } from './binding.js';
 import type { Canvas } from './canvas.js';
 import type { DenoiseRequest, Engine } from './engine.js';
 import {
@@ -26,6 +25,7 @@ import {
 	type Sampling,
 	twinOf,
 } from './evaluator.js';
+import type { NativeCache, NativeMask } from './native-types.js';
 import { divergence } from './samplers/policy.js';
 
 /** What a cached forward computes: from the block to the end ('prefix'), or the block alone ('dual'). */

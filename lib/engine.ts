@@ -4,11 +4,11 @@
  * `generate` calls that each await `engine.denoise` are thereby served together, step by step (continuous batching).
  * Nothing here knows what a token means; lib/generate.ts and lib/trainer.ts do.
  */
-import type { NativeCache, NativeMask, NativeModel, NativeParameter, NativeSampler } from './binding.js';
 import type { ModelConfig } from './config.js';
 import { DiffusionNativeError, fromNative } from './errors.js';
 import { logitRowsOf, merge, type Part, pickColumns } from './merge.js';
 import { mergeSteps, stepsOf } from './merge-steps.js';
+import type { NativeCache, NativeMask, NativeModel, NativeParameter, NativeSampler } from './native-types.js';
 import type { KeptRows } from './row-history.js';
 
 /** One denoising step of one caller: one canvas, or several variants of it (an unconditional twin, verification copies). */

@@ -1,7 +1,7 @@
 /** From the denoising requests that wait to one packed native batch, and where each finds its results. */
-import type { NativeBatch, NativeDenoise } from './binding.js';
 import type { DenoiseRequest } from './engine.js';
 import { DiffusionNativeError } from './errors.js';
+import type { NativeBatch, NativeDenoise } from './native-types.js';
 
 /** Where one request finds its results in those of the merged batch. */
 export interface Part {

@@ -13,7 +13,7 @@ import {
 	toNativeTrainBatch,
 	toSeed,
 } from './batch.js';
-import { binding, type NativeBatch, type NativeParameter } from './binding.js';
+import { binding } from './binding.js';
 import { saveCheckpoint } from './checkpoint-save.js';
 import { type ModelConfig, type ModelConfigInput, resolveConfig } from './config.js';
 import type { DenoiseStep } from './denoise-loop.js';
@@ -33,6 +33,7 @@ import {
 import { forgetLengths, lengthExtras } from './length/extras.js';
 import type { LengthOptions, LengthPrediction } from './length/method.js';
 import { loadPretrained, type PretrainedOptions } from './load.js';
+import type { NativeBatch, NativeParameter } from './native-types.js';
 import { checkOptions, show } from './option-checks.js';
 import type { GenerateOptions } from './options.js';
 import type { Prompt } from './prompt.js';
