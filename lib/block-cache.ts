@@ -13,7 +13,7 @@
  * Under the shift row p - 1 predicts token p: the block's first token needs the row before the block, which is computed too.
  */
 import type { Canvas } from './canvas.js';
-import type { DenoiseRequest, Engine } from './engine.js';
+import type { Engine } from './engine.js';
 import {
 	type Drift,
 	type Evaluator,
@@ -26,6 +26,7 @@ import {
 	twinOf,
 } from './evaluator.js';
 import type { NativeCache, NativeMask } from './native-types.js';
+import type { DenoiseRequest } from './requests.js';
 import { divergence } from './samplers/policy.js';
 
 /** What a cached forward computes: from the block to the end ('prefix'), or the block alone ('dual'). */
