@@ -3,14 +3,15 @@
  * (lib/denoise-loop.ts) then decides as it would have: what it says and what the device did are the same decision made
  * twice, and a difference is an error.
  */
-import type { NativeMask } from './binding.js';
 import type { Canvas } from './canvas.js';
 import type { Loop } from './denoise-loop.js';
-import type { Engine, StepRecord } from './engine.js';
+import type { Engine } from './engine.js';
 import { DiffusionNativeError } from './errors.js';
 import { type Evaluator, makeLook } from './evaluator.js';
 import type { LengthRule } from './length/method.js';
+import type { NativeMask } from './native-types.js';
 import type { ResolvedOptions } from './options.js';
+import type { StepRecord } from './requests.js';
 
 /** The native bound, kMostLoopSteps. */
 const mostSteps = 64;

@@ -2,9 +2,9 @@
  * Batches of sequences for the loss and for training: the public types, their checks, and the packed form that the addon
  * takes. Nothing is drawn here; the noise process (native/core/noise.h) draws what a batch does not give.
  */
-import type { NativeMask, NativeNoise, NativeTrainBatch } from './binding.js';
 import { checkMask, type ModelConfig } from './config.js';
 import { check } from './errors.js';
+import type { NativeMask, NativeNoise, NativeTrainBatch } from './native-types.js';
 import { mostInt32, show, suggest } from './option-checks.js';
 
 /** Clean sequences, ragged. With `mask` and `t` given nothing is drawn. */

@@ -12,9 +12,8 @@
  *
  * Under the shift row p - 1 predicts token p: the block's first token needs the row before the block, which is computed too.
  */
-import type { NativeCache, NativeMask } from './binding.js';
 import type { Canvas } from './canvas.js';
-import type { DenoiseRequest, Engine } from './engine.js';
+import type { Engine } from './engine.js';
 import {
 	type Drift,
 	type Evaluator,
@@ -26,6 +25,8 @@ import {
 	type Sampling,
 	twinOf,
 } from './evaluator.js';
+import type { NativeCache, NativeMask } from './native-types.js';
+import type { DenoiseRequest } from './requests.js';
 import { divergence } from './samplers/policy.js';
 
 /** What a cached forward computes: from the block to the end ('prefix'), or the block alone ('dual'). */

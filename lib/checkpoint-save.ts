@@ -6,7 +6,7 @@
  */
 import { join } from 'node:path';
 
-import { binding, type NativeModel, type NativeParameter, type NativeTensorSource } from './binding.js';
+import { binding } from './binding.js';
 import { int8Columns, scaleSuffix } from './checkpoint.js';
 import { quantMethod } from './checkpoint-config.js';
 import type { ModelConfig } from './config.js';
@@ -14,6 +14,7 @@ import { fromNative } from './errors.js';
 import { replaceDirectory, writeSynced } from './files.js';
 import type { LengthExtras } from './length/extras.js';
 import { lengthFiles, writeLengthFiles } from './length/files.js';
+import type { NativeModel, NativeParameter, NativeTensorSource } from './native-types.js';
 import type { Tokenizer } from './tokenizer.js';
 
 export interface SaveOptions {

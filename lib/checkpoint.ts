@@ -6,12 +6,13 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 
-import { binding, type NativeModel, type NativeSafetensors, type NativeTensorEntry } from './binding.js';
+import { binding } from './binding.js';
 import { decideConfig, declaredMaskId, readDeclaredConfig } from './checkpoint-config.js';
 import type { ModelConfig } from './config.js';
 import { check, DiffusionNativeError, fromNative } from './errors.js';
 import { readJsonObject } from './files.js';
 import type { LoadProgress } from './hub.js';
+import type { NativeModel, NativeSafetensors, NativeTensorEntry } from './native-types.js';
 import { Tokenizer } from './tokenizer.js';
 
 const weights = 'model.safetensors';

@@ -5,6 +5,7 @@
 import { type Canvas, type Resize, State } from './canvas.js';
 import { check } from './errors.js';
 import { type Drift, type Look, restrict } from './evaluator.js';
+import { Gap } from './length/gap.js';
 import type { LengthRule } from './length/method.js';
 import type { ResolvedOptions } from './options.js';
 import { checkedDecision, chosenPositions, stepView, verifiedGroups } from './policy-gate.js';
@@ -72,15 +73,13 @@ const idleLimit = 256;
 
 /** The state of one request between forwards. */
 export class Loop {
-	/** Positions of the largest canvas so far. */
-	largest: number;
 	/** Of policies that compare a forward with the one before. */
 	readonly history = new RowHistory();
 
 	readonly #canvas: Canvas;
 	readonly #options: ResolvedOptions;
 	readonly #rule: LengthRule | null;
-	readonly #ends: Int32Array;
+	readonly #gap: Gap;
 	readonly #tokenizer: TextCodec | null;
 	readonly #memory: Record<string, unknown> = {};
 	readonly #budget: StepBudget;
@@ -92,7 +91,6 @@ export class Loop {
 	#stopped = false;
 	#fewestOpen = Number.POSITIVE_INFINITY;
 	#idle = 0;
-	#resized: Resize[] = [];
 
 	constructor(
 		canvas: Canvas,
@@ -104,11 +102,15 @@ export class Loop {
 		this.#canvas = canvas;
 		this.#options = options;
 		this.#rule = rule;
-		this.#ends = ends;
+		this.#gap = new Gap(canvas, rule, ends);
 		this.#tokenizer = tokenizer;
-		this.largest = canvas.length;
 		this.#budget = new StepBudget(options, canvas.generatedPositions(), rule);
 		this.#plan(0);
+	}
+
+	/** Positions of the largest canvas so far. */
+	get largest(): number {
+		return this.#gap.largest;
 	}
 
 	/** What to look at next; undefined: done. */
@@ -227,8 +229,10 @@ export class Loop {
 			guesses[position] = all.best[k] as number;
 			guessed = true;
 		}
-		const cut = this.#cut();
+		const cut = this.#gap.cut();
 		if (cut) {
+			// Without an end token it is the length rule that ends the text here.
+			if (!this.#gap.ended) this.#stopped = true;
 			const gone = (position: number): boolean => position >= cut.at && position < cut.at + cut.removed;
 			committed = committed.filter((position) => !gone(position));
 			reopened = reopened.filter((position) => !gone(position));
@@ -247,8 +251,7 @@ export class Loop {
 		}
 		this.#advance();
 		this.#events++;
-		const resized = this.#resized;
-		this.#resized = [];
+		const resized = this.#gap.takeResized();
 		const event: DenoiseStep = {
 			step: this.#events,
 			steps: this.#events + this.#stepsLeft(),
@@ -256,7 +259,9 @@ export class Loop {
 			committed,
 			confidence,
 			reopened,
-			text: this.#tokenizer ? decodeCommitted(canvas, this.#visible(), this.#tokenizer, this.#growth() > 0) : '',
+			text: this.#tokenizer
+				? decodeCommitted(canvas, this.#gap.visible(), this.#tokenizer, this.#gap.growth() > 0)
+				: '',
 		};
 		if (guessed) event.provisional = guesses;
 		if (resized.length > 0) event.resized = resized;
@@ -267,18 +272,18 @@ export class Loop {
 	/** New ids, text, and whether a variable length ended at an end token. */
 	finish(): { tokens: Int32Array; text: string; ended: boolean } {
 		const canvas = this.#canvas;
-		const visible = this.#visible();
+		const visible = this.#gap.visible();
 		const positions = this.#rule ? visible : canvas.generatedPositions();
 		return {
 			tokens: positions.filter((i) => !canvas.isOpen(i)).map((i) => canvas.tokens[i] as number),
 			text: decodeCommitted(canvas, visible, this.#tokenizer),
-			ended: this.#rule !== null && this.#endPosition(false) >= 0,
+			ended: this.#gap.ended,
 		};
 	}
 
 	/** Committed new tokens before the first end token. */
 	realTokens(): number {
-		return this.#visible().filter((i) => !this.#canvas.isOpen(i)).length;
+		return this.#gap.visible().filter((i) => !this.#canvas.isOpen(i)).length;
 	}
 
 	/** Windows over the generated positions from the `begin`-th on. */
@@ -288,60 +293,22 @@ export class Loop {
 		this.#windows.push(...this.#budget.windows(windowBounds(positions, this.#options), begin));
 	}
 
-	/** Open positions that the length rule will add to a canvas that is full. */
-	#growth(): number {
-		const { holeBegin, holeEnd } = this.#canvas;
-		return this.#rule?.grow && this.#endPosition(false) < 0 ? Math.max(0, this.#rule.grow(holeEnd - holeBegin)) : 0;
-	}
-
 	/** Adds open positions when the length rule wants more; false: finished. */
 	#grow(): boolean {
 		const { holeBegin, holeEnd } = this.#canvas;
-		const before = holeEnd - holeBegin;
-		const more = this.#growth();
-		if (more <= 0) return false;
-		const resize = { at: holeEnd, removed: 0, inserted: more };
-		this.#canvas.resize(resize);
-		this.#resized.push(resize);
-		this.largest = Math.max(this.largest, this.#canvas.length);
+		const more = this.#gap.growth();
+		if (more === 0) return false;
+		this.#gap.resize({ at: holeEnd, removed: 0, inserted: more });
 		this.#fewestOpen = Number.POSITIVE_INFINITY;
-		this.#plan(before);
+		this.#plan(holeEnd - holeBegin);
 		return true;
 	}
 
-	/** Early cut: positions after a final end token leave the canvas, or the tail that the length rule rejects. */
-	#cut(): Resize | undefined {
-		if (!this.#rule) return undefined;
-		const end = this.#endPosition(true);
-		const { tokens, holeBegin, holeEnd, openCount, tentative } = this.#canvas;
-		let removed = end < 0 ? 0 : holeEnd - (end + 1);
-		if (end < 0 && openCount === 0 && !tentative.includes(1)) {
-			removed = this.#rule.drop?.(tokens.subarray(holeBegin, holeEnd)) ?? 0;
-			if (removed > 0) this.#stopped = true;
-		}
-		if (removed === 0) return undefined;
-		const resize = { at: holeEnd - removed, removed, inserted: 0 };
-		this.#canvas.resize(resize);
-		this.#resized.push(resize);
-		return resize;
-	}
-
 	/** Lets the length rule change the canvas, as far as the step budget allows. */
-	#adapt(plan: Plan, { positions, best, end, probability }: Look): Resize | undefined {
+	#adapt(plan: Plan, look: Look): Resize | undefined {
 		const canvas = this.#canvas;
 		const { holeBegin, holeEnd } = canvas;
-		if (!this.#rule?.adapt || this.#endPosition(false) >= 0) return undefined;
-		const change = this.#rule.adapt({
-			positions,
-			open: Uint8Array.from(positions, (position) => Number(canvas.isOpen(position))),
-			isEnd: Uint8Array.from(best, (id) => Number(this.#ends.includes(id))),
-			end,
-			probability,
-			begin: holeBegin,
-			stop: holeEnd,
-			blockBegin: plan.begin,
-			blockEnd: plan.end,
-		});
+		const change = this.#gap.wanted(look, plan);
 		if (!change) return undefined;
 		const after = windowsAfter(
 			{ ...change, at: change.at - holeBegin },
@@ -357,9 +324,7 @@ export class Loop {
 			},
 		);
 		if (!after) return undefined;
-		canvas.resize(change);
-		this.#resized.push(change);
-		this.largest = Math.max(this.largest, canvas.length);
+		this.#gap.resize(change);
 		this.#fewestOpen = Number.POSITIVE_INFINITY;
 		// What a policy remembers is by position, and positions have moved.
 		for (const key of Object.keys(this.#memory)) delete this.#memory[key];
@@ -367,24 +332,6 @@ export class Loop {
 		this.#windows = after.windows;
 		if (after.isNew) this.#blockStep = -1; // counted up to 0 when this step is
 		return change;
-	}
-
-	/** Committed end token of the gap that closes the text, -1: none. */
-	#endPosition(final: boolean): number {
-		const canvas = this.#canvas;
-		let missing = this.#rule?.ends ?? 1;
-		for (let i = canvas.holeBegin; i >= 0 && i < canvas.holeEnd; i++) {
-			if (canvas.state[i] !== State.committed || (final && canvas.tentative[i])) continue;
-			if (this.#ends.includes(canvas.tokens[i] as number) && --missing === 0) return i;
-		}
-		return -1;
-	}
-
-	/** Generated positions before the first committed end token; all of them when they are scattered. */
-	#visible(): Int32Array {
-		const end = this.#endPosition(false);
-		const positions = this.#canvas.generatedPositions();
-		return end < 0 ? positions : positions.filter((i) => i < end);
 	}
 
 	#decide({ view, last }: Plan, look: Look): Decision {

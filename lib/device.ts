@@ -1,8 +1,9 @@
 /** From the device and dtype a caller asks for to an engine on a real one. */
-import { binding, type NativeCudaInfo } from './binding.js';
+import { binding } from './binding.js';
 import type { ModelConfig } from './config.js';
 import { Engine } from './engine.js';
 import { check, DiffusionNativeError, fromNative } from './errors.js';
+import type { NativeCudaInfo } from './native-types.js';
 import { show } from './option-checks.js';
 
 /**

@@ -3,12 +3,13 @@
  * guidance, verification copies, the key-value cache of left-to-right decoding. With lib/block-cache.ts, which does the same
  * for cached blocks, the one place that knows the shift in generation.
  */
-import type { NativeCache, NativeMask } from './binding.js';
 import { type Canvas, State } from './canvas.js';
 import type { ModelConfig } from './config.js';
-import type { Engine, RowStatistics } from './engine.js';
+import type { Engine } from './engine.js';
 import { check } from './errors.js';
+import type { NativeCache, NativeMask } from './native-types.js';
 import type { ResolvedOptions } from './options.js';
+import type { RowStatistics } from './requests.js';
 import type { KeptRows } from './row-history.js';
 
 /** Statistics of the positions looked at; entry k speaks of `positions[k]`. */

@@ -1,6 +1,5 @@
 /** The public names of the package; nothing is defined here. */
 export type { AttentionOption, DiffusionBatch, LossOptions, Objective, SpindleSchedule, TimeSampler } from './batch.js';
-export type { NativeParameter } from './binding.js';
 export type { CacheKind } from './block-cache.js';
 export type { Resize } from './canvas.js';
 export type { ModelConfig, ModelConfigInput } from './config.js';
@@ -24,6 +23,7 @@ export type * from './eval/options.js';
 export type { Interval } from './eval/statistics.js';
 export { evaluate, metricNames } from './evaluate.js';
 export type { Drift } from './evaluator.js';
+export type { ForwardOptions } from './forward.js';
 export type { GenerateResult, GenerateStats, PredictOptions } from './generate.js';
 export type { LoadProgress } from './hub.js';
 export { type Info, info } from './info.js';
@@ -52,7 +52,8 @@ export type { PretrainedOptions } from './load.js';
 export { JsonlLogger } from './loggers/jsonl.js';
 export { ProgressLogger, type ProgressOptions } from './loggers/progress.js';
 export { TensorBoardLogger } from './loggers/tensorboard.js';
-export { DiffuGPT, type ForwardOptions, type FromConfigOptions, type LossResult, type SaveOptions } from './model.js';
+export { DiffuGPT, type FromConfigOptions, type LossResult, type SaveOptions } from './model.js';
+export type { NativeParameter } from './native-types.js';
 export type { GenerateOptions, SamplerName } from './options.js';
 export type { Prompt } from './prompt.js';
 export type { Plan, Score } from './samplers/confidence.js';

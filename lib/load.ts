@@ -1,5 +1,4 @@
 /** From a directory or hub id to a loaded engine: find the files, open them, fill the weights, check the direction of attention. */
-import type { NativeModel } from './binding.js';
 import { type Checkpoint, type LoadOptions, openCheckpoint } from './checkpoint.js';
 import type { ModelConfig } from './config.js';
 import { type DeviceOptions, type OpenedEngine, openEngine } from './device.js';
@@ -8,6 +7,7 @@ import { check, DiffusionNativeError } from './errors.js';
 import { type LoadProgress, type ResolveOptions, resolveModelDirectory } from './hub.js';
 import { lengthExtras } from './length/extras.js';
 import { readLengthFiles } from './length/files.js';
+import type { NativeModel } from './native-types.js';
 import { checkOptions } from './option-checks.js';
 import type { Tokenizer } from './tokenizer.js';
 

@@ -1,6 +1,6 @@
 /** From the requests whose steps the device takes by itself to one packed native call, and back. */
-import type { NativeLoop, NativeLoopLog } from './binding.js';
-import type { StepRecord, StepsRequest } from './engine.js';
+import type { NativeLoop, NativeLoopLog } from './native-types.js';
+import type { StepRecord, StepsRequest } from './requests.js';
 
 /** Lays the canvases end to end. The call has as few steps as the request that wants the fewest. */
 export function mergeSteps(requests: readonly StepsRequest[]): NativeLoop {

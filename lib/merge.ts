@@ -1,10 +1,10 @@
-/** From the denoising requests that wait to one packed native batch, and where each finds its results. */
-import type { NativeBatch, NativeDenoise } from './binding.js';
-import type { DenoiseRequest } from './engine.js';
+/** From the denoising requests that wait to one packed native batch, and from its results back to each of them. */
 import { DiffusionNativeError } from './errors.js';
+import type { NativeBatch, NativeDenoise, NativeStats } from './native-types.js';
+import type { DenoiseRequest, RowStatistics } from './requests.js';
 
 /** Where one request finds its results in those of the merged batch. */
-export interface Part {
+interface Part {
 	/** Its rows. */
 	begin: number;
 	end: number;
@@ -18,30 +18,21 @@ export interface Part {
 	compared: boolean;
 }
 
+/** Requests as one native call. */
+export interface Merged {
+	batch: NativeBatch;
+	denoise: NativeDenoise;
+	/** One per request. */
+	parts: readonly Part[];
+}
+
 /** Rows of raw logits that a request asks for. */
 export function logitRowsOf(request: DenoiseRequest): number {
 	return request.logits ? request.row.length * (request.rowGuide ? 2 : 1) : 0;
 }
 
-/** (rows, columns) of a (D, W) matrix. */
-export function pickColumns(
-	from: Float32Array,
-	W: number,
-	begin: number,
-	end: number,
-	columns: number[],
-): Float32Array {
-	if (columns.length === W && columns.every((column, j) => column === j)) return from.subarray(begin * W, end * W);
-	const picked = new Float32Array((end - begin) * columns.length);
-	let next = 0;
-	for (let r = begin; r < end; r++) {
-		for (const column of columns) picked[next++] = from[r * W + column] as number;
-	}
-	return picked;
-}
-
 /** Lays the sequences of all requests end to end. Runs once a step for every request: plain loops, few allocations. */
-export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise: NativeDenoise; parts: Part[] } {
+export function merge(requests: readonly DenoiseRequest[]): Merged {
 	let N = 0;
 	let S = 0;
 	let D = 0;
@@ -151,4 +142,42 @@ export function merge(requests: DenoiseRequest[]): { batch: NativeBatch; denoise
 	denoise.watch = Int32Array.from(watch);
 	if (logitRows.length > 0) denoise.logitRows = Int32Array.from(logitRows);
 	return { batch, denoise, parts };
+}
+
+/** What each request is told: views of the batch's arrays, which live for a step, cheaper than thousands of small copies. */
+export function split(stats: NativeStats, { denoise, parts }: Merged, V: number): RowStatistics[] {
+	const W = denoise.watch.length;
+	const view = (begin: number, end: number, columns: Part['columns']): RowStatistics => ({
+		best: stats.best.subarray(begin, end),
+		drawn: stats.drawn.subarray(begin, end),
+		probability: stats.probability.subarray(begin, end),
+		margin: stats.margin.subarray(begin, end),
+		entropy: stats.entropy.subarray(begin, end),
+		drawnLogProb: stats.drawnLogProb.subarray(begin, end),
+		watched: pickColumns(stats.watched, W, begin, end, columns),
+	});
+	return parts.map(({ begin, end, columns, logitsBegin, guided, compared }): RowStatistics => {
+		const R = end - begin;
+		const result = view(begin, end, columns);
+		if (denoise.ahead) {
+			result.following = Array.from({ length: stats.best.length - 1 }, (_, i) => view(i + 1, i + 2, columns));
+		}
+		if (compared) result.divergence = stats.divergence.subarray(begin, end);
+		if (logitsBegin >= 0) {
+			result.logits = stats.logits.subarray(logitsBegin * V, (logitsBegin + R) * V);
+			if (guided) result.guideLogits = stats.logits.subarray((logitsBegin + R) * V, (logitsBegin + 2 * R) * V);
+		}
+		return result;
+	});
+}
+
+/** (rows, columns) of a (D, W) matrix. */
+function pickColumns(from: Float32Array, W: number, begin: number, end: number, columns: number[]): Float32Array {
+	if (columns.length === W && columns.every((column, j) => column === j)) return from.subarray(begin * W, end * W);
+	const picked = new Float32Array((end - begin) * columns.length);
+	let next = 0;
+	for (let r = begin; r < end; r++) {
+		for (const column of columns) picked[next++] = from[r * W + column] as number;
+	}
+	return picked;
 }

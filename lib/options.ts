@@ -2,12 +2,12 @@
 import { randomBytes } from 'node:crypto';
 
 import { toSeed } from './batch.js';
-import type { NativeSampler } from './binding.js';
 import type { CacheKind } from './block-cache.js';
 import { mostReopened } from './canvas.js';
 import { checkMask, type ModelConfig } from './config.js';
 import { check } from './errors.js';
 import { type LengthOptions, resolveLength } from './length/method.js';
+import type { NativeSampler } from './native-types.js';
 import { isFinite32, mostInt32, show, suggest } from './option-checks.js';
 import { checkPolicy } from './policy-gate.js';
 import { ancestral } from './samplers/ancestral.js';

@@ -6,7 +6,6 @@
 import { join } from 'node:path';
 
 import { type DiffusionBatch, toNativeNoise } from './batch.js';
-import type { NativeNoise } from './binding.js';
 import { TokenDataset } from './data/dataset.js';
 import type { Device, DType } from './device.js';
 import type { Engine } from './engine.js';
@@ -14,6 +13,7 @@ import { check, DiffusionNativeError } from './errors.js';
 import { forgetLengths } from './length/extras.js';
 import { JsonlLogger } from './loggers/jsonl.js';
 import { DiffuGPT } from './model.js';
+import type { NativeNoise } from './native-types.js';
 import { checkOptions } from './option-checks.js';
 import {
 	checkpointName,

@@ -1,6 +1,7 @@
 /** What the addon itself refuses: calls that no code of this library makes, which must be errors and never end the process. */
 import test from 'ava';
-import { type Binding, binding, type NativeConfig, type NativeNoise, type NativeTrainBatch } from '../lib/binding.js';
+import { binding } from '../lib/binding.js';
+import type { Binding, NativeConfig, NativeNoise, NativeTrainBatch } from '../lib/native-types.js';
 import { root } from './helpers/fixtures.js';
 
 const config: NativeConfig = { layers: 1, heads: 2, channels: 16, vocab: 20, context: 32 };

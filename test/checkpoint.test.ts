@@ -14,9 +14,10 @@ import { join } from 'node:path';
 import test from 'ava';
 import { DiffuGPT, DiffusionNativeError, type LoadProgress, type ModelConfig, Tokenizer } from 'diffusion-native';
 
-import { binding, type NativeModel } from '../lib/binding.js';
+import { binding } from '../lib/binding.js';
 import { openCheckpoint } from '../lib/checkpoint.js';
 import { saveCheckpoint } from '../lib/checkpoint-save.js';
+import type { NativeModel } from '../lib/native-types.js';
 import {
 	bf16,
 	f16,

@@ -2,10 +2,10 @@
 import { getEventListeners } from 'node:events';
 
 import test from 'ava';
-
-import type { NativeBatch, NativeDenoise, NativeModel, NativeStats } from '../lib/binding.js';
 import { resolveConfig } from '../lib/config.js';
-import { type DenoiseRequest, Engine, type EngineOptions } from '../lib/engine.js';
+import { Engine, type EngineOptions } from '../lib/engine.js';
+import type { NativeBatch, NativeDenoise, NativeModel, NativeStats } from '../lib/native-types.js';
+import type { DenoiseRequest } from '../lib/requests.js';
 
 const config = resolveConfig({ layers: 1, heads: 1, channels: 4, vocab: 100, maskId: 99, eosId: 0 });
 

@@ -5,9 +5,10 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 
-import { binding, type NativeTensorSource } from '../binding.js';
+import { binding } from '../binding.js';
 import { DiffusionNativeError, fromNative } from '../errors.js';
 import { readJsonObject, writeSynced } from '../files.js';
+import type { NativeTensorSource } from '../native-types.js';
 import { Dense } from './dense.js';
 import type { LengthCalibration, LengthExtras } from './extras.js';
 import { LengthHead } from './head.js';

@@ -2,7 +2,7 @@
  * How long the answer is: the names and options of the length methods, their checks, and the rule a checked request
  * carries. A method decides how many open positions a canvas begins with and may change that number while denoising.
  * Whatever the method, once an end token is committed the positions after it leave the canvas (the early cut, in
- * lib/denoise-loop.ts).
+ * lib/length/gap.ts).
  *
  * Continuation: e_i is the aligned probability of an end token at the i-th open position, after one forward on the prompt
  * and `max` masks; the length is the number of tokens before the end token. Infilling (a suffix is given): the length is

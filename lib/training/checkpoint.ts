@@ -7,7 +7,7 @@ import { readdirSync, statSync } from 'node:fs';
 import { readdir, rename, rm, rmdir, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 
-import { binding, type NativeTensorSource } from '../binding.js';
+import { binding } from '../binding.js';
 import { isModelFile } from '../checkpoint-save.js';
 import type { Engine } from '../engine.js';
 import { check, DiffusionNativeError } from '../errors.js';
@@ -21,6 +21,7 @@ import {
 	temporaryName,
 	writeSynced,
 } from '../files.js';
+import type { NativeTensorSource } from '../native-types.js';
 import type { DataPosition } from './order.js';
 
 /** Facts about a data set, to find it again and to see that it is the same. */

@@ -2,8 +2,8 @@
  * What changes with the step: learning rate, Adam's beta1, and the share of the future that attention may see. Pure
  * functions of the step, counted from 0. Attention annealing: docs/numerics.md, Objective.
  */
-import type { NativeMask } from '../binding.js';
 import { check } from '../errors.js';
+import type { NativeMask } from '../native-types.js';
 import { isFinite32, show, suggest } from '../option-checks.js';
 
 /**

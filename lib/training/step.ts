@@ -3,9 +3,9 @@
  * denominators of the loss add over the micro-batches, so how a step is cut up changes nothing but rounding.
  */
 import { type DiffusionBatch, toNativeTrainBatch } from '../batch.js';
-import type { NativeLoss, NativeNoise, NativeTrainBatch, NativeTrainOptions } from '../binding.js';
 import type { ModelConfig } from '../config.js';
 import type { Engine } from '../engine.js';
+import type { NativeLoss, NativeNoise, NativeTrainBatch, NativeTrainOptions } from '../native-types.js';
 
 /** What runs native calls in their turn: an engine, or a trainer's gate to one, which refuses once it is disposed. */
 export type Runner = Pick<Engine, 'run'>;

@@ -1,5 +1,5 @@
 // Registration of the addon and the calls that belong to no object. The JavaScript side of this file is
-// lib/binding.ts.
+// lib/native-types.ts.
 
 #include <napi.h>
 

@@ -1,5 +1,5 @@
 // NativeModel's methods for single parameters, their gradients and moments; see model_wrap.h and
-// lib/binding.ts.
+// lib/native-types.ts.
 
 #include "addon/convert.h"
 #include "addon/model_wrap.h"

@@ -1,4 +1,4 @@
-// NativeModel's methods but those of single parameters; see model_wrap.h and lib/binding.ts.
+// NativeModel's methods but those of single parameters; see model_wrap.h and lib/native-types.ts.
 
 #include "addon/model_wrap.h"
 

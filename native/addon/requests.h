@@ -1,5 +1,5 @@
 // The plain data of a native call, copied out of JavaScript objects on the JavaScript thread and read on a
-// pool thread. Shapes: lib/binding.ts.
+// pool thread. Shapes: lib/native-types.ts.
 #pragma once
 
 #include <napi.h>
