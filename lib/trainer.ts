@@ -9,7 +9,6 @@ import { type DiffusionBatch, toNativeNoise } from './batch.js';
 import type { NativeNoise } from './binding.js';
 import { TokenDataset } from './data/dataset.js';
 import type { Device, DType } from './device.js';
-import type { Engine } from './engine.js';
 import { check, DiffusionNativeError } from './errors.js';
 import { forgetLengths } from './length/extras.js';
 import { JsonlLogger } from './loggers/jsonl.js';
@@ -24,6 +23,7 @@ import {
 	readMoments,
 	writeCheckpoint,
 } from './training/checkpoint.js';
+import { Hold } from './training/hold.js';
 import {
 	type MetricLogger,
 	type ResolvedTrainOptions,
@@ -34,7 +34,7 @@ import {
 } from './training/options.js';
 import { DataOrder, type DataPosition } from './training/order.js';
 import { annealedMask, scheduleAt } from './training/schedules.js';
-import { accumulate, gradientNorm, lossOf, packStep, type Runner, scaleOf, update } from './training/step.js';
+import { accumulate, gradientNorm, lossOf, packStep, scaleOf, update } from './training/step.js';
 import { isSame, reference, reopen, reviveOptions, storeOptions } from './training/stored-run.js';
 import { validate } from './training/validation.js';
 
@@ -56,9 +56,6 @@ export interface StepOptions {
 	readonly signal?: AbortSignal;
 }
 
-/** Engines that a trainer holds: two trainers on one model would add to the same gradients. */
-const inTraining = new WeakSet<Engine>();
-
 /**
  * Trains a model. Made with `new Trainer(model, options)` or `Trainer.resume(dir)`.
  * A model has at most one trainer at a time; `dispose` frees gradients and moments and lets go of the model;
@@ -68,6 +65,7 @@ export class Trainer implements AsyncDisposable {
 	/** What is trained. */
 	readonly model: DiffuGPT;
 	readonly #options: ResolvedTrainOptions;
+	readonly #hold: Hold;
 	readonly #noise: NativeNoise;
 	readonly #loggers: readonly MetricLogger[];
 	#order: DataOrder | undefined;
@@ -80,20 +78,6 @@ export class Trainer implements AsyncDisposable {
 	#stopped = false;
 	#validationLoss: number | null = null;
 	#running = false;
-	/** The call that computes or saves; never rejects. */
-	#working: Promise<void> | undefined;
-	/** Gradients and moments are allocated at the first use. */
-	#begun: Promise<unknown> | undefined;
-	/** Set by `dispose`. */
-	#disposal: Promise<void> | undefined;
-	/** The engine for steps: a call whose turn comes after `dispose` is refused, since its buffers may be another trainer's. */
-	readonly #gate: Runner = {
-		run: (call, signal) =>
-			this.model.engine.run((native) => {
-				this.#check();
-				return call(native);
-			}, signal),
-	};
 
 	/**
 	 * @throws `ERR_DN_ARGUMENT` naming the option; `ERR_DN_BUSY` when the model already has a trainer, or one that is disposed
@@ -121,13 +105,7 @@ export class Trainer implements AsyncDisposable {
 			...(timeRange === undefined ? {} : { timeRange }),
 			...this.#spindle(),
 		});
-		if (inTraining.has(model.engine)) {
-			throw new DiffusionNativeError(
-				'ERR_DN_BUSY',
-				'this model already has a trainer: dispose that one and await it first',
-			);
-		}
-		inTraining.add(model.engine);
+		this.#hold = new Hold(model.engine);
 		if (data) this.#order = this.#orderAt({ epoch: 0, index: 0 });
 		this.#loggers = checkpoint
 			? [new JsonlLogger(join(checkpoint.dir, 'metrics.jsonl')), ...this.#options.loggers]
@@ -165,8 +143,7 @@ export class Trainer implements AsyncDisposable {
 				...(data ? { data } : {}),
 				...(validation ? { validation } : {}),
 			});
-			await trainer.#begin();
-			await readMoments(directory, model.engine);
+			await trainer.#hold.alone(() => readMoments(directory, model.engine));
 			trainer.#restore(state);
 			return trainer;
 		} catch (error) {
@@ -272,16 +249,16 @@ export class Trainer implements AsyncDisposable {
 	 */
 	async gradients(batch: DiffusionBatch, options: StepOptions = {}): Promise<Map<string, Float32Array>> {
 		checkOptions('gradients', options, ['signal']);
-		return this.#alone(async () => {
+		return this.#hold.alone(async () => {
 			const sums = await accumulate(
-				this.#gate,
+				this.#hold,
 				packStep([batch], this.model.config),
 				this.#noiseAt(this.#step),
 				this.#native(true),
 				options.signal,
 			);
 			const scale = scaleOf(sums);
-			return this.#gate.run((native) => {
+			return this.#hold.run((native) => {
 				const gradients = new Map<string, Float32Array>();
 				for (const { name } of native.parameters) {
 					const values = native.getGradient(name);
@@ -302,13 +279,13 @@ export class Trainer implements AsyncDisposable {
 		checkOptions('evaluate', options, ['signal']);
 		check(data instanceof TokenDataset, 'evaluate needs a TokenDataset');
 		if (this.model.tokenizer) data.checkTokenizer(this.model.tokenizer);
-		return this.#alone(() => this.#validate(data, options.signal));
+		return this.#hold.alone(() => this.#validate(data, options.signal));
 	}
 
 	/** Writes a checkpoint into `dir`, replacing what is there. @throws `ERR_DN_CHECKPOINT`; `ERR_DN_BUSY` while a step is not over */
 	async save(dir: string): Promise<void> {
 		check(typeof dir === 'string' && dir !== '', 'save needs the path of a directory');
-		await this.#alone(() =>
+		await this.#hold.alone(() =>
 			writeCheckpoint(dir, this.model.engine, (directory) => this.model.save(directory), this.#state()),
 		);
 	}
@@ -332,26 +309,12 @@ export class Trainer implements AsyncDisposable {
 	 * last, or for a `save` to end; frees gradients and moments. The model stays usable. Idempotent.
 	 */
 	dispose(): Promise<void> {
-		this.#disposal ??= this.#release();
-		return this.#disposal;
+		return this.#hold.release();
 	}
 
 	/** `dispose`, for `await using`. */
 	[Symbol.asyncDispose](): Promise<void> {
 		return this.dispose();
-	}
-
-	async #release(): Promise<void> {
-		const { engine } = this.model;
-		// Until the work has ended the model stays marked: another trainer would compute in the same buffers.
-		if (this.#working) await this.#working;
-		inTraining.delete(engine);
-		if (!this.#begun || engine.disposed) return;
-		try {
-			await engine.free((native) => native.endTraining());
-		} catch (error) {
-			if (!engine.disposed) throw error; // the model is freed with all that it holds
-		}
 	}
 
 	/** Closes all of them, whichever fails. */
@@ -365,15 +328,15 @@ export class Trainer implements AsyncDisposable {
 		signal: AbortSignal | undefined,
 		what: string,
 	): Promise<TrainMetrics> {
-		return this.#alone(async () => {
+		return this.#hold.alone(async () => {
+			const hold = this.#hold;
 			const { engine, config } = this.model;
-			const gate = this.#gate;
 			const { learningRate: schedule, maxSteps, betas: configured, eps, weightDecay, gradClip, data } = this.#options;
 			const begun = performance.now();
 			const step = this.#step;
 			const { learningRate, beta1 } = scheduleAt(schedule, step, maxSteps ?? Number.POSITIVE_INFINITY);
-			const sums = await accumulate(gate, packStep(batches, config), this.#noiseAt(step), this.#native(true), signal);
-			const gradNorm = await gradientNorm(gate, sums, signal);
+			const sums = await accumulate(hold, packStep(batches, config), this.#noiseAt(step), this.#native(true), signal);
+			const gradNorm = await gradientNorm(hold, sums, signal);
 			const { loss, unweighted } = lossOf(sums);
 			if (!Number.isFinite(loss) || !Number.isFinite(gradNorm)) {
 				throw new DiffusionNativeError(
@@ -387,7 +350,7 @@ export class Trainer implements AsyncDisposable {
 			if (sums.masked > 0) {
 				const betas = [beta1 ?? configured[0], configured[1]] as const;
 				const count = this.#updates + 1;
-				await update(gate, sums, gradNorm, { learningRate, betas, eps, weightDecay, gradClip, step: count });
+				await update(hold, sums, gradNorm, { learningRate, betas, eps, weightDecay, gradClip, step: count });
 				this.#updates = count;
 				forgetLengths(engine);
 			}
@@ -426,7 +389,7 @@ export class Trainer implements AsyncDisposable {
 	#validate(data: TokenDataset, signal: AbortSignal | undefined): Promise<{ loss: number; unweighted: number }> {
 		const { objective, block, evalSequences, batchSize, batchTokens, padding, precision } = this.#options;
 		return validate(
-			this.#gate,
+			this.#hold,
 			this.model.config,
 			data,
 			{
@@ -507,34 +470,5 @@ export class Trainer implements AsyncDisposable {
 		this.#validationLoss = state.validationLoss;
 		const { data } = this.#options;
 		if (data && state.data && isSame(reference(data), state.data)) this.#order = this.#orderAt(state.position);
-	}
-
-	#check(): void {
-		if (this.#disposal) throw new DiffusionNativeError('ERR_DN_DISPOSED', 'this trainer was disposed');
-		this.model.engine.check();
-	}
-
-	async #begin(): Promise<void> {
-		this.#begun ??= this.model.engine.run((native) => native.beginTraining());
-		try {
-			await this.#begun;
-		} catch (error) {
-			this.#begun = undefined; // the next call may try again
-			throw error;
-		}
-	}
-
-	/** Gradients are one buffer: two calls at once would mix theirs. */
-	async #alone<T>(work: () => Promise<T>): Promise<T> {
-		this.#check();
-		if (this.#working) {
-			throw new DiffusionNativeError('ERR_DN_BUSY', 'this trainer is in the middle of a step: await it first');
-		}
-		const running = this.#begin().then(work);
-		const settled = (): void => {
-			this.#working = undefined;
-		};
-		this.#working = running.then(settled, settled);
-		return running;
 	}
 }
