@@ -33,9 +33,10 @@ import {
 	trainOptionNames,
 } from './training/options.js';
 import { DataOrder, type DataPosition } from './training/order.js';
+import { afterStep, afterValidation, noProgress, progressIn } from './training/progress.js';
 import { annealedMask, scheduleAt } from './training/schedules.js';
 import { accumulate, gradientNorm, lossOf, packStep, scaleOf, update } from './training/step.js';
-import { isSame, reference, reopen, reviveOptions, storeOptions } from './training/stored-run.js';
+import { isSame, reference, reopen, reviveOptions, storeRun } from './training/stored-run.js';
 import { validate } from './training/validation.js';
 
 /** Overrides of a resumed run, and where its model runs. */
@@ -69,14 +70,7 @@ export class Trainer implements AsyncDisposable {
 	readonly #noise: NativeNoise;
 	readonly #loggers: readonly MetricLogger[];
 	#order: DataOrder | undefined;
-	#step = 0;
-	/** Steps that masked something: AdamW's own count. */
-	#updates = 0;
-	#totalTokens = 0;
-	#best: number | null = null;
-	#worse = 0;
-	#stopped = false;
-	#validationLoss: number | null = null;
+	#progress = noProgress;
 	#running = false;
 
 	/**
@@ -154,7 +148,7 @@ export class Trainer implements AsyncDisposable {
 
 	/** Optimiser steps done. */
 	get steps(): number {
-		return this.#step;
+		return this.#progress.step;
 	}
 
 	/** Options with their defaults. */
@@ -174,7 +168,7 @@ export class Trainer implements AsyncDisposable {
 	async *run(options: { readonly signal?: AbortSignal } = {}): AsyncGenerator<TrainMetrics, void, void> {
 		checkOptions('run', options, ['signal']);
 		const { signal } = options;
-		const { maxSteps, evalEvery, validation, checkpoint, accumulate: microBatches } = this.#options;
+		const { maxSteps, evalEvery, earlyStop, validation, checkpoint, accumulate: microBatches } = this.#options;
 		const order = this.#order;
 		check(order, 'run needs the option data');
 		check(maxSteps !== undefined, 'run needs the option maxSteps');
@@ -183,9 +177,9 @@ export class Trainer implements AsyncDisposable {
 		}
 		this.#running = true;
 		try {
-			if (checkpoint) await prepareRunDirectory(checkpoint.dir, this.#step);
-			for (const logger of this.#loggers) await logger.start?.({ step: this.#step, maxSteps });
-			while (this.#step < maxSteps && !this.#stopped) {
+			if (checkpoint) await prepareRunDirectory(checkpoint.dir, this.steps);
+			for (const logger of this.#loggers) await logger.start?.({ step: this.steps, maxSteps });
+			while (this.steps < maxSteps && !this.#progress.stopped) {
 				signal?.throwIfAborted();
 				const before = order.position;
 				let metrics: TrainMetrics;
@@ -196,13 +190,13 @@ export class Trainer implements AsyncDisposable {
 					this.#order = this.#orderAt(before);
 					throw error;
 				}
-				const last = this.#step === maxSteps;
-				this.#validationLoss = null;
+				const last = this.steps === maxSteps;
+				this.#progress = { ...this.#progress, validationLoss: null };
 				let failure: { reason: unknown } | undefined;
-				if (validation && (last || (evalEvery !== undefined && this.#step % evalEvery === 0))) {
+				if (validation && (last || (evalEvery !== undefined && this.steps % evalEvery === 0))) {
 					try {
 						const { loss, unweighted } = await this.#validate(validation, signal);
-						this.#judge(loss);
+						this.#progress = afterValidation(this.#progress, loss, earlyStop);
 						metrics = { ...metrics, validation: loss, validationUnweighted: unweighted };
 					} catch (reason) {
 						failure = { reason };
@@ -210,7 +204,8 @@ export class Trainer implements AsyncDisposable {
 				}
 				// A step whose validation is aborted stands, with its checkpoint; one whose validation fails has its metrics only.
 				const stands = !failure || signal?.aborted === true;
-				const due = last || this.#stopped || (checkpoint?.every !== undefined && this.#step % checkpoint.every === 0);
+				const due =
+					last || this.#progress.stopped || (checkpoint?.every !== undefined && this.steps % checkpoint.every === 0);
 				if (checkpoint && due && stands) {
 					try {
 						metrics = { ...metrics, checkpoint: await this.checkpoint() };
@@ -253,7 +248,7 @@ export class Trainer implements AsyncDisposable {
 			const sums = await accumulate(
 				this.#hold,
 				packStep([batch], this.model.config),
-				this.#noiseAt(this.#step),
+				this.#noiseAt(this.steps),
 				this.#native(true),
 				options.signal,
 			);
@@ -286,7 +281,12 @@ export class Trainer implements AsyncDisposable {
 	async save(dir: string): Promise<void> {
 		check(typeof dir === 'string' && dir !== '', 'save needs the path of a directory');
 		await this.#hold.alone(() =>
-			writeCheckpoint(dir, this.model.engine, (directory) => this.model.save(directory), this.#state()),
+			writeCheckpoint(
+				dir,
+				this.model.engine,
+				(directory) => this.model.save(directory),
+				storeRun(this.#options, this.#progress, this.#position),
+			),
 		);
 	}
 
@@ -297,8 +297,8 @@ export class Trainer implements AsyncDisposable {
 	async checkpoint(): Promise<string> {
 		const { checkpoint, validation } = this.#options;
 		check(checkpoint, 'checkpoint needs the option checkpoint: { dir }');
-		await prepareRunDirectory(checkpoint.dir, this.#step);
-		const target = join(checkpoint.dir, checkpointName(this.#step));
+		await prepareRunDirectory(checkpoint.dir, this.steps);
+		const target = join(checkpoint.dir, checkpointName(this.steps));
 		await this.save(target);
 		await prune(checkpoint.dir, checkpoint.keep ?? 2, checkpoint.keepBest ?? (validation ? 1 : 0));
 		return target;
@@ -333,7 +333,7 @@ export class Trainer implements AsyncDisposable {
 			const { engine, config } = this.model;
 			const { learningRate: schedule, maxSteps, betas: configured, eps, weightDecay, gradClip, data } = this.#options;
 			const begun = performance.now();
-			const step = this.#step;
+			const { step, updates } = this.#progress;
 			const { learningRate, beta1 } = scheduleAt(schedule, step, maxSteps ?? Number.POSITIVE_INFINITY);
 			const sums = await accumulate(hold, packStep(batches, config), this.#noiseAt(step), this.#native(true), signal);
 			const gradNorm = await gradientNorm(hold, sums, signal);
@@ -349,41 +349,25 @@ export class Trainer implements AsyncDisposable {
 			// Nothing masked: nothing to learn, and no reason to let decay and old moments move the weights.
 			if (sums.masked > 0) {
 				const betas = [beta1 ?? configured[0], configured[1]] as const;
-				const count = this.#updates + 1;
-				await update(hold, sums, gradNorm, { learningRate, betas, eps, weightDecay, gradClip, step: count });
-				this.#updates = count;
+				await update(hold, sums, gradNorm, { learningRate, betas, eps, weightDecay, gradClip, step: updates + 1 });
 				forgetLengths(engine);
 			}
-			this.#step = step + 1;
-			this.#totalTokens += sums.tokens;
+			this.#progress = afterStep(this.#progress, sums);
 			const ms = performance.now() - begun;
-			const position = this.#order?.position ?? { epoch: 0, index: 0 };
+			const { epoch, index } = this.#position;
 			return {
-				step: this.#step,
+				step: this.steps,
 				loss,
 				unweighted,
 				learningRate,
 				gradNorm,
 				tokensPerSecond: (1000 * sums.tokens) / ms,
 				tokens: sums.tokens,
-				totalTokens: this.#totalTokens,
-				epoch: position.epoch + (data ? position.index / data.sequences : 0),
+				totalTokens: this.#progress.totalTokens,
+				epoch: epoch + (data ? index / data.sequences : 0),
 				ms,
 			};
 		});
-	}
-
-	/** The best loss so far, and whether early stop ends the run. */
-	#judge(loss: number): void {
-		this.#validationLoss = loss;
-		const { earlyStop } = this.#options;
-		if (this.#best === null || loss < this.#best - (earlyStop?.minDelta ?? 0)) {
-			this.#best = loss;
-			this.#worse = 0;
-			return;
-		}
-		this.#worse++;
-		this.#stopped = earlyStop !== undefined && this.#worse >= earlyStop.patience;
 	}
 
 	#validate(data: TokenDataset, signal: AbortSignal | undefined): Promise<{ loss: number; unweighted: number }> {
@@ -421,6 +405,10 @@ export class Trainer implements AsyncDisposable {
 		return data.padId >= 0 ? data.padId : this.model.config.padId;
 	}
 
+	get #position(): DataPosition {
+		return this.#order?.position ?? { epoch: 0, index: 0 };
+	}
+
 	#orderAt(position: DataPosition): DataOrder | undefined {
 		const { data, seed, padding, maskEnds, batchSize, batchTokens } = this.#options;
 		if (!data) return undefined;
@@ -442,33 +430,9 @@ export class Trainer implements AsyncDisposable {
 		return { spindle: { lambda: spindle.lambda, information } };
 	}
 
-	#state(): RunState {
-		const { data, validation, seed } = this.#options;
-		return {
-			step: this.#step,
-			updates: this.#updates,
-			totalTokens: this.#totalTokens,
-			position: this.#order?.position ?? { epoch: 0, index: 0 },
-			seed: String(seed),
-			options: storeOptions(this.#options),
-			data: data ? reference(data) : null,
-			validation: validation ? reference(validation) : null,
-			validationLoss: this.#validationLoss,
-			best: this.#best,
-			worse: this.#worse,
-			stopped: this.#stopped,
-		};
-	}
-
 	#restore(state: RunState): void {
-		this.#step = state.step;
-		this.#updates = state.updates;
-		this.#totalTokens = state.totalTokens;
-		this.#best = state.best;
-		this.#worse = state.worse;
-		this.#stopped = state.stopped && this.#options.earlyStop !== undefined;
-		this.#validationLoss = state.validationLoss;
-		const { data } = this.#options;
+		const { data, earlyStop } = this.#options;
+		this.#progress = progressIn(state, earlyStop);
 		if (data && state.data && isSame(reference(data), state.data)) this.#order = this.#orderAt(state.position);
 	}
 }

@@ -1,11 +1,39 @@
-/** What a checkpoint says of its run: the validation of its own step, and the place in the data that it was taken from. */
+/**
+ * The state of a run: what counts, what early stop takes for an improvement, and what a checkpoint says of its own step and of
+ * the place in the data that it was taken from.
+ */
 import { readFileSync, renameSync } from 'node:fs';
 import { join } from 'node:path';
 
 import test from 'ava';
 import { TokenDataset, Trainer, type TrainMetrics } from 'diffusion-native';
 
+import { afterStep, afterValidation, noProgress, type Progress, progressIn } from '../lib/training/progress.js';
 import { collect, documents, fresh, tiny } from './helpers/trainer.js';
+
+test('a step counts its tokens, and as an update where it masked something', (t) => {
+	const first = afterStep(noProgress, { masked: 3, tokens: 10 });
+	t.deepEqual(first, { ...noProgress, step: 1, updates: 1, totalTokens: 10 });
+	t.deepEqual(afterStep(first, { masked: 0, tokens: 5 }), { ...first, step: 2, totalTokens: 15 });
+});
+
+test('a fall within minDelta is no improvement, until it adds up to more', (t) => {
+	const judge = (losses: number[], earlyStop?: { patience: number; minDelta?: number }): Progress =>
+		losses.reduce((progress, loss) => afterValidation(progress, loss, earlyStop), noProgress);
+	const slow = { patience: 2, minDelta: 0.5 };
+	t.like(judge([4, 3.7], slow), { validationLoss: 3.7, best: 4, worse: 1, stopped: false });
+	t.like(judge([4, 3.7, 3.4], slow), { validationLoss: 3.4, best: 3.4, worse: 0, stopped: false });
+	t.like(judge([4, 3.7, 3.5], slow), { validationLoss: 3.5, best: 4, worse: 2, stopped: true });
+	t.like(judge([4, 3.7, 3.5], { patience: 2 }), { best: 3.5, worse: 0, stopped: false });
+	t.like(judge([4, 4, 4]), { best: 4, worse: 2, stopped: false });
+});
+
+test('progress comes out of a stored state alone, stopped only where the run has an early stop', (t) => {
+	const progress = { ...noProgress, step: 7, stopped: true };
+	const state = { ...progress, position: { epoch: 1, index: 2 }, seed: '3' };
+	t.deepEqual(progressIn(state, { patience: 1 }), progress);
+	t.deepEqual(progressIn(state, undefined), { ...progress, stopped: false });
+});
 
 test('a checkpoint holds the counts and the validation loss of its own step', async (t) => {
 	const data = await documents(50);
