@@ -5,7 +5,7 @@
  */
 import { join } from 'node:path';
 
-import { type DiffusionBatch, toNativeNoise } from './batch.js';
+import type { DiffusionBatch } from './batch.js';
 import type { NativeNoise } from './binding.js';
 import { TokenDataset } from './data/dataset.js';
 import type { Device, DType } from './device.js';
@@ -24,6 +24,7 @@ import {
 	writeCheckpoint,
 } from './training/checkpoint.js';
 import { Hold } from './training/hold.js';
+import { noiseAt, runNoise } from './training/noise.js';
 import {
 	type MetricLogger,
 	type ResolvedTrainOptions,
@@ -34,8 +35,8 @@ import {
 } from './training/options.js';
 import { DataOrder, type DataPosition } from './training/order.js';
 import { afterStep, afterValidation, noProgress, progressIn } from './training/progress.js';
-import { annealedMask, scheduleAt } from './training/schedules.js';
-import { accumulate, gradientNorm, lossOf, packStep, scaleOf, update } from './training/step.js';
+import { scheduleAt } from './training/schedules.js';
+import { accumulate, gradientNorm, type LossSums, lossOf, packStep, scaleOf, update } from './training/step.js';
 import { isSame, reference, reopen, reviveOptions, storeRun } from './training/stored-run.js';
 import { validate } from './training/validation.js';
 
@@ -86,19 +87,9 @@ export class Trainer implements AsyncDisposable {
 		);
 		this.model = model;
 		this.#options = resolveTrainOptions(options, model.config);
-		const { data, validation, objective, block, normalise, weight, timeSampler, timeRange, seed, checkpoint } =
-			this.#options;
+		const { data, validation, checkpoint } = this.#options;
 		for (const set of [data, validation]) if (set && model.tokenizer) set.checkTokenizer(model.tokenizer);
-		this.#noise = toNativeNoise(model.config, {
-			objective,
-			seed,
-			...(block === undefined ? {} : { block }),
-			...(normalise === undefined ? {} : { normalise }),
-			...(weight === undefined ? {} : { weight }),
-			...(timeSampler === undefined ? {} : { timeSampler }),
-			...(timeRange === undefined ? {} : { timeRange }),
-			...this.#spindle(),
-		});
+		this.#noise = runNoise(this.#options, model.config);
 		this.#hold = new Hold(model.engine);
 		if (data) this.#order = this.#orderAt({ epoch: 0, index: 0 });
 		this.#loggers = checkpoint
@@ -245,13 +236,7 @@ export class Trainer implements AsyncDisposable {
 	async gradients(batch: DiffusionBatch, options: StepOptions = {}): Promise<Map<string, Float32Array>> {
 		checkOptions('gradients', options, ['signal']);
 		return this.#hold.alone(async () => {
-			const sums = await accumulate(
-				this.#hold,
-				packStep([batch], this.model.config),
-				this.#noiseAt(this.steps),
-				this.#native(true),
-				options.signal,
-			);
+			const sums = await this.#accumulate([batch], options.signal);
 			const scale = scaleOf(sums);
 			return this.#hold.run((native) => {
 				const gradients = new Map<string, Float32Array>();
@@ -323,6 +308,18 @@ export class Trainer implements AsyncDisposable {
 		for (const outcome of closed) if (outcome.status === 'rejected') throw outcome.reason;
 	}
 
+	/** Gradients of the next step on its micro-batches, not yet normalised, and the sums of its loss. */
+	#accumulate(batches: readonly DiffusionBatch[], signal: AbortSignal | undefined): Promise<LossSums> {
+		const { recompute, precision } = this.#options;
+		return accumulate(
+			this.#hold,
+			packStep(batches, this.model.config),
+			noiseAt(this.#noise, this.#options, this.steps),
+			{ recompute, precision, backward: true },
+			signal,
+		);
+	}
+
 	async #advance(
 		batches: readonly DiffusionBatch[],
 		signal: AbortSignal | undefined,
@@ -330,12 +327,11 @@ export class Trainer implements AsyncDisposable {
 	): Promise<TrainMetrics> {
 		return this.#hold.alone(async () => {
 			const hold = this.#hold;
-			const { engine, config } = this.model;
 			const { learningRate: schedule, maxSteps, betas: configured, eps, weightDecay, gradClip, data } = this.#options;
 			const begun = performance.now();
 			const { step, updates } = this.#progress;
 			const { learningRate, beta1 } = scheduleAt(schedule, step, maxSteps ?? Number.POSITIVE_INFINITY);
-			const sums = await accumulate(hold, packStep(batches, config), this.#noiseAt(step), this.#native(true), signal);
+			const sums = await this.#accumulate(batches, signal);
 			const gradNorm = await gradientNorm(hold, sums, signal);
 			const { loss, unweighted } = lossOf(sums);
 			if (!Number.isFinite(loss) || !Number.isFinite(gradNorm)) {
@@ -350,7 +346,7 @@ export class Trainer implements AsyncDisposable {
 			if (sums.masked > 0) {
 				const betas = [beta1 ?? configured[0], configured[1]] as const;
 				await update(hold, sums, gradNorm, { learningRate, betas, eps, weightDecay, gradClip, step: updates + 1 });
-				forgetLengths(engine);
+				forgetLengths(this.model.engine);
 			}
 			this.#progress = afterStep(this.#progress, sums);
 			const ms = performance.now() - begun;
@@ -390,17 +386,6 @@ export class Trainer implements AsyncDisposable {
 		);
 	}
 
-	#noiseAt(step: number): NativeNoise {
-		const { attentionAnnealing, seed } = this.#options;
-		if (!attentionAnnealing) return { ...this.#noise, step };
-		return { ...this.#noise, step, attention: annealedMask(attentionAnnealing, step, seed) };
-	}
-
-	#native(backward: boolean) {
-		const { recompute, precision } = this.#options;
-		return { recompute, precision, backward };
-	}
-
 	#padId(data: TokenDataset): number {
 		return data.padId >= 0 ? data.padId : this.model.config.padId;
 	}
@@ -416,18 +401,6 @@ export class Trainer implements AsyncDisposable {
 		const padId = this.#padId(data);
 		const hidden = maskEnds ? [eosId, padId] : [];
 		return new DataOrder({ data, seed, padding, padId, hidden, context, batchSize, batchTokens }, position);
-	}
-
-	#spindle() {
-		const { spindle, data } = this.#options;
-		if (!spindle) return {};
-		if (spindle.information) return { spindle: { lambda: spindle.lambda, information: spindle.information } };
-		check(data, 'spindle needs data to count tokens in, or information');
-		const counts = data.counts(this.model.config.vocab);
-		// Half a count for every id, so that one that never occurs has finite information.
-		const total = data.tokens + counts.length / 2;
-		const information = Float32Array.from(counts, (count) => -Math.log((count + 0.5) / total));
-		return { spindle: { lambda: spindle.lambda, information } };
 	}
 
 	#restore(state: RunState): void {
