@@ -1,7 +1,8 @@
 /**
- * Training: the loop, its state and its checkpoints. One optimiser step is lib/training/step.ts, the order of the data
- * lib/training/order.ts, the files lib/training/checkpoint.ts. Every random number is a function of the seed and the step,
- * so a run that continues from a checkpoint is the run that was never interrupted, bit for bit on the CPU.
+ * Training as its callers see it: runs, single steps, evaluations and checkpoints of one model. Its parts are in lib/training:
+ * hold.ts (one trainer per model, one call at a time), step.ts (an optimiser step), order.ts (its data), noise.ts (its masks),
+ * progress.ts (how far the run is), checkpoint.ts (the files). Every random number is a function of the seed and the step, so
+ * a run that continues from a checkpoint is the run that was never interrupted, bit for bit on the CPU.
  */
 import { join } from 'node:path';
 
@@ -33,7 +34,7 @@ import {
 	type TrainOptions,
 	trainOptionNames,
 } from './training/options.js';
-import { DataOrder, type DataPosition } from './training/order.js';
+import { type DataOrder, type DataPosition, dataBeginning, orderAt } from './training/order.js';
 import { afterStep, afterValidation, noProgress, progressIn } from './training/progress.js';
 import { scheduleAt } from './training/schedules.js';
 import { accumulate, gradientNorm, type LossSums, lossOf, packStep, scaleOf, update } from './training/step.js';
@@ -91,7 +92,7 @@ export class Trainer implements AsyncDisposable {
 		for (const set of [data, validation]) if (set && model.tokenizer) set.checkTokenizer(model.tokenizer);
 		this.#noise = runNoise(this.#options, model.config);
 		this.#hold = new Hold(model.engine);
-		if (data) this.#order = this.#orderAt({ epoch: 0, index: 0 });
+		this.#order = orderAt(dataBeginning, this.#options, model.config);
 		this.#loggers = checkpoint
 			? [new JsonlLogger(join(checkpoint.dir, 'metrics.jsonl')), ...this.#options.loggers]
 			: this.#options.loggers;
@@ -178,7 +179,7 @@ export class Trainer implements AsyncDisposable {
 					const batches = Array.from({ length: microBatches }, () => order.next());
 					metrics = await this.#advance(batches, signal, `epoch ${before.epoch}, sequences from ${before.index}`);
 				} catch (error) {
-					this.#order = this.#orderAt(before);
+					this.#order = orderAt(before, this.#options, this.model.config);
 					throw error;
 				}
 				const last = this.steps === maxSteps;
@@ -367,45 +368,18 @@ export class Trainer implements AsyncDisposable {
 	}
 
 	#validate(data: TokenDataset, signal: AbortSignal | undefined): Promise<{ loss: number; unweighted: number }> {
-		const { objective, block, evalSequences, batchSize, batchTokens, padding, precision } = this.#options;
-		return validate(
-			this.#hold,
-			this.model.config,
-			data,
-			{
-				objective,
-				block,
-				sequences: evalSequences,
-				batchSize,
-				batchTokens,
-				padding,
-				padId: this.#padId(data),
-				precision,
-			},
-			signal,
-		);
-	}
-
-	#padId(data: TokenDataset): number {
-		return data.padId >= 0 ? data.padId : this.model.config.padId;
+		return validate(this.#hold, this.model.config, data, this.#options, signal);
 	}
 
 	get #position(): DataPosition {
-		return this.#order?.position ?? { epoch: 0, index: 0 };
-	}
-
-	#orderAt(position: DataPosition): DataOrder | undefined {
-		const { data, seed, padding, maskEnds, batchSize, batchTokens } = this.#options;
-		if (!data) return undefined;
-		const { context, eosId } = this.model.config;
-		const padId = this.#padId(data);
-		const hidden = maskEnds ? [eosId, padId] : [];
-		return new DataOrder({ data, seed, padding, padId, hidden, context, batchSize, batchTokens }, position);
+		return this.#order?.position ?? dataBeginning;
 	}
 
 	#restore(state: RunState): void {
 		const { data, earlyStop } = this.#options;
 		this.#progress = progressIn(state, earlyStop);
-		if (data && state.data && isSame(reference(data), state.data)) this.#order = this.#orderAt(state.position);
+		if (data && state.data && isSame(reference(data), state.data)) {
+			this.#order = orderAt(state.position, this.#options, this.model.config);
+		}
 	}
 }
