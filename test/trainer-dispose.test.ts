@@ -88,6 +88,21 @@ test('a checkpoint that is being written when its trainer is disposed of is whol
 	await model.dispose();
 });
 
+test('a trainer that is disposed of again leaves the next one alone', async (t) => {
+	const model = await tiny();
+	const first = new Trainer(model, {});
+	await first.step(batch(3));
+	await first.dispose();
+	const second = new Trainer(model, {});
+	await second.step(batch(3));
+	await first.dispose();
+	t.true(await isTraining(model));
+	t.throws(() => new Trainer(model, {}), { code: 'ERR_DN_BUSY' });
+	t.is((await second.step(batch(4))).step, 2);
+	await second.dispose();
+	await model.dispose();
+});
+
 test('a trainer and its model may be disposed of at once', async (t) => {
 	const model = await tiny();
 	const trainer = new Trainer(model, {});

@@ -226,7 +226,7 @@ test('a clipped range of times is the one that is drawn from', async (t) => {
 	await model.dispose();
 });
 
-test('what a loss takes, a trainer takes: its first step has the loss of the same options', async (t) => {
+test('what a loss takes, a trainer takes: a step has the loss of the same options and step', async (t) => {
 	const model = await tiny();
 	const batch: DiffusionBatch = { tokens: Array.from({ length: 8 }, (_, i) => Int32Array.of(8, 1, 2, i, 4, 5, 6, 7)) };
 	const losses = new Set<number>();
@@ -241,11 +241,13 @@ test('what a loss takes, a trainer takes: its first step has the loss of the sam
 		{ timeRange: [0.4, 0.6] },
 	] as const) {
 		await using trainer = new Trainer(model, { ...options, learningRate: 0 });
-		const { loss } = await trainer.step(batch);
-		t.is(loss, (await model.loss(batch, options)).loss, JSON.stringify(options));
-		losses.add(loss);
+		for (const step of [0, 1]) {
+			const { loss } = await trainer.step(batch);
+			t.is(loss, (await model.loss(batch, { ...options, step })).loss, JSON.stringify(options));
+			losses.add(loss);
+		}
 	}
-	t.is(losses.size, 8, 'every option tells');
+	t.is(losses.size, 15, 'every option tells, and every step but in the autoregressive objective');
 	await model.dispose();
 });
 
