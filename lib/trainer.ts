@@ -1,14 +1,14 @@
 /**
- * Training: the loop, its state and its checkpoints. One optimiser step is lib/training/step.ts, the order of the data
- * lib/training/order.ts, the files lib/training/checkpoint.ts. Every random number is a function of the seed and the step,
- * so a run that continues from a checkpoint is the run that was never interrupted, bit for bit on the CPU.
+ * Training as its callers see it: runs, single steps, evaluations and checkpoints of one model. Its parts are in lib/training:
+ * hold.ts (one trainer per model, one call at a time), step.ts (an optimiser step), order.ts (its data), noise.ts (its masks),
+ * progress.ts (how far the run is), checkpoint.ts (the files). Every random number is a function of the seed and the step, so
+ * a run that continues from a checkpoint is the run that was never interrupted, bit for bit on the CPU.
  */
 import { join } from 'node:path';
 
-import { type DiffusionBatch, toNativeNoise } from './batch.js';
+import type { DiffusionBatch } from './batch.js';
 import { TokenDataset } from './data/dataset.js';
 import type { Device, DType } from './device.js';
-import type { Engine } from './engine.js';
 import { check, DiffusionNativeError } from './errors.js';
 import { forgetLengths } from './length/extras.js';
 import { JsonlLogger } from './loggers/jsonl.js';
@@ -24,6 +24,8 @@ import {
 	readMoments,
 	writeCheckpoint,
 } from './training/checkpoint.js';
+import { Hold } from './training/hold.js';
+import { noiseAt, runNoise } from './training/noise.js';
 import {
 	type MetricLogger,
 	type ResolvedTrainOptions,
@@ -32,10 +34,11 @@ import {
 	type TrainOptions,
 	trainOptionNames,
 } from './training/options.js';
-import { DataOrder, type DataPosition } from './training/order.js';
-import { annealedMask, scheduleAt } from './training/schedules.js';
-import { accumulate, gradientNorm, lossOf, packStep, type Runner, scaleOf, update } from './training/step.js';
-import { isSame, reference, reopen, reviveOptions, storeOptions } from './training/stored-run.js';
+import { type DataOrder, type DataPosition, dataBeginning, orderAt } from './training/order.js';
+import { afterStep, afterValidation, noProgress, progressIn } from './training/progress.js';
+import { scheduleAt } from './training/schedules.js';
+import { accumulate, gradientNorm, type LossSums, lossOf, packStep, scaleOf, update } from './training/step.js';
+import { isSame, reference, reopen, reviveOptions, storeRun } from './training/stored-run.js';
 import { validate } from './training/validation.js';
 
 /** Overrides of a resumed run, and where its model runs. */
@@ -56,9 +59,6 @@ export interface StepOptions {
 	readonly signal?: AbortSignal;
 }
 
-/** Engines that a trainer holds: two trainers on one model would add to the same gradients. */
-const inTraining = new WeakSet<Engine>();
-
 /**
  * Trains a model. Made with `new Trainer(model, options)` or `Trainer.resume(dir)`.
  * A model has at most one trainer at a time; `dispose` frees gradients and moments and lets go of the model;
@@ -68,32 +68,12 @@ export class Trainer implements AsyncDisposable {
 	/** What is trained. */
 	readonly model: DiffuGPT;
 	readonly #options: ResolvedTrainOptions;
+	readonly #hold: Hold;
 	readonly #noise: NativeNoise;
 	readonly #loggers: readonly MetricLogger[];
 	#order: DataOrder | undefined;
-	#step = 0;
-	/** Steps that masked something: AdamW's own count. */
-	#updates = 0;
-	#totalTokens = 0;
-	#best: number | null = null;
-	#worse = 0;
-	#stopped = false;
-	#validationLoss: number | null = null;
+	#progress = noProgress;
 	#running = false;
-	/** The call that computes or saves; never rejects. */
-	#working: Promise<void> | undefined;
-	/** Gradients and moments are allocated at the first use. */
-	#begun: Promise<unknown> | undefined;
-	/** Set by `dispose`. */
-	#disposal: Promise<void> | undefined;
-	/** The engine for steps: a call whose turn comes after `dispose` is refused, since its buffers may be another trainer's. */
-	readonly #gate: Runner = {
-		run: (call, signal) =>
-			this.model.engine.run((native) => {
-				this.#check();
-				return call(native);
-			}, signal),
-	};
 
 	/**
 	 * @throws `ERR_DN_ARGUMENT` naming the option; `ERR_DN_BUSY` when the model already has a trainer, or one that is disposed
@@ -108,27 +88,11 @@ export class Trainer implements AsyncDisposable {
 		);
 		this.model = model;
 		this.#options = resolveTrainOptions(options, model.config);
-		const { data, validation, objective, block, normalise, weight, timeSampler, timeRange, seed, checkpoint } =
-			this.#options;
+		const { data, validation, checkpoint } = this.#options;
 		for (const set of [data, validation]) if (set && model.tokenizer) set.checkTokenizer(model.tokenizer);
-		this.#noise = toNativeNoise(model.config, {
-			objective,
-			seed,
-			...(block === undefined ? {} : { block }),
-			...(normalise === undefined ? {} : { normalise }),
-			...(weight === undefined ? {} : { weight }),
-			...(timeSampler === undefined ? {} : { timeSampler }),
-			...(timeRange === undefined ? {} : { timeRange }),
-			...this.#spindle(),
-		});
-		if (inTraining.has(model.engine)) {
-			throw new DiffusionNativeError(
-				'ERR_DN_BUSY',
-				'this model already has a trainer: dispose that one and await it first',
-			);
-		}
-		inTraining.add(model.engine);
-		if (data) this.#order = this.#orderAt({ epoch: 0, index: 0 });
+		this.#noise = runNoise(this.#options, model.config);
+		this.#order = orderAt(dataBeginning, this.#options, model.config);
+		this.#hold = new Hold(model.engine);
 		this.#loggers = checkpoint
 			? [new JsonlLogger(join(checkpoint.dir, 'metrics.jsonl')), ...this.#options.loggers]
 			: this.#options.loggers;
@@ -165,8 +129,7 @@ export class Trainer implements AsyncDisposable {
 				...(data ? { data } : {}),
 				...(validation ? { validation } : {}),
 			});
-			await trainer.#begin();
-			await readMoments(directory, model.engine);
+			await trainer.#hold.alone(() => readMoments(directory, model.engine));
 			trainer.#restore(state);
 			return trainer;
 		} catch (error) {
@@ -177,7 +140,7 @@ export class Trainer implements AsyncDisposable {
 
 	/** Optimiser steps done. */
 	get steps(): number {
-		return this.#step;
+		return this.#progress.step;
 	}
 
 	/** Options with their defaults. */
@@ -197,7 +160,7 @@ export class Trainer implements AsyncDisposable {
 	async *run(options: { readonly signal?: AbortSignal } = {}): AsyncGenerator<TrainMetrics, void, void> {
 		checkOptions('run', options, ['signal']);
 		const { signal } = options;
-		const { maxSteps, evalEvery, validation, checkpoint, accumulate: microBatches } = this.#options;
+		const { maxSteps, evalEvery, earlyStop, validation, checkpoint, accumulate: microBatches } = this.#options;
 		const order = this.#order;
 		check(order, 'run needs the option data');
 		check(maxSteps !== undefined, 'run needs the option maxSteps');
@@ -206,9 +169,9 @@ export class Trainer implements AsyncDisposable {
 		}
 		this.#running = true;
 		try {
-			if (checkpoint) await prepareRunDirectory(checkpoint.dir, this.#step);
-			for (const logger of this.#loggers) await logger.start?.({ step: this.#step, maxSteps });
-			while (this.#step < maxSteps && !this.#stopped) {
+			if (checkpoint) await prepareRunDirectory(checkpoint.dir, this.steps);
+			for (const logger of this.#loggers) await logger.start?.({ step: this.steps, maxSteps });
+			while (this.steps < maxSteps && !this.#progress.stopped) {
 				signal?.throwIfAborted();
 				const before = order.position;
 				let metrics: TrainMetrics;
@@ -216,16 +179,15 @@ export class Trainer implements AsyncDisposable {
 					const batches = Array.from({ length: microBatches }, () => order.next());
 					metrics = await this.#advance(batches, signal, `epoch ${before.epoch}, sequences from ${before.index}`);
 				} catch (error) {
-					this.#order = this.#orderAt(before);
+					this.#order = orderAt(before, this.#options, this.model.config);
 					throw error;
 				}
-				const last = this.#step === maxSteps;
-				this.#validationLoss = null;
+				const last = this.steps === maxSteps;
 				let failure: { reason: unknown } | undefined;
-				if (validation && (last || (evalEvery !== undefined && this.#step % evalEvery === 0))) {
+				if (validation && (last || (evalEvery !== undefined && this.steps % evalEvery === 0))) {
 					try {
 						const { loss, unweighted } = await this.#validate(validation, signal);
-						this.#judge(loss);
+						this.#progress = afterValidation(this.#progress, loss, earlyStop);
 						metrics = { ...metrics, validation: loss, validationUnweighted: unweighted };
 					} catch (reason) {
 						failure = { reason };
@@ -233,7 +195,8 @@ export class Trainer implements AsyncDisposable {
 				}
 				// A step whose validation is aborted stands, with its checkpoint; one whose validation fails has its metrics only.
 				const stands = !failure || signal?.aborted === true;
-				const due = last || this.#stopped || (checkpoint?.every !== undefined && this.#step % checkpoint.every === 0);
+				const due =
+					last || this.#progress.stopped || (checkpoint?.every !== undefined && this.steps % checkpoint.every === 0);
 				if (checkpoint && due && stands) {
 					try {
 						metrics = { ...metrics, checkpoint: await this.checkpoint() };
@@ -272,16 +235,10 @@ export class Trainer implements AsyncDisposable {
 	 */
 	async gradients(batch: DiffusionBatch, options: StepOptions = {}): Promise<Map<string, Float32Array>> {
 		checkOptions('gradients', options, ['signal']);
-		return this.#alone(async () => {
-			const sums = await accumulate(
-				this.#gate,
-				packStep([batch], this.model.config),
-				this.#noiseAt(this.#step),
-				this.#native(true),
-				options.signal,
-			);
+		return this.#hold.alone(async () => {
+			const sums = await this.#accumulate([batch], options.signal);
 			const scale = scaleOf(sums);
-			return this.#gate.run((native) => {
+			return this.#hold.run((native) => {
 				const gradients = new Map<string, Float32Array>();
 				for (const { name } of native.parameters) {
 					const values = native.getGradient(name);
@@ -302,14 +259,19 @@ export class Trainer implements AsyncDisposable {
 		checkOptions('evaluate', options, ['signal']);
 		check(data instanceof TokenDataset, 'evaluate needs a TokenDataset');
 		if (this.model.tokenizer) data.checkTokenizer(this.model.tokenizer);
-		return this.#alone(() => this.#validate(data, options.signal));
+		return this.#hold.alone(() => this.#validate(data, options.signal));
 	}
 
 	/** Writes a checkpoint into `dir`, replacing what is there. @throws `ERR_DN_CHECKPOINT`; `ERR_DN_BUSY` while a step is not over */
 	async save(dir: string): Promise<void> {
 		check(typeof dir === 'string' && dir !== '', 'save needs the path of a directory');
-		await this.#alone(() =>
-			writeCheckpoint(dir, this.model.engine, (directory) => this.model.save(directory), this.#state()),
+		await this.#hold.alone(() =>
+			writeCheckpoint(
+				dir,
+				this.model.engine,
+				(directory) => this.model.save(directory),
+				storeRun(this.#options, this.#progress, this.#position),
+			),
 		);
 	}
 
@@ -320,8 +282,8 @@ export class Trainer implements AsyncDisposable {
 	async checkpoint(): Promise<string> {
 		const { checkpoint, validation } = this.#options;
 		check(checkpoint, 'checkpoint needs the option checkpoint: { dir }');
-		await prepareRunDirectory(checkpoint.dir, this.#step);
-		const target = join(checkpoint.dir, checkpointName(this.#step));
+		await prepareRunDirectory(checkpoint.dir, this.steps);
+		const target = join(checkpoint.dir, checkpointName(this.steps));
 		await this.save(target);
 		await prune(checkpoint.dir, checkpoint.keep ?? 2, checkpoint.keepBest ?? (validation ? 1 : 0));
 		return target;
@@ -332,26 +294,12 @@ export class Trainer implements AsyncDisposable {
 	 * last, or for a `save` to end; frees gradients and moments. The model stays usable. Idempotent.
 	 */
 	dispose(): Promise<void> {
-		this.#disposal ??= this.#release();
-		return this.#disposal;
+		return this.#hold.release();
 	}
 
 	/** `dispose`, for `await using`. */
 	[Symbol.asyncDispose](): Promise<void> {
 		return this.dispose();
-	}
-
-	async #release(): Promise<void> {
-		const { engine } = this.model;
-		// Until the work has ended the model stays marked: another trainer would compute in the same buffers.
-		if (this.#working) await this.#working;
-		inTraining.delete(engine);
-		if (!this.#begun || engine.disposed) return;
-		try {
-			await engine.free((native) => native.endTraining());
-		} catch (error) {
-			if (!engine.disposed) throw error; // the model is freed with all that it holds
-		}
 	}
 
 	/** Closes all of them, whichever fails. */
@@ -360,20 +308,31 @@ export class Trainer implements AsyncDisposable {
 		for (const outcome of closed) if (outcome.status === 'rejected') throw outcome.reason;
 	}
 
+	/** Gradients of the next step on its micro-batches, not yet normalised, and the sums of its loss. */
+	#accumulate(batches: readonly DiffusionBatch[], signal: AbortSignal | undefined): Promise<LossSums> {
+		const { recompute, precision } = this.#options;
+		return accumulate(
+			this.#hold,
+			packStep(batches, this.model.config),
+			noiseAt(this.#noise, this.#options, this.steps),
+			{ recompute, precision, backward: true },
+			signal,
+		);
+	}
+
 	async #advance(
 		batches: readonly DiffusionBatch[],
 		signal: AbortSignal | undefined,
 		what: string,
 	): Promise<TrainMetrics> {
-		return this.#alone(async () => {
-			const { engine, config } = this.model;
-			const gate = this.#gate;
+		return this.#hold.alone(async () => {
+			const hold = this.#hold;
 			const { learningRate: schedule, maxSteps, betas: configured, eps, weightDecay, gradClip, data } = this.#options;
 			const begun = performance.now();
-			const step = this.#step;
+			const { step, updates } = this.#progress;
 			const { learningRate, beta1 } = scheduleAt(schedule, step, maxSteps ?? Number.POSITIVE_INFINITY);
-			const sums = await accumulate(gate, packStep(batches, config), this.#noiseAt(step), this.#native(true), signal);
-			const gradNorm = await gradientNorm(gate, sums, signal);
+			const sums = await this.#accumulate(batches, signal);
+			const gradNorm = await gradientNorm(hold, sums, signal);
 			const { loss, unweighted } = lossOf(sums);
 			if (!Number.isFinite(loss) || !Number.isFinite(gradNorm)) {
 				throw new DiffusionNativeError(
@@ -386,155 +345,40 @@ export class Trainer implements AsyncDisposable {
 			// Nothing masked: nothing to learn, and no reason to let decay and old moments move the weights.
 			if (sums.masked > 0) {
 				const betas = [beta1 ?? configured[0], configured[1]] as const;
-				const count = this.#updates + 1;
-				await update(gate, sums, gradNorm, { learningRate, betas, eps, weightDecay, gradClip, step: count });
-				this.#updates = count;
-				forgetLengths(engine);
+				await update(hold, sums, gradNorm, { learningRate, betas, eps, weightDecay, gradClip, step: updates + 1 });
+				forgetLengths(this.model.engine);
 			}
-			this.#step = step + 1;
-			this.#totalTokens += sums.tokens;
+			this.#progress = afterStep(this.#progress, sums);
 			const ms = performance.now() - begun;
-			const position = this.#order?.position ?? { epoch: 0, index: 0 };
+			const { epoch, index } = this.#position;
 			return {
-				step: this.#step,
+				step: this.steps,
 				loss,
 				unweighted,
 				learningRate,
 				gradNorm,
 				tokensPerSecond: (1000 * sums.tokens) / ms,
 				tokens: sums.tokens,
-				totalTokens: this.#totalTokens,
-				epoch: position.epoch + (data ? position.index / data.sequences : 0),
+				totalTokens: this.#progress.totalTokens,
+				epoch: epoch + (data ? index / data.sequences : 0),
 				ms,
 			};
 		});
 	}
 
-	/** The best loss so far, and whether early stop ends the run. */
-	#judge(loss: number): void {
-		this.#validationLoss = loss;
-		const { earlyStop } = this.#options;
-		if (this.#best === null || loss < this.#best - (earlyStop?.minDelta ?? 0)) {
-			this.#best = loss;
-			this.#worse = 0;
-			return;
-		}
-		this.#worse++;
-		this.#stopped = earlyStop !== undefined && this.#worse >= earlyStop.patience;
-	}
-
 	#validate(data: TokenDataset, signal: AbortSignal | undefined): Promise<{ loss: number; unweighted: number }> {
-		const { objective, block, evalSequences, batchSize, batchTokens, padding, precision } = this.#options;
-		return validate(
-			this.#gate,
-			this.model.config,
-			data,
-			{
-				objective,
-				block,
-				sequences: evalSequences,
-				batchSize,
-				batchTokens,
-				padding,
-				padId: this.#padId(data),
-				precision,
-			},
-			signal,
-		);
+		return validate(this.#hold, this.model.config, data, this.#options, signal);
 	}
 
-	#noiseAt(step: number): NativeNoise {
-		const { attentionAnnealing, seed } = this.#options;
-		if (!attentionAnnealing) return { ...this.#noise, step };
-		return { ...this.#noise, step, attention: annealedMask(attentionAnnealing, step, seed) };
-	}
-
-	#native(backward: boolean) {
-		const { recompute, precision } = this.#options;
-		return { recompute, precision, backward };
-	}
-
-	#padId(data: TokenDataset): number {
-		return data.padId >= 0 ? data.padId : this.model.config.padId;
-	}
-
-	#orderAt(position: DataPosition): DataOrder | undefined {
-		const { data, seed, padding, maskEnds, batchSize, batchTokens } = this.#options;
-		if (!data) return undefined;
-		const { context, eosId } = this.model.config;
-		const padId = this.#padId(data);
-		const hidden = maskEnds ? [eosId, padId] : [];
-		return new DataOrder({ data, seed, padding, padId, hidden, context, batchSize, batchTokens }, position);
-	}
-
-	#spindle() {
-		const { spindle, data } = this.#options;
-		if (!spindle) return {};
-		if (spindle.information) return { spindle: { lambda: spindle.lambda, information: spindle.information } };
-		check(data, 'spindle needs data to count tokens in, or information');
-		const counts = data.counts(this.model.config.vocab);
-		// Half a count for every id, so that one that never occurs has finite information.
-		const total = data.tokens + counts.length / 2;
-		const information = Float32Array.from(counts, (count) => -Math.log((count + 0.5) / total));
-		return { spindle: { lambda: spindle.lambda, information } };
-	}
-
-	#state(): RunState {
-		const { data, validation, seed } = this.#options;
-		return {
-			step: this.#step,
-			updates: this.#updates,
-			totalTokens: this.#totalTokens,
-			position: this.#order?.position ?? { epoch: 0, index: 0 },
-			seed: String(seed),
-			options: storeOptions(this.#options),
-			data: data ? reference(data) : null,
-			validation: validation ? reference(validation) : null,
-			validationLoss: this.#validationLoss,
-			best: this.#best,
-			worse: this.#worse,
-			stopped: this.#stopped,
-		};
+	get #position(): DataPosition {
+		return this.#order?.position ?? dataBeginning;
 	}
 
 	#restore(state: RunState): void {
-		this.#step = state.step;
-		this.#updates = state.updates;
-		this.#totalTokens = state.totalTokens;
-		this.#best = state.best;
-		this.#worse = state.worse;
-		this.#stopped = state.stopped && this.#options.earlyStop !== undefined;
-		this.#validationLoss = state.validationLoss;
-		const { data } = this.#options;
-		if (data && state.data && isSame(reference(data), state.data)) this.#order = this.#orderAt(state.position);
-	}
-
-	#check(): void {
-		if (this.#disposal) throw new DiffusionNativeError('ERR_DN_DISPOSED', 'this trainer was disposed');
-		this.model.engine.check();
-	}
-
-	async #begin(): Promise<void> {
-		this.#begun ??= this.model.engine.run((native) => native.beginTraining());
-		try {
-			await this.#begun;
-		} catch (error) {
-			this.#begun = undefined; // the next call may try again
-			throw error;
+		const { data, earlyStop } = this.#options;
+		this.#progress = progressIn(state, earlyStop);
+		if (data && state.data && isSame(reference(data), state.data)) {
+			this.#order = orderAt(state.position, this.#options, this.model.config);
 		}
-	}
-
-	/** Gradients are one buffer: two calls at once would mix theirs. */
-	async #alone<T>(work: () => Promise<T>): Promise<T> {
-		this.#check();
-		if (this.#working) {
-			throw new DiffusionNativeError('ERR_DN_BUSY', 'this trainer is in the middle of a step: await it first');
-		}
-		const running = this.#begin().then(work);
-		const settled = (): void => {
-			this.#working = undefined;
-		};
-		this.#working = running.then(settled, settled);
-		return running;
 	}
 }

@@ -1,8 +1,11 @@
-/** Disposing of a trainer: in the middle of its work, before the next trainer of the model, and while the queue is full. */
+/**
+ * A trainer's hold on its model: one computing call at a time, and disposing in the middle of its work, before the next
+ * trainer of the model, and while the queue is full.
+ */
 import test from 'ava';
 import { type DiffuGPT, type DiffusionBatch, Trainer } from 'diffusion-native';
 
-import { fresh, nearly, tiny, weights } from './helpers/trainer.js';
+import { collect, documents, fresh, nearly, tiny, weights } from './helpers/trainer.js';
 
 const batch = (last: number): DiffusionBatch => ({
 	tokens: [Int32Array.of(8, 1, 2, last)],
@@ -85,6 +88,21 @@ test('a checkpoint that is being written when its trainer is disposed of is whol
 	await model.dispose();
 });
 
+test('a trainer that is disposed of again leaves the next one alone', async (t) => {
+	const model = await tiny();
+	const first = new Trainer(model, {});
+	await first.step(batch(3));
+	await first.dispose();
+	const second = new Trainer(model, {});
+	await second.step(batch(3));
+	await first.dispose();
+	t.true(await isTraining(model));
+	t.throws(() => new Trainer(model, {}), { code: 'ERR_DN_BUSY' });
+	t.is((await second.step(batch(4))).step, 2);
+	await second.dispose();
+	await model.dispose();
+});
+
 test('a trainer and its model may be disposed of at once', async (t) => {
 	const model = await tiny();
 	const trainer = new Trainer(model, {});
@@ -103,5 +121,30 @@ test('a full queue refuses a step, not the steps after it, and never dispose', a
 	await t.notThrowsAsync(trainer.dispose());
 	await filled;
 	t.false(await isTraining(model));
+	await model.dispose();
+});
+
+test('one call computes or saves at a time, for one trainer; after dispose none does', async (t) => {
+	const data = await documents(10);
+	const model = await tiny();
+	const trainer = new Trainer(model, { data, maxSteps: 9, checkpoint: { dir: fresh() } });
+	const calls: [string, () => Promise<unknown>][] = [
+		['step', () => trainer.step(batch(3))],
+		['gradients', () => trainer.gradients(batch(3))],
+		['evaluate', () => trainer.evaluate(data)],
+		['save', () => trainer.save(fresh())],
+	];
+	for (const [begun, begin] of calls) {
+		const working = begin();
+		const refusal = { code: 'ERR_DN_BUSY', message: /^this trainer is in the middle of a step/ };
+		const refused = calls.map(([name, call]) => t.throwsAsync(call(), refusal, `${name} during ${begun}`));
+		t.throws(() => new Trainer(model, {}), { code: 'ERR_DN_BUSY', message: /^this model already has a trainer/ });
+		await Promise.all(refused);
+		await t.notThrowsAsync(working, begun);
+	}
+	await trainer.dispose();
+	calls.push(['run', () => collect(trainer)], ['checkpoint', () => trainer.checkpoint()]);
+	for (const [name, call] of calls)
+		await t.throwsAsync(call(), { code: 'ERR_DN_DISPOSED', message: 'this trainer was disposed' }, name);
 	await model.dispose();
 });

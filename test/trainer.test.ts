@@ -206,6 +206,9 @@ test('spindle takes the information of tokens from their frequencies in the data
 	const information = Float32Array.from(counts, (n) => -Math.log((n + 0.5) / total));
 	t.is((await model.loss(batch, { seed: 3, spindle: { lambda: 0.4, information } })).loss, loss);
 	t.not((await model.loss(batch, { seed: 3 })).loss, loss);
+	await trainer.dispose();
+	await using told = new Trainer(model, { learningRate: 0, spindle: { lambda: 0.4, information }, seed: 3 });
+	t.is((await told.step(batch)).loss, loss);
 	await model.dispose();
 });
 
@@ -220,6 +223,31 @@ test('a clipped range of times is the one that is drawn from', async (t) => {
 		await using trainer = new Trainer(model, { ...options, learningRate: 0 });
 		t.is((await trainer.step(batch)).loss, loss);
 	}
+	await model.dispose();
+});
+
+test('what a loss takes, a trainer takes: a step has the loss of the same options and step', async (t) => {
+	const model = await tiny();
+	const batch: DiffusionBatch = { tokens: Array.from({ length: 8 }, (_, i) => Int32Array.of(8, 1, 2, i, 4, 5, 6, 7)) };
+	const losses = new Set<number>();
+	for (const options of [
+		{},
+		{ seed: 7 },
+		{ objective: 'autoregressive' },
+		{ objective: 'block-diffusion', block: 4 },
+		{ normalise: 'answer', weight: 'none' },
+		{ normalise: 'masked', timeSampler: 'stratified' },
+		{ timeSampler: 'exact-count' },
+		{ timeRange: [0.4, 0.6] },
+	] as const) {
+		await using trainer = new Trainer(model, { ...options, learningRate: 0 });
+		for (const step of [0, 1]) {
+			const { loss } = await trainer.step(batch);
+			t.is(loss, (await model.loss(batch, { ...options, step })).loss, JSON.stringify(options));
+			losses.add(loss);
+		}
+	}
+	t.is(losses.size, 15, 'every option tells, and every step but in the autoregressive objective');
 	await model.dispose();
 });
 
@@ -257,6 +285,7 @@ test('misuse is told', async (t) => {
 	refused({ objective: 'block-diffusion' }, /needs the option block/);
 	refused({ learningRate: { kind: 'cosine', peak: 1 } }, /maxSteps/);
 	refused({ earlyStop: { patience: 1 } }, /earlyStop needs validation/);
+	refused({ spindle: { lambda: 0.1 } }, /spindle needs data to count tokens in, or information/);
 	const long = await prepare([Int32Array.from({ length: 30 }, () => 1)], {
 		tokenizer: ids,
 		out: `${fresh()}.bin`,

@@ -51,11 +51,10 @@ test.serial('validation draws its sequences once, in turns', async (t) => {
 	} as unknown as TokenDataset;
 	const options = {
 		objective: 'diffusion',
-		sequences: 3,
+		evalSequences: 3,
 		batchSize: 2,
 		batchTokens: undefined,
 		padding: 'none',
-		padId: 0,
 		precision: 'fp32',
 	} as const;
 	const count = async (): Promise<number> => {

@@ -1,8 +1,9 @@
 /**
  * From text to the ids of one sequence, and from a stored sequence to the one that is trained on (padding).
  */
+import type { ModelConfig } from '../config.js';
 import { Stream, uniform } from '../random.js';
-import type { DataSequence } from './dataset.js';
+import type { DataSequence, TokenDataset } from './dataset.js';
 import type { Padding } from './format.js';
 import type { DataTokenizer } from './prepare-options.js';
 
@@ -75,6 +76,11 @@ export interface TrainingSequence {
 	readonly tokens: Int32Array;
 	/** 1 where a token may be masked; undefined: everywhere. */
 	readonly maskable: Uint8Array | undefined;
+}
+
+/** Id that pads sequences of `data`: the model's own where the file does not say. */
+export function padIdOf(data: TokenDataset, config: ModelConfig): number {
+	return data.padId >= 0 ? data.padId : config.padId;
 }
 
 /**

@@ -23,6 +23,7 @@ import {
 } from '../files.js';
 import type { NativeTensorSource } from '../native-types.js';
 import type { DataPosition } from './order.js';
+import type { Progress } from './progress.js';
 
 /** Facts about a data set, to find it again and to see that it is the same. */
 export interface DataReference {
@@ -35,24 +36,13 @@ export interface DataReference {
 }
 
 /** Everything of a run that is not a tensor. */
-export interface RunState {
-	readonly step: number;
-	/** Steps that changed the weights: those that masked nothing left weights and moments as they were. */
-	readonly updates: number;
-	readonly totalTokens: number;
+export interface RunState extends Progress {
 	readonly position: DataPosition;
 	readonly seed: string;
 	/** Options as JSON; data, loggers and functions are not among them. */
 	readonly options: Record<string, unknown>;
 	readonly data: DataReference | null;
 	readonly validation: DataReference | null;
-	/** Loss on the validation data at this step, if it was evaluated. */
-	readonly validationLoss: number | null;
-	readonly best: number | null;
-	/** Evaluations since the best one. */
-	readonly worse: number;
-	/** Early stop has ended the run. */
-	readonly stopped: boolean;
 }
 
 const stateFile = 'trainer.json';

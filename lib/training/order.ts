@@ -3,10 +3,12 @@
  * in it) is all that a checkpoint needs to go on exactly.
  */
 import type { DiffusionBatch } from '../batch.js';
+import type { ModelConfig } from '../config.js';
 import type { TokenDataset } from '../data/dataset.js';
 import type { Padding } from '../data/format.js';
-import { hide, padSequence, padTogether, type TrainingSequence, tokensTogether } from '../data/pack.js';
+import { hide, padIdOf, padSequence, padTogether, type TrainingSequence, tokensTogether } from '../data/pack.js';
 import { permutation, Stream } from '../random.js';
+import type { ResolvedTrainOptions } from './options.js';
 
 /** Where a run stands in its data. */
 export interface DataPosition {
@@ -15,6 +17,10 @@ export interface DataPosition {
 	readonly index: number;
 }
 
+/** Where a run begins in its data. */
+export const dataBeginning: DataPosition = { epoch: 0, index: 0 };
+
+/** What the order depends on, and how it is cut into micro-batches. */
 export interface OrderOptions {
 	readonly data: TokenDataset;
 	readonly seed: bigint;
@@ -28,6 +34,7 @@ export interface OrderOptions {
 	readonly batchTokens: number | undefined;
 }
 
+/** The micro-batches of a run, one after the other, without an end. */
 export class DataOrder {
 	readonly #options: OrderOptions;
 	#epoch: number;
@@ -36,7 +43,7 @@ export class DataOrder {
 	/** A sequence that did not fit the last micro-batch; it opens the next one. */
 	#held: TrainingSequence | undefined;
 
-	constructor(options: OrderOptions, position: DataPosition = { epoch: 0, index: 0 }) {
+	constructor(options: OrderOptions, position: DataPosition) {
 		this.#options = options;
 		this.#epoch = position.epoch;
 		this.#index = position.index;
@@ -98,6 +105,20 @@ export class DataOrder {
 		this.#index = 0;
 		this.#epoch++;
 	}
+}
+
+/** The data of a run from a position on; undefined without data. */
+export function orderAt(
+	position: DataPosition,
+	options: ResolvedTrainOptions,
+	config: ModelConfig,
+): DataOrder | undefined {
+	const { data, seed, padding, maskEnds, batchSize, batchTokens } = options;
+	if (!data) return undefined;
+	const { context, eosId } = config;
+	const padId = padIdOf(data, config);
+	const hidden = maskEnds ? [eosId, padId] : [];
+	return new DataOrder({ data, seed, padding, padId, hidden, context, batchSize, batchTokens }, position);
 }
 
 /** Sequences as a batch; those without a prompt are maskable everywhere. */

@@ -7,7 +7,7 @@ import type { ModelConfig } from '../config.js';
 import type { Engine } from '../engine.js';
 import type { NativeLoss, NativeNoise, NativeTrainBatch, NativeTrainOptions } from '../native-types.js';
 
-/** What runs native calls in their turn: an engine, or a trainer's gate to one, which refuses once it is disposed. */
+/** What runs native calls in their turn: an engine, or a trainer's hold on one, which refuses once it is released. */
 export type Runner = Pick<Engine, 'run'>;
 
 /** Sums over the micro-batches of a step. */

@@ -1,5 +1,6 @@
 /**
- * What a checkpoint remembers of a run besides numbers: its options as JSON, and its data by place and facts; and both back.
+ * What a checkpoint remembers of a run besides tensors: its progress, its options as JSON, and its data by place and facts;
+ * and options and data back.
  */
 import { basename, dirname, resolve } from 'node:path';
 
@@ -7,6 +8,8 @@ import { TokenDataset } from '../data/dataset.js';
 import { check, DiffusionNativeError } from '../errors.js';
 import type { DataReference, RunState } from './checkpoint.js';
 import type { ResolvedTrainOptions, TrainOptions } from './options.js';
+import type { DataPosition } from './order.js';
+import type { Progress } from './progress.js';
 
 /** Facts by which data is found again. */
 export function reference(data: TokenDataset): DataReference {
@@ -45,8 +48,21 @@ export async function reopen(stored: DataReference): Promise<TokenDataset> {
 	);
 }
 
+/** The state of a run as a checkpoint stores it. */
+export function storeRun(options: ResolvedTrainOptions, progress: Progress, position: DataPosition): RunState {
+	const { data, validation, seed } = options;
+	return {
+		...progress,
+		position,
+		seed: String(seed),
+		options: storeOptions(options),
+		data: data ? reference(data) : null,
+		validation: validation ? reference(validation) : null,
+	};
+}
+
 /** Options as JSON. A learning rate function becomes null. */
-export function storeOptions(options: ResolvedTrainOptions): Record<string, unknown> {
+function storeOptions(options: ResolvedTrainOptions): Record<string, unknown> {
 	const { data, validation, loggers, seed, learningRate, spindle, checkpoint, ...plain } = options;
 	return {
 		...plain,

@@ -2,26 +2,21 @@
  * The loss on held-out data. The sequences, their masks and their times are the same at every evaluation and in every run
  * on the same data, so curves compare; times are stratified over all of them, which lowers the noise.
  */
-import { type DiffusionBatch, type LossOptions, toNativeNoise } from '../batch.js';
+import { type DiffusionBatch, toNativeNoise } from '../batch.js';
 import type { ModelConfig } from '../config.js';
 import type { TokenDataset } from '../data/dataset.js';
-import type { Padding } from '../data/format.js';
-import { padSequence, padTogether, type TrainingSequence, tokensTogether } from '../data/pack.js';
+import { padIdOf, padSequence, padTogether, type TrainingSequence, tokensTogether } from '../data/pack.js';
 import { DiffusionNativeError } from '../errors.js';
 import { permutationInTurns, Stream } from '../random.js';
+import type { ResolvedTrainOptions } from './options.js';
 import { toBatch } from './order.js';
 import { accumulate, lossOf, packStep, type Runner } from './step.js';
 
-export interface ValidationOptions {
-	readonly objective: NonNullable<LossOptions['objective']>;
-	readonly block?: number | undefined;
-	readonly sequences: number;
-	readonly batchSize: number | undefined;
-	readonly batchTokens: number | undefined;
-	readonly padding: Padding;
-	readonly padId: number;
-	readonly precision: 'fp32' | 'bf16';
-}
+/** Options of a run that its validation reads: `evalSequences` of the data, in batches like those of a step. */
+export type ValidationOptions = Pick<
+	ResolvedTrainOptions,
+	'objective' | 'block' | 'evalSequences' | 'batchSize' | 'batchTokens' | 'padding' | 'precision'
+>;
 
 const validationSeed = 0n;
 
@@ -38,7 +33,10 @@ async function choose(data: TokenDataset, count: number, signal: AbortSignal | u
 	return first;
 }
 
-/** Weighted loss per predictable token (the NELBO), and the mean cross-entropy of masked tokens; nats. */
+/**
+ * Weighted loss per predictable token (the NELBO), and the mean cross-entropy of masked tokens; nats.
+ * @throws `ERR_DN_DIVERGED` when one of them is not finite; `signal.reason`; what the engine refuses a call with
+ */
 export async function validate(
 	engine: Runner,
 	config: ModelConfig,
@@ -46,13 +44,14 @@ export async function validate(
 	options: ValidationOptions,
 	signal: AbortSignal | undefined,
 ): Promise<{ loss: number; unweighted: number }> {
-	const count = Math.min(options.sequences, data.sequences);
+	const count = Math.min(options.evalSequences, data.sequences);
 	const order = await choose(data, count, signal);
 	const batches: DiffusionBatch[] = [];
 	const { padding, batchSize, batchTokens } = options;
+	const padId = padIdOf(data, config);
 	let open: TrainingSequence[] = [];
 	const close = (): void => {
-		batches.push(toBatch(padTogether(open, options)));
+		batches.push(toBatch(padTogether(open, { padding, padId })));
 		open = [];
 	};
 	let longest = 0;
@@ -61,7 +60,7 @@ export async function validate(
 		const index = order[i] as number;
 		const sequence = padSequence(
 			data.get(index),
-			{ padding, padId: options.padId, context: config.context },
+			{ padding, padId, context: config.context },
 			{ seed: validationSeed, epoch: 0, sequence: index },
 		);
 		const { length } = sequence.tokens;
