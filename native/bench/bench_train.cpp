@@ -1,7 +1,8 @@
 // A training step (corrupt, loss and gradients, gradient norm, AdamW) with the cost of every op.
 // Usage: bench_train [case = all] [threads = 1] [steps = 2]. Cases: tiny, tiny-fp32 (8192 packed tokens in
-// sequences of 20 to 70), tiny-1k (1024), small, 124m-4x64, 124m-2x256, 124m-1x1024 (fp32), 124m-bf16.
-// Processor time, not wall time, is what shares refer to: it says the same on a machine with other work.
+// sequences of 20 to 70), tiny-1k (1024), small, small-4x128, 124m-4x64, 124m-2x256, 124m-1x1024 (fp32),
+// 124m-bf16. Processor time, not wall time, is what shares refer to: it says the same on a machine with other
+// work.
 
 #include <cstdio>
 #include <cstdlib>
@@ -29,6 +30,7 @@ const Case kCases[] = {
     {"tiny-1k", "tiny", MatmulPrecision::kBF16, 1024, 20, 70},
     {"tiny-fp32", "tiny", MatmulPrecision::kFP32, 8192, 20, 70},
     {"small", "small", MatmulPrecision::kFP32, 2048, 256, 256},
+    {"small-4x128", "small", MatmulPrecision::kFP32, 512, 128, 128},
     {"124m-4x64", "124m", MatmulPrecision::kFP32, 256, 64, 64},
     {"124m-2x256", "124m", MatmulPrecision::kFP32, 512, 256, 256},
     {"124m-1x1024", "124m", MatmulPrecision::kFP32, 1024, 1024, 1024},

@@ -32,6 +32,8 @@ constexpr int64_t kNearestFloats = int64_t{8} << 10;
 constexpr int64_t kPackAlone = 32768;
 // Rows a thread needs to have all of a packed B pass by for them alone: it comes from memory at 7 GB/s then.
 constexpr int64_t kOwnRows = 64;
+// Numbers of a transposed B that every thread packs for itself (4 MB).
+constexpr int64_t kOwnB = int64_t{1} << 20;
 
 // Tiles [tile_begin, tile_end) of the chunk, at most a row block, against packed panels [panel_begin,
 // panel_end). next_tiles: where those begin that follow in time. after: the panel that follows, or null.
@@ -131,11 +133,12 @@ struct Cut {
 
 // With enough rows every thread has some of its own, packs them and meets them with all panels: what it packs
 // and writes stays in its own caches. Else columns are cut, and rows only where those give too few tasks. A
-// plain B is packed once for every part.
+// plain B is packed once for every part: on the way, or where it lies transposed by a pass of its own, which
+// only a small one is worth.
 Cut cut_chunk(const Cpu& cpu, const GemmProduct& p, const GemmKernels& kernels, int64_t rows) {
   const int64_t most = block_panels(kernels), wanted = kTasksPerThread * cpu.threads;
-  const int64_t owners =
-      p.b_layout == GemmLayout::kPanels ? std::min<int64_t>(cpu.threads, rows / kOwnRows) : 1;
+  const bool may_own = p.b_layout != GemmLayout::kTransposed || p.K * p.N <= kOwnB;
+  const int64_t owners = may_own ? std::min<int64_t>(cpu.threads, rows / kOwnRows) : 1;
   if (owners > 1) return {owners, PanelGroups(p.N, most, cpu.threads, ceil_div(wanted, owners))};
   const PanelGroups groups(p.N, most, cpu.threads, wanted);
   const int64_t spare = cpu.threads > 1 && groups.count < wanted ? wanted / groups.count : 1;
