@@ -82,20 +82,24 @@ export interface NativeDenoise {
 	ahead: { most: number; stops: Int32Array } | null;
 }
 
-/** What the head says of the D rows of a {@link NativeDenoise}. */
-export interface NativeStats {
-	/** (D) most probable id. */
+/** What the head says of every row, one entry each. */
+export interface NativeRowStats {
+	/** Most probable id. */
 	best: Int32Array;
-	/** (D) sampled id. */
+	/** Sampled id. */
 	drawn: Int32Array;
-	/** (D) probability of `best` at temperature 1. */
+	/** Probability of `best` at temperature 1. */
 	probability: Float32Array;
-	/** (D) probability of `best` minus that of the runner-up. */
+	/** Probability of `best` minus that of the runner-up. */
 	margin: Float32Array;
-	/** (D) nats. */
+	/** Nats. */
 	entropy: Float32Array;
-	/** (D) log probability of `drawn` at temperature 1. */
+	/** Log probability of `drawn` at temperature 1. */
 	drawnLogProb: Float32Array;
+}
+
+/** That of the D rows of a {@link NativeDenoise}, and what else it asked for. */
+export interface NativeStats extends NativeRowStats {
 	/** (D) KL(now || before), nats; Infinity where there is none, 0 without `keep`. */
 	divergence: Float32Array;
 	/** (D, watch.length) */
@@ -153,21 +157,14 @@ export interface NativeLoop {
 	steps: number;
 }
 
-/** What each step looked at and did. L: rows of all steps. */
-export interface NativeLoopLog {
+/** What each step looked at and did. L: rows of all steps, each with its statistics. */
+export interface NativeLoopLog extends NativeRowStats {
 	/** (steps, S, 3): step counter, and its rows [begin, end); none: the sequence was finished. */
 	events: Int32Array;
 	/** (L) */
 	position: Int32Array;
 	/** (L) 1: the drawn id was written there. */
 	committed: Uint8Array;
-	/** (L) each; as in {@link NativeStats}. */
-	best: Int32Array;
-	drawn: Int32Array;
-	probability: Float32Array;
-	margin: Float32Array;
-	entropy: Float32Array;
-	drawnLogProb: Float32Array;
 }
 
 /** Clean sequences of one micro-batch and how they are corrupted; see native/core/noise.h. */

@@ -2,7 +2,7 @@
  * What a generation asks of an engine and what it is told: one denoising step, or several that the device takes by itself.
  * A request knows of no other; lib/merge.ts and lib/merge-steps.ts pack those that wait together.
  */
-import type { NativeCache, NativeMask, NativeSampler } from './native-types.js';
+import type { NativeCache, NativeMask, NativeRowStats, NativeSampler } from './native-types.js';
 import type { KeptRows } from './row-history.js';
 
 /** One denoising step of one caller: one canvas, or several variants of it (an unconditional twin, verification copies). */
@@ -47,14 +47,8 @@ export interface DenoiseRequest {
 	ahead?: { most: number; stops: Int32Array } | undefined;
 }
 
-/** What the head says of each wanted row; see NativeStats. R = row.length of the request. */
-export interface RowStatistics {
-	best: Int32Array;
-	drawn: Int32Array;
-	probability: Float32Array;
-	margin: Float32Array;
-	entropy: Float32Array;
-	drawnLogProb: Float32Array;
+/** What the head says of each wanted row. R = row.length of the request. */
+export interface RowStatistics extends NativeRowStats {
 	/** (R, watch.length) */
 	watched: Float32Array;
 	/** (R) nats, with a history; Infinity where it holds nothing. */
