@@ -293,6 +293,7 @@ test('stop rules of block', async (t) => {
 	const stopped = await run(dull, { max: 12, method: 'block', block: 4, stop: 'entropy', window: 3, entropy: 0.5 });
 	t.deepEqual(Array.from(stopped.tokens), dull.slice(0, 5), 'the dull tail of the second block is dropped');
 	t.is(stopped.finishReason, 'length');
+	t.is(stopped.stats.forwards, 2, 'and no third one is begun');
 	// Four tokens, two and two: ln 2 nats; three alike and one: 0.562.
 	t.is(repetitiveTail(Int32Array.of(9, 1, 1, 2, 2), 4, 0.69), 0);
 	t.is(repetitiveTail(Int32Array.of(9, 1, 1, 2, 2), 4, 0.7), 4);
