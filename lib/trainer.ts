@@ -10,6 +10,7 @@ import type { DiffusionBatch } from './batch.js';
 import { TokenDataset } from './data/dataset.js';
 import type { Device, DType } from './device.js';
 import { check, DiffusionNativeError } from './errors.js';
+import type { LoadProgress } from './hub.js';
 import { forgetLengths } from './length/extras.js';
 import { JsonlLogger } from './loggers/jsonl.js';
 import { DiffuGPT } from './model.js';
@@ -22,6 +23,7 @@ import {
 	prune,
 	type RunState,
 	readMoments,
+	withMomentsToCome,
 	writeCheckpoint,
 } from './training/checkpoint.js';
 import { Hold } from './training/hold.js';
@@ -49,6 +51,8 @@ export interface ResumeOptions extends TrainOptions {
 	readonly dtype?: DType;
 	/** CPU threads. @default all cores */
 	readonly threads?: number;
+	/** Told about loading: bytes of weights and moments. @default none */
+	readonly onProgress?: (progress: LoadProgress) => void;
 	/** Of loading: aborting rejects with `signal.reason`. @default none */
 	readonly signal?: AbortSignal;
 }
@@ -107,9 +111,16 @@ export class Trainer implements AsyncDisposable {
 	 */
 	static async resume(dir: string, overrides: ResumeOptions = {}): Promise<Trainer> {
 		check(typeof dir === 'string' && dir !== '', 'Trainer.resume needs the path of a checkpoint or run folder');
-		checkOptions('Trainer.resume', overrides, [...trainOptionNames, 'device', 'dtype', 'threads', 'signal']);
+		checkOptions('Trainer.resume', overrides, [
+			...trainOptionNames,
+			'device',
+			'dtype',
+			'threads',
+			'onProgress',
+			'signal',
+		]);
 		const { directory, state } = findCheckpoint(dir);
-		const { device, dtype, threads, signal, ...rest } = overrides;
+		const { device, dtype, threads, onProgress, signal, ...rest } = overrides;
 		// An option that is undefined is one that was not given.
 		const own: TrainOptions = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== undefined));
 		const stored = reviveOptions(state, directory, own);
@@ -119,6 +130,7 @@ export class Trainer implements AsyncDisposable {
 			...(device === undefined ? {} : { device }),
 			...(dtype === undefined ? {} : { dtype }),
 			...(threads === undefined ? {} : { threads }),
+			...(onProgress === undefined ? {} : { onProgress: withMomentsToCome(onProgress) }),
 			...(signal === undefined ? {} : { signal }),
 		});
 		try {
@@ -129,7 +141,7 @@ export class Trainer implements AsyncDisposable {
 				...(data ? { data } : {}),
 				...(validation ? { validation } : {}),
 			});
-			await trainer.#hold.alone(() => readMoments(directory, model.engine));
+			await trainer.#hold.alone(() => readMoments(directory, model.engine, onProgress, signal));
 			trainer.#restore(state);
 			return trainer;
 		} catch (error) {
@@ -186,7 +198,7 @@ export class Trainer implements AsyncDisposable {
 				let failure: { reason: unknown } | undefined;
 				if (validation && (last || (evalEvery !== undefined && this.steps % evalEvery === 0))) {
 					try {
-						const { loss, unweighted } = await this.#validate(validation, signal);
+						const { loss, unweighted } = await this.#hold.alone(() => this.#validate(validation, signal));
 						this.#progress = afterValidation(this.#progress, loss, earlyStop);
 						metrics = { ...metrics, validation: loss, validationUnweighted: unweighted };
 					} catch (reason) {

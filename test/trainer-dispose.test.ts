@@ -148,3 +148,22 @@ test('one call computes or saves at a time, for one trainer; after dispose none 
 		await t.throwsAsync(call(), { code: 'ERR_DN_DISPOSED', message: 'this trainer was disposed' }, name);
 	await model.dispose();
 });
+
+test("a validation of a run is the trainer's one work, and dispose waits for it", async (t) => {
+	const data = await documents(600);
+	const model = await tiny();
+	const trainer = new Trainer(model, { data, validation: data, maxSteps: 1, evalSequences: 600, batchSize: 1 });
+	let over = false;
+	const run = t.throwsAsync(collect(trainer), { code: 'ERR_DN_DISPOSED' }).then(() => {
+		over = true;
+	});
+	while (trainer.steps === 0) await new Promise((resolve) => setImmediate(resolve));
+	await t.throwsAsync(trainer.step(batch(3)), { code: 'ERR_DN_BUSY', message: /in the middle of a step/ });
+	const disposed = trainer.dispose();
+	t.throws(() => new Trainer(model, {}), { code: 'ERR_DN_BUSY' });
+	await disposed;
+	t.notThrows(() => void new Trainer(model, {}).dispose());
+	await run;
+	t.true(over);
+	await model.dispose();
+});

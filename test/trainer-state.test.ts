@@ -90,3 +90,50 @@ test('a resumed run goes on in its data, also where that was moved to, and begin
 	}
 	t.deepEqual(epochs, [24 / 50, 8 / 40]);
 });
+
+test('resuming tells how much of weights and moments is loaded, and stops in either', async (t) => {
+	const dir = fresh();
+	const model = await tiny();
+	const parameters = await model.engine.run((native) => native.parameters);
+	const bytes = parameters.reduce((sum, { count }) => sum + 4 * count, 0);
+	await using trainer = new Trainer(model, {});
+	await trainer.step({ tokens: [Int32Array.of(8, 1, 2, 3)] });
+	await trainer.save(dir);
+
+	const seen: number[] = [];
+	const resumed = await Trainer.resume(dir, {
+		device: 'cpu',
+		onProgress: (progress) => {
+			if (progress.status !== 'load') return;
+			t.is(progress.total, 3 * bytes);
+			seen.push(progress.loaded);
+		},
+	});
+	t.is(seen.length, 3 * parameters.length);
+	t.deepEqual(
+		seen,
+		[...new Set(seen)].sort((a, b) => a - b),
+		'it grows',
+	);
+	t.is(seen.at(-1), 3 * bytes);
+	await resumed.dispose();
+	await resumed.model.dispose();
+
+	for (const share of [0.5, 1, 2.5]) {
+		const stop = new AbortController();
+		const reason = new Error('enough');
+		let last = 0;
+		const aborted = Trainer.resume(dir, {
+			device: 'cpu',
+			signal: stop.signal,
+			onProgress: (progress) => {
+				if (progress.status !== 'load') return;
+				last = progress.loaded;
+				if (last >= share * bytes) stop.abort(reason);
+			},
+		});
+		t.is(await t.throwsAsync(aborted), reason);
+		t.true(last < share * bytes + bytes / 2, `${last} of ${3 * bytes} bytes were read`);
+	}
+	await model.dispose();
+});

@@ -90,7 +90,7 @@ async function train(flags: Flags): Promise<void> {
 	const trainer =
 		settings.resume === undefined
 			? await begin(settings, loggers, flags)
-			: await resume(settings, settings.resume, loggers);
+			: await resume(settings, settings.resume, loggers, flags);
 	const stop = new AbortController();
 	const interrupted = new Error('interrupted');
 	const onInterrupt = (): void => {
@@ -170,7 +170,12 @@ async function begin(config: RunConfig, loggers: readonly MetricLogger[], flags:
 }
 
 /** The data of the configuration is cut as `begin` cuts it: where it is that of the run, the run goes on where it was. */
-async function resume(config: RunConfig, from: string, loggers: readonly MetricLogger[]): Promise<Trainer> {
+async function resume(
+	config: RunConfig,
+	from: string,
+	loggers: readonly MetricLogger[],
+	flags: Flags,
+): Promise<Trainer> {
 	const { device, threads, data: path, validation: held, epochs } = config;
 	const { directory, state } = findCheckpoint(from);
 	check(path !== undefined || typeof held !== 'number', 'validation is a share of data: the configuration needs data');
@@ -194,7 +199,7 @@ async function resume(config: RunConfig, from: string, loggers: readonly MetricL
 		...(threads === undefined ? {} : { threads }),
 		loggers,
 	};
-	return Trainer.resume(from, overrides);
+	return showLoading((onProgress) => Trainer.resume(from, { ...overrides, onProgress }), flags);
 }
 
 /** What a step of the run takes where the configuration does not say. */

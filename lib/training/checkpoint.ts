@@ -21,6 +21,7 @@ import {
 	temporaryName,
 	writeSynced,
 } from '../files.js';
+import type { LoadProgress } from '../hub.js';
 import type { NativeTensorSource } from '../native-types.js';
 import type { DataPosition } from './order.js';
 import type { Progress } from './progress.js';
@@ -101,13 +102,33 @@ export async function writeCheckpoint(
 	);
 }
 
-/** Restores the moments of AdamW. */
-export async function readMoments(directory: string, engine: Engine): Promise<void> {
+/** `onProgress` for the weights of a checkpoint, a third of it: the moments follow. */
+export function withMomentsToCome(onProgress: (progress: LoadProgress) => void): (progress: LoadProgress) => void {
+	return (progress) => onProgress(progress.status === 'load' ? { ...progress, total: 3 * progress.total } : progress);
+}
+
+/**
+ * Restores the moments of AdamW; `onProgress` counts on from the weights.
+ * @throws `signal.reason`, with some moments read
+ */
+export async function readMoments(
+	directory: string,
+	engine: Engine,
+	onProgress: ((progress: LoadProgress) => void) | undefined,
+	signal: AbortSignal | undefined,
+): Promise<void> {
 	await engine.run(async (native) => {
 		const file = binding().openSafetensors(join(directory, momentsFile));
+		const weights = native.parameters.reduce((sum, { count }) => sum + 4 * count, 0);
+		let loaded = weights;
 		try {
 			for (const kind of ['moment1', 'moment2'] as const) {
-				for (const { name } of native.parameters) await native.loadMoment(name, kind, file, `${kind}.${name}`);
+				for (const { name, count } of native.parameters) {
+					signal?.throwIfAborted();
+					await native.loadMoment(name, kind, file, `${kind}.${name}`);
+					loaded += 4 * count;
+					onProgress?.({ status: 'load', loaded, total: 3 * weights });
+				}
 			}
 		} finally {
 			file.close();
