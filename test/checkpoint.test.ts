@@ -1,23 +1,11 @@
-import {
-	chmodSync,
-	existsSync,
-	mkdirSync,
-	mkdtempSync,
-	readdirSync,
-	readFileSync,
-	rmSync,
-	symlinkSync,
-	writeFileSync,
-} from 'node:fs';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
-import test from 'ava';
-import { DiffuGPT, DiffusionNativeError, type LoadProgress, type ModelConfig, Tokenizer } from 'diffusion-native';
+/** Reading a model's directory: every spelling of its tensors, its configuration and tokenizer, and what is refused. */
+import { rmSync } from 'node:fs';
 
-import { binding } from '../lib/binding.js';
+import test from 'ava';
+import { DiffuGPT, DiffusionNativeError, type LoadProgress, type ModelConfig } from 'diffusion-native';
+
 import { openCheckpoint } from '../lib/checkpoint.js';
-import { saveCheckpoint } from '../lib/checkpoint-save.js';
-import type { NativeModel } from '../lib/native-types.js';
+import { denoise, expected, fresh, make, model, parameters, transformer } from './helpers/checkpoint.js';
 import {
 	bf16,
 	f16,
@@ -30,42 +18,6 @@ import {
 	tinyConfig,
 	writeModel,
 } from './helpers/safetensors.js';
-
-const scratch = mkdtempSync(join(tmpdir(), 'dn-checkpoint-'));
-let count = 0;
-/** A path in a directory of its own, which does not exist yet. */
-const fresh = (): string => {
-	const parent = join(scratch, String(count++));
-	mkdirSync(parent);
-	return join(parent, 'model');
-};
-test.after.always(() => rmSync(scratch, { recursive: true, force: true }));
-
-function model(
-	tensors: Tensors = gpt2Tensors(),
-	config: object = tinyConfig,
-	extra: Record<string, string | object> = {},
-): string {
-	return writeModel(fresh(), { 'config.json': config, 'model.safetensors': safetensorsBytes(tensors), ...extra });
-}
-
-function make(config: ModelConfig): NativeModel {
-	const { layers, heads, channels, context, vocab } = config;
-	return binding().createModel(
-		{ layers, heads, channels, context, vocab },
-		{ device: 'cpu', threads: 1, dtype: 'fp32' },
-	);
-}
-
-/** Loads a directory and returns every parameter. */
-async function parameters(directory: string): Promise<Record<string, Float32Array>> {
-	const checkpoint = openCheckpoint(directory);
-	const native = make(checkpoint.config);
-	await checkpoint.load(native);
-	const values = Object.fromEntries(native.parameters.map(({ name }) => [name, native.getParameter(name)]));
-	native.dispose();
-	return values;
-}
 
 function refuses(
 	t: import('ava').ExecutionContext,
@@ -86,10 +38,6 @@ function refuses(
 	t.regex(error?.message ?? '', message);
 	t.true(error?.message.includes(directory), `the message names the directory: ${error?.message}`);
 }
-
-const expected = Object.fromEntries(gpt2Values());
-const transformer = (name: string): string => `transformer.${name}`;
-const denoise = (name: string): string => (name === 'wte.weight' ? 'embed_tokens.weight' : `denoise_model.${name}`);
 
 const spellings: Record<string, Tensors> = {
 	'without prefix': gpt2Tensors(),
@@ -394,122 +342,5 @@ test('loading reports its progress and stops when aborted', async (t) => {
 	t.true(seen.every((value, i) => i === 0 || value > (seen[i - 1] as number)));
 	const reason = new Error('enough');
 	await t.throwsAsync(openCheckpoint(directory).load(native, { signal: AbortSignal.abort(reason) }), { is: reason });
-	native.dispose();
-});
-
-test('a saved model loads with the same bits and config', async (t) => {
-	const source = openCheckpoint(
-		model(gpt2Tensors(denoise), { ...tinyConfig, diffusion_native: { maskId: 5, padId: 4, shift: false } }),
-	);
-	const native = make(source.config);
-	await source.load(native);
-	await native.initialise(3n);
-	const target = join(fresh(), 'deep', 'down');
-	await saveCheckpoint(target, { native, config: source.config, tokenizer: undefined });
-	const again = openCheckpoint(target);
-	t.deepEqual(again.config, source.config);
-	again.close();
-	const loaded = await parameters(target);
-	for (const { name } of native.parameters) t.deepEqual(loaded[name], native.getParameter(name), name);
-	t.deepEqual(readdirSync(target).sort(), ['config.json', 'generation_config.json', 'model.safetensors']);
-	t.deepEqual(readdirSync(join(target, '..')), ['down']);
-	native.dispose();
-});
-
-test('a saved directory has the names and layout of Hugging Face’s GPT-2', async (t) => {
-	const source = openCheckpoint(model());
-	const native = make(source.config);
-	await source.load(native);
-	const target = fresh();
-	for (const dtype of ['F16', 'BF16', 'F32'] as const) {
-		await saveCheckpoint(target, { native, config: source.config, tokenizer: undefined, dtype });
-		const bytes = readFileSync(join(target, 'model.safetensors'));
-		const header = JSON.parse(bytes.toString('utf8', 8, 8 + Number(bytes.readBigUInt64LE(0))));
-		t.deepEqual(header.__metadata__, { format: 'pt' });
-		delete header.__metadata__;
-		t.deepEqual(
-			Object.fromEntries(Object.entries(header).map(([name, entry]) => [name, (entry as { shape: number[] }).shape])),
-			Object.fromEntries(Object.entries(gpt2Tensors(transformer)).map(([name, { shape }]) => [name, shape])),
-		);
-		t.is(header['transformer.h.0.attn.c_attn.weight'].dtype, dtype);
-		t.deepEqual(await parameters(target), expected, 'the values are exact in every type');
-	}
-	const config = JSON.parse(readFileSync(join(target, 'config.json'), 'utf8'));
-	t.like(config, { ...tinyConfig, diffusion_native: { maskId: -1, attention: 'causal', shift: true } });
-	native.dispose();
-});
-
-test('saving replaces an old model and keeps files that are not a model’s', async (t) => {
-	const source = openCheckpoint(model());
-	const native = make(source.config);
-	await source.load(native);
-	const save = (directory: string) =>
-		saveCheckpoint(directory, { native, config: source.config, tokenizer: undefined });
-	const old = writeModel(fresh(), {
-		'model.safetensors.index.json': '{}',
-		'model-00001-of-00001.safetensors': 'x',
-		'config.json': '{}',
-	});
-	await save(old);
-	t.deepEqual(readdirSync(old).sort(), ['config.json', 'generation_config.json', 'model.safetensors']);
-	const shared = writeModel(fresh(), { 'notes.txt': 'mine', 'merges.txt': 'old', 'config.json': '{}' });
-	await save(shared);
-	t.deepEqual(readdirSync(shared).sort(), ['config.json', 'generation_config.json', 'model.safetensors', 'notes.txt']);
-	t.is(readFileSync(join(shared, 'notes.txt'), 'utf8'), 'mine');
-	const link = fresh();
-	mkdirSync(`${link}-real`);
-	symlinkSync(`${link}-real`, link);
-	await save(link);
-	t.true(existsSync(join(`${link}-real`, 'config.json')));
-	for (const target of [old, shared]) t.deepEqual(readdirSync(join(target, '..')), ['model']);
-	native.dispose();
-});
-
-test('a save that fails says why and leaves the old model whole', async (t) => {
-	const source = openCheckpoint(model());
-	const native = make(source.config);
-	await source.load(native);
-	const save = (directory: string) =>
-		saveCheckpoint(directory, { native, config: source.config, tokenizer: undefined });
-	const file = fresh();
-	writeFileSync(file, 'a file');
-	for (const target of [file, join(file, 'below'), '/proc/dn/model', '/dev/full/model']) {
-		const error = await t.throwsAsync(save(target), { instanceOf: DiffusionNativeError });
-		t.is(error?.code, 'ERR_DN_CHECKPOINT', target);
-		t.true(error?.message.includes(target));
-	}
-	t.is(readFileSync(file, 'utf8'), 'a file');
-	const old = model();
-	native.dispose();
-	await t.throwsAsync(save(old), { instanceOf: DiffusionNativeError });
-	t.deepEqual(await parameters(old), expected);
-	t.deepEqual(readdirSync(join(old, '..')), ['model']);
-	if (process.getuid?.() !== 0) {
-		const locked = fresh();
-		mkdirSync(locked, { mode: 0o500 });
-		await t.throwsAsync(save(join(locked, 'model')), { instanceOf: DiffusionNativeError, message: /EACCES/ });
-		chmodSync(locked, 0o700);
-	}
-});
-
-test('the tokenizer is saved with the model and comes back equal', async (t) => {
-	const size = { ...tiny, layers: 1, vocab: 50257 };
-	const directory = model(gpt2Tensors(denoise, f32, size), {
-		...tinyConfig,
-		n_layer: 1,
-		bos_token_id: 50256,
-		eos_token_id: 50256,
-	});
-	const source = openCheckpoint(directory);
-	t.is(source.tokenizer(), Tokenizer.gpt2());
-	const native = make(source.config);
-	await source.load(native);
-	const target = fresh();
-	await saveCheckpoint(target, { native, config: source.config, tokenizer: source.tokenizer() });
-	const again = openCheckpoint(target);
-	again.close();
-	t.deepEqual(again.config, source.config);
-	t.is(again.tokenizer()?.fingerprint, Tokenizer.gpt2().fingerprint);
-	t.like(JSON.parse(readFileSync(join(target, 'tokenizer_config.json'), 'utf8')), { eos_token: '<|endoftext|>' });
 	native.dispose();
 });
