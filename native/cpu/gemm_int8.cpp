@@ -131,16 +131,20 @@ void multiply_chunk(const Cpu& cpu, const Chunk& chunk) {
                 });
 
   // Every thread has rows of its own, where there are enough, and all panels for them: C is then written by
-  // the thread that will read it.
+  // the thread that will read it. Parts are equal in rows, of AMX in whole tiles.
   const PanelGroups groups(p.N, kGroup, cpu.threads, kTasksPerThread * cpu.threads);
   const int64_t tall = chunk.kernels.max_rows, tiles = ceil_div(chunk.rows, tall);
   const int64_t row_parts = std::clamp<int64_t>(cpu.threads, 1, ceil_div(tiles, 4));
   const int64_t block = std::max<int64_t>(1, kRowBytes / chunk.stride / tall) * tall;
+  const auto part_begin = [&](int64_t part) {
+    return chunk.kernels.begin ? std::min(chunk.rows, tiles * part / row_parts * tall)
+                               : chunk.rows * part / row_parts;
+  };
   parallel_near(cpu.threads, row_parts * groups.count, [&](int64_t task, int) {
     const int64_t part = task / groups.count, group = task % groups.count;
-    const int64_t row_end = std::min(chunk.rows, tiles * (part + 1) / row_parts * tall);
+    const int64_t row_end = part_begin(part + 1);
     if (chunk.kernels.begin) chunk.kernels.begin();
-    for (int64_t r = tiles * part / row_parts * tall; r < row_end; r += block) {
+    for (int64_t r = part_begin(part); r < row_end; r += block) {
       for (int64_t panel = groups.begin(group); panel < groups.begin(group + 1); ++panel) {
         multiply_panel(chunk, r, std::min(row_end, r + block), panel);
       }
