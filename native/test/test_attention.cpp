@@ -1,170 +1,25 @@
 // Attention on every instruction set against a plain double-precision implementation that asks visible() for
-// every pair; the reference's own gradient is checked by finite differences. Bit-equality over threads, batch
-// composition and KV caches. Outputs start as NaN, so an element that is not written is a failure.
+// every pair; the reference's own gradient is checked by finite differences. Large scores, NaN, the error
+// that is allowed, annealed masks by the word, and wrong shapes. What must not change a bit:
+// test_attention_bits.cpp.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
-#include <limits>
+#include <string>
+#include <vector>
 
 #include "core/backend.h"
 #include "core/error.h"
+#include "core/rng.h"
 #include "cpu/attention_kernels.h"
 #include "cpu/ops.h"
+#include "test/attention_batch.h"
 #include "test/check.h"
 
 namespace dn::cpu {
 namespace {
 
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-std::vector<Isa> isas() {
-  std::vector<Isa> list{Isa::kPortable};
-  if (detected_isa() >= Isa::kAvx2) list.push_back(Isa::kAvx2);
-  if (detected_isa() >= Isa::kAvx512) list.push_back(Isa::kAvx512);
-  if (detected_isa() >= Isa::kAmx) list.push_back(Isa::kAmx);
-  return list;
-}
-
-// Roughly normal, mean 0, variance 1.
-std::vector<float> random_values(int64_t n, uint64_t seed) {
-  std::vector<float> x(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
-    double sum = -6;
-    for (uint32_t j = 0; j < 12; ++j) sum += uniform(seed, Stream::kInit, j, static_cast<uint64_t>(i));
-    x[static_cast<size_t>(i)] = static_cast<float>(sum);
-  }
-  return x;
-}
-
-// A packed batch of self-attention, and what comes out of it.
-struct Batch {
-  int64_t NH = 2, HS = 16, N = 0;
-  std::vector<AttentionSequence> sequences;
-  std::vector<int32_t> positions;
-  std::vector<float> qkv, dout, out, lse, dqkv;
-
-  int64_t C() const { return NH * HS; }
-
-  Batch(int64_t heads, int64_t head_size, const std::vector<int64_t>& lengths, AttentionMask mask,
-        uint64_t seed = 1)
-      : NH(heads), HS(head_size) {
-    for (const int64_t T : lengths) {
-      AttentionSequence s;
-      s.q_begin = s.kv_begin = N;
-      s.q_end = N += T;
-      s.k_len = T;
-      s.mask = mask;
-      if (mask.kind == MaskKind::kBlockDiffusion) s.mask.half = static_cast<int32_t>((T + 1) / 2);
-      sequences.push_back(s);
-      for (int64_t t = 0; t < T; ++t) positions.push_back(static_cast<int32_t>(t));
-    }
-    qkv = random_values(N * 3 * C(), seed);
-    dout = random_values(N * C(), seed + 1);
-  }
-
-  Tensor qkv_tensor() { return Tensor(qkv.data(), Dtype::kF32, N, 3 * C()); }
-
-  void forward(Isa isa, int threads) {
-    out.assign(static_cast<size_t>(N * C()), kNan);
-    lse.assign(static_cast<size_t>(N * NH), kNan);
-    attention_forward({threads, isa}, Tensor(out.data(), Dtype::kF32, N, C()),
-                      Tensor(lse.data(), Dtype::kF32, N, NH), qkv_tensor().columns(0, C()),
-                      qkv_tensor().columns(C(), 2 * C()), sequences.data(),
-                      static_cast<int64_t>(sequences.size()), positions.data(), NH);
-  }
-
-  void backward(Isa isa, int threads) {
-    dqkv.assign(static_cast<size_t>(N * 3 * C()), kNan);
-    attention_backward({threads, isa}, Tensor(dqkv.data(), Dtype::kF32, N, 3 * C()),
-                       Tensor(dout.data(), Dtype::kF32, N, C()), qkv_tensor(),
-                       Tensor(out.data(), Dtype::kF32, N, C()), Tensor(lse.data(), Dtype::kF32, N, NH),
-                       sequences.data(), static_cast<int64_t>(sequences.size()), positions.data(), NH);
-  }
-};
-
-struct Reference {
-  std::vector<double> out, lse, dqkv;
-};
-
-// Attention and its gradient in double, one pair at a time.
-Reference reference(const Batch& b, const std::vector<double>& qkv) {
-  const int64_t C = b.C();
-  Reference r;
-  r.out.assign(static_cast<size_t>(b.N * C), 0);
-  r.lse.assign(static_cast<size_t>(b.N * b.NH), 0);
-  r.dqkv.assign(static_cast<size_t>(b.N * 3 * C), 0);
-  const double scale = 1 / std::sqrt(static_cast<double>(b.HS));
-  for (const AttentionSequence& s : b.sequences) {
-    const int64_t T = s.k_len;
-    std::vector<double> p(static_cast<size_t>(T)), dp(static_cast<size_t>(T));
-    for (int64_t h = 0; h < b.NH; ++h) {
-      for (int64_t i = 0; i < T; ++i) {
-        const int64_t row = s.q_begin + i;
-        const double* q = qkv.data() + row * 3 * C + h * b.HS;
-        double max = -1e300, sum = 0;
-        for (int64_t j = 0; j < T; ++j) {
-          const double* k = qkv.data() + (s.kv_begin + j) * 3 * C + C + h * b.HS;
-          double score = 0;
-          for (int64_t d = 0; d < b.HS; ++d) score += q[d] * k[d];
-          const bool seen = visible(s.mask, b.positions[static_cast<size_t>(row)], static_cast<int32_t>(j));
-          p[static_cast<size_t>(j)] = seen ? score * scale : -1e300;
-          max = std::max(max, p[static_cast<size_t>(j)]);
-        }
-        if (max == -1e300) continue;
-        for (double& x : p) sum += x = x == -1e300 ? 0 : std::exp(x - max);
-        r.lse[static_cast<size_t>(row * b.NH + h)] = max + std::log(sum);
-        double delta = 0;
-        for (int64_t j = 0; j < T; ++j) {
-          double& pj = p[static_cast<size_t>(j)];
-          pj /= sum;
-          const double* v = qkv.data() + (s.kv_begin + j) * 3 * C + 2 * C + h * b.HS;
-          double dpj = 0;
-          for (int64_t d = 0; d < b.HS; ++d) {
-            const int64_t c = row * C + h * b.HS + d;
-            r.out[static_cast<size_t>(c)] += pj * v[d];
-            dpj += static_cast<double>(b.dout[static_cast<size_t>(c)]) * v[d];
-            r.dqkv[static_cast<size_t>((s.kv_begin + j) * 3 * C + 2 * C + h * b.HS + d)] +=
-                pj * static_cast<double>(b.dout[static_cast<size_t>(c)]);
-          }
-          dp[static_cast<size_t>(j)] = dpj;
-          delta += pj * dpj;
-        }
-        for (int64_t j = 0; j < T; ++j) {
-          const double ds = p[static_cast<size_t>(j)] * (dp[static_cast<size_t>(j)] - delta) * scale;
-          const int64_t key = (s.kv_begin + j) * 3 * C + C + h * b.HS;
-          for (int64_t d = 0; d < b.HS; ++d) {
-            r.dqkv[static_cast<size_t>(row * 3 * C + h * b.HS + d)] += ds * qkv[static_cast<size_t>(key + d)];
-            r.dqkv[static_cast<size_t>(key + d)] += ds * q[d];
-          }
-        }
-      }
-    }
-  }
-  return r;
-}
-
-Reference reference(const Batch& b) { return reference(b, std::vector<double>(b.qkv.begin(), b.qkv.end())); }
-
-AttentionMask mask_of(MaskKind kind) {
-  AttentionMask mask;
-  mask.kind = kind;
-  mask.block = 5;
-  mask.threshold = annealing_threshold(0.3);
-  mask.step = 7;
-  mask.seed = 0x123456789ABCDEFull;
-  return mask;
-}
-
-const MaskKind kRuleKinds[] = {MaskKind::kFull, MaskKind::kCausal, MaskKind::kAnnealed,
-                               MaskKind::kBlockCausal, MaskKind::kBlockDiffusion};
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
-
-std::string describe(const Batch& b, Isa isa, const AttentionMask& mask) {
-  return std::string(isa_name(isa)) + " mask " + std::to_string(static_cast<int>(mask.kind)) + " HS " +
-         std::to_string(b.HS);
-}
+using namespace dn::test::attention;
 
 void check_against_reference(Batch& b, const AttentionMask& mask) {
   const Reference r = reference(b);
@@ -271,128 +126,6 @@ DN_TEST(attention_backward_matches_finite_differences) {
   }
 }
 
-DN_TEST(attention_bits_do_not_depend_on_threads) {
-  for (const Isa isa : isas()) {
-    for (const MaskKind kind : kRuleKinds) {
-      for (const int64_t HS : {20, 32}) {
-        if (dn::test::kSanitized && HS == 20) continue;
-        Batch one(6, HS, {1, 7, 64, 65, 200}, mask_of(kind)), other = one;
-        one.forward(isa, 1);
-        one.backward(isa, 1);
-        for (const int threads : {2, 8}) {
-          other.forward(isa, threads);
-          other.backward(isa, threads);
-          CHECK_MSG(same_bits(one.out, other.out) && same_bits(one.lse, other.lse) &&
-                        same_bits(one.dqkv, other.dqkv),
-                    describe(one, isa, mask_of(kind)) + ": bits differ with " + std::to_string(threads) +
-                        " threads");
-        }
-      }
-    }
-  }
-}
-
-DN_TEST(attention_bits_do_not_depend_on_the_batch) {
-  for (const Isa isa : isas()) {
-    for (const MaskKind kind : kRuleKinds) {
-      for (const int64_t HS : {20, 32}) {
-        Batch all(2, HS, {1, 7, 64, 65, 200}, mask_of(kind));
-        all.forward(isa, 2);
-        all.backward(isa, 2);
-        const int64_t C = all.C();
-        for (const AttentionSequence& s : all.sequences) {
-          Batch alone(2, HS, {s.k_len}, mask_of(kind));
-          std::memcpy(alone.qkv.data(), all.qkv.data() + s.q_begin * 3 * C, alone.qkv.size() * sizeof(float));
-          std::memcpy(alone.dout.data(), all.dout.data() + s.q_begin * C, alone.dout.size() * sizeof(float));
-          alone.forward(isa, 1);
-          alone.backward(isa, 1);
-          const auto equal = [](const std::vector<float>& a, const float* b) {
-            return std::memcmp(a.data(), b, a.size() * sizeof(float)) == 0;
-          };
-          CHECK_MSG(equal(alone.out, all.out.data() + s.q_begin * C) &&
-                        equal(alone.lse, all.lse.data() + s.q_begin * 2) &&
-                        equal(alone.dqkv, all.dqkv.data() + s.q_begin * 3 * C),
-                    describe(all, isa, mask_of(kind)) + ": a sequence of " + std::to_string(s.k_len) +
-                        " differs alone");
-        }
-      }
-    }
-  }
-}
-
-// Some queries of a sequence, with keys from a cache as long as they need: the bits of the full call.
-DN_TEST(attention_with_a_cache_equals_full_recomputation) {
-  for (const Isa isa : isas()) {
-    for (const MaskKind kind : {MaskKind::kCausal, MaskKind::kBlockCausal}) {
-      for (const int64_t HS : {64, 20}) {
-        Batch full(3, HS, {200}, mask_of(kind));
-        full.forward(isa, 2);
-        const int64_t C = full.C();
-        std::vector<float> k(static_cast<size_t>(200 * C)), v(k.size());
-        for (int64_t t = 0; t < 200; ++t) {
-          std::memcpy(&k[static_cast<size_t>(t * C)], &full.qkv[static_cast<size_t>(t * 3 * C + C)],
-                      C * sizeof(float));
-          std::memcpy(&v[static_cast<size_t>(t * C)], &full.qkv[static_cast<size_t>(t * 3 * C + 2 * C)],
-                      C * sizeof(float));
-        }
-        for (const int64_t q : {0, 4, 62, 63, 64, 99, 127, 128, 199}) {
-          for (const int64_t count : {1, 3, 40}) {
-            if (q + 1 < count) continue;
-            AttentionSequence s;
-            s.q_end = count;
-            s.k_len = kind == MaskKind::kCausal ? q + 1 : std::min<int64_t>(200, (q / 5 + 1) * 5);
-            s.k = k.data();
-            s.v = v.data();
-            s.mask = mask_of(kind);
-            const int64_t first = q + 1 - count;
-            std::vector<float> out(static_cast<size_t>(count * C), kNan),
-                lse(static_cast<size_t>(count * 3), kNan);
-            attention_forward({2, isa}, Tensor(out.data(), Dtype::kF32, count, C),
-                              Tensor(lse.data(), Dtype::kF32, count, 3),
-                              full.qkv_tensor().columns(0, C).slice(first, count), Tensor(), &s, 1,
-                              full.positions.data() + first, 3);
-            CHECK_MSG(std::memcmp(out.data(), &full.out[static_cast<size_t>(first * C)],
-                                  out.size() * sizeof(float)) == 0 &&
-                          std::memcmp(lse.data(), &full.lse[static_cast<size_t>(first * 3)],
-                                      lse.size() * sizeof(float)) == 0,
-                      describe(full, isa, s.mask) + ": " + std::to_string(count) +
-                          " queries up to position " + std::to_string(q) + " differ from the full call");
-          }
-        }
-      }
-    }
-  }
-}
-
-// Scattered queries of a sequence, as a sampler asks for them, without lse.
-DN_TEST(attention_of_selected_queries) {
-  for (const Isa isa : isas()) {
-    for (const MaskKind kind : kRuleKinds) {
-      for (const int64_t HS : {16, 32}) {
-        Batch full(6, HS, {150}, mask_of(kind));
-        full.forward(isa, 2);
-        const int64_t C = full.C();
-        const std::vector<int32_t> chosen = {149, 3, 77, 64, 0};
-        std::vector<float> q, out(chosen.size() * static_cast<size_t>(C), kNan);
-        for (const int32_t t : chosen)
-          q.insert(q.end(), &full.qkv[static_cast<size_t>(t * 3 * C)],
-                   &full.qkv[static_cast<size_t>(t * 3 * C)] + C);
-        AttentionSequence s = full.sequences[0];
-        s.q_end = static_cast<int64_t>(chosen.size());
-        attention_forward({2, isa}, Tensor(out.data(), Dtype::kF32, s.q_end, C), Tensor(),
-                          Tensor(q.data(), Dtype::kF32, s.q_end, C), full.qkv_tensor().columns(C, 2 * C), &s,
-                          1, chosen.data(), 6);
-        for (size_t i = 0; i < chosen.size(); ++i) {
-          CHECK_MSG(
-              std::memcmp(&out[i * static_cast<size_t>(C)], &full.out[static_cast<size_t>(chosen[i] * C)],
-                          C * sizeof(float)) == 0,
-              describe(full, isa, s.mask) + ": selected query " + std::to_string(chosen[i]) + " differs");
-        }
-      }
-    }
-  }
-}
-
 // Scores of a few hundred: the maximum must be subtracted before the exponential, and rescaling must not
 // overflow.
 DN_TEST(attention_with_large_scores) {
@@ -478,57 +211,6 @@ DN_TEST(attention_errors_are_those_of_fp32) {
                                         std::to_string(error * 1e9) + "e-9, of plain loops " +
                                         std::to_string(plain * 1e9) + "e-9");
     }
-  }
-}
-
-// A kernel may prepare the next block of keys; when nobody sees it and it has changed by the next call, what
-// was prepared must not be used.
-DN_TEST(attention_does_not_remember_keys) {
-  const int32_t T = 128;
-  std::vector<uint8_t> early(static_cast<size_t>(T) * T), late(early.size());
-  for (int32_t i = 0; i < T * T; ++i) (i % T < 64 ? early : late)[static_cast<size_t>(i)] = 1;
-  for (const Isa isa : isas()) {
-    Batch b(1, 32, {T}, mask_of(MaskKind::kMatrix));
-    AttentionMask& mask = b.sequences[0].mask;
-    mask.matrix_width = T;
-    mask.matrix = early.data();
-    b.forward(isa, 1);
-    for (float& x : b.qkv) x = -x;
-    mask.matrix = late.data();
-    b.forward(isa, 1);
-    const Reference r = reference(b);
-    CHECK_CLOSE(b.out.data(), r.out.data(), b.N * b.C(), 3e-6, describe(b, isa, mask) + " out");
-  }
-}
-
-// Tiles add in another order than vectors do. Keys from a cache, and masks that make a cache exact, stay with
-// the vectors.
-DN_TEST(attention_takes_tiles_where_keys_are_not_cached) {
-  if (detected_isa() < Isa::kAmx) return;
-  for (const MaskKind kind : kRuleKinds) {
-    Batch vectors(2, 64, {100}, mask_of(kind)), tiles = vectors;
-    vectors.forward(Isa::kAvx512, 1);
-    tiles.forward(Isa::kAmx, 1);
-    const bool stays = kind == MaskKind::kCausal || kind == MaskKind::kBlockCausal;
-    CHECK_MSG(same_bits(vectors.out, tiles.out) == stays, describe(tiles, Isa::kAmx, mask_of(kind)));
-
-    // The first 40 rows as queries, the others as if they were a cache.
-    AttentionSequence s;
-    s.q_end = 40;
-    s.k_len = 20;
-    s.k = vectors.qkv.data() + 40 * 3 * vectors.C();
-    s.v = vectors.qkv.data() + 70 * 3 * vectors.C();
-    s.mask = mask_of(kind);
-    s.mask.half = 10;
-    std::vector<float> out[2];
-    for (const Isa isa : {Isa::kAvx512, Isa::kAmx}) {
-      std::vector<float>& o = out[isa == Isa::kAmx];
-      o.assign(static_cast<size_t>(40 * vectors.C()), kNan);
-      attention_forward({1, isa}, Tensor(o.data(), Dtype::kF32, 40, vectors.C()), Tensor(),
-                        vectors.qkv_tensor().columns(0, vectors.C()).slice(0, 40), Tensor(), &s, 1,
-                        vectors.positions.data(), 2);
-    }
-    CHECK_MSG(same_bits(out[0], out[1]), describe(tiles, Isa::kAmx, s.mask) + ": a cache went on tiles");
   }
 }
 

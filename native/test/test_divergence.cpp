@@ -1,17 +1,81 @@
-// How far distributions are from the step before, where the logits are not in host memory: many rows, some
-// guided, some that keep nothing, against the formula on the model's own logits.
+// How far distributions are from the step before: one row by every instruction set and by the form for logits
+// that are not in host memory, against the formula; and many rows of a model, some guided, some that keep
+// nothing, against the formula on the model's own logits.
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
+#include <string>
 #include <vector>
 
+#include "core/divergence.h"
 #include "core/model.h"
+#include "cpu/head_kernels.h"
 #include "test/check.h"
 #include "test/naive_gpt2.h"
 #include "test/proxy_backend.h"
+#include "test/sampling_row.h"
 
 using namespace dn;
 using namespace dn::test;
+using namespace dn::test::sampling;
+
+// KL(now || before) of what `expected_distribution` says at temperature 1, and the log probabilities that are
+// left; by every instruction set and by the form for backends of their own memory.
+DN_TEST(sampling_divergence_from_the_step_before_matches_the_formula) {
+  for (const int64_t V : {2, 15, 16, 257, 600, 50257}) {
+    for (const bool guided : {false, true}) {
+      const std::vector<float> first = made_up_logits(V, 1), second = made_up_logits(V, 2);
+      const std::vector<float> guide = guided ? made_up_logits(V, 3) : std::vector<float>();
+      DenoiseRow row = options(1, 1, 0, V > 2 ? static_cast<int32_t>(V - 2) : -1, guided ? 0.8f : 0);
+      const std::vector<double> p = expected_distribution(second, guide, row),
+                                q = expected_distribution(first, guide, row);
+      double expected = 0;
+      for (size_t v = 0; v < p.size(); ++v)
+        if (p[v] > 0) expected += p[v] * std::log(p[v] / q[v]);
+      std::vector<float> before(first.size()), keep(first.size());
+      const auto check = [&](double of_first, double of_second, double of_itself) {
+        CHECK(of_first == HUGE_VAL);
+        CHECK(std::fabs(of_second - expected) < 1e-5 * (1 + expected));
+        CHECK(of_itself >= 0 && of_itself < 1e-6);
+        for (size_t v = 0; v < p.size(); ++v) {
+          const double l = static_cast<double>(keep[v]);
+          CHECK(p[v] > 0 ? std::fabs(l - std::log(p[v])) < 1e-5 : l == -HUGE_VAL);
+        }
+      };
+      for (const Isa isa : instruction_sets()) {
+        Row a(isa, first, guide), b(isa, second, guide);
+        row.keep = before.data();
+        row.before = nullptr;
+        row.temperature = 0.5f;  // of the draw alone
+        const float of_first = a.denoise(row).divergence;
+        row.keep = keep.data();
+        row.before = before.data();
+        const float of_second = b.denoise(row).divergence;
+        std::vector<float> again(first.size());
+        row.keep = again.data();
+        row.before = keep.data();
+        const float of_itself = b.denoise(row).divergence;
+        CHECK(again == keep);
+        check(static_cast<double>(of_first), static_cast<double>(of_second), static_cast<double>(of_itself));
+      }
+      const auto on_host = [&](std::vector<float> logits, const float* compared, std::vector<float>* kept) {
+        row.before = compared;
+        row.keep = kept->data();
+        return static_cast<double>(update_divergence(row, logits.data(), guided ? guide.data() : nullptr, V));
+      };
+      const double of_first = on_host(first, nullptr, &before),
+                   of_second = on_host(second, before.data(), &keep);
+      std::vector<float> again(first.size());
+      check(of_first, of_second, on_host(second, keep.data(), &again));
+    }
+  }
+}
+
+DN_TEST(sampling_keeps_nothing_unless_asked) {
+  Row row(cpu::detected_isa(), made_up_logits(40, 1));
+  CHECK(row.denoise(options(1)).divergence == 0);
+}
 
 DN_TEST(divergence_of_many_rows_on_a_backend_of_its_own_memory) {
   constexpr int32_t kVocab = 37, kRows = 96, kBanned = 5, kBannedEnd = 20;

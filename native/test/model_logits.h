@@ -1,0 +1,40 @@
+// What tests of the model at inference share: the logits of a forward pass, comparison of bits, and masks.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "core/model.h"
+
+namespace dn::test::inference {
+
+inline std::vector<float> all_logits(Model& model) {
+  const int64_t R = model.hidden().rows;
+  std::vector<int64_t> rows;
+  for (int64_t r = 0; r < R; ++r) rows.push_back(r);
+  std::vector<float> out(static_cast<size_t>(R * model.config().vocab));
+  model.logits(out.data(), rows.data(), R);
+  return out;
+}
+
+inline std::vector<float> forward_logits(Model& model, const Batch& batch,
+                                         const std::vector<int64_t>& rows = {}) {
+  model.forward(batch, rows);
+  return all_logits(model);
+}
+
+inline bool same_bits(const float* a, const float* b, size_t n) {
+  return std::memcmp(a, b, n * sizeof(float)) == 0;
+}
+inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && same_bits(a.data(), b.data(), a.size());
+}
+
+inline AttentionMask mask_of(MaskKind kind, int32_t block = 1) {
+  AttentionMask mask;
+  mask.kind = kind;
+  mask.block = block;
+  return mask;
+}
+
+}  // namespace dn::test::inference
