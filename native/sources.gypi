@@ -13,6 +13,7 @@
       "native/core/page_pool.cpp",
       "native/core/pages.cpp",
       "native/core/parameter_file.cpp",
+      "native/core/parameter_table.cpp",
       "native/core/params.cpp",
       "native/core/quantise.cpp",
       "native/core/safetensors.cpp",

@@ -1,6 +1,6 @@
 // What the model's source files share: where a parameter stands in the table, the memory of a step and the
 // plan of a batch. Private to
-// native/core/{batch_plan,model,model_loop,model_training,parameter_file,params}.cpp.
+// native/core/{batch_plan,model,model_loop,model_training,parameter_file,parameter_table,params}.cpp.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +43,15 @@ inline size_t block_parameter(int32_t layer, BlockParameter which) {
 }
 inline size_t ln_f_weight(const ModelConfig& config) { return block_parameter(config.layers, kLn1Weight); }
 inline size_t ln_f_bias(const ModelConfig& config) { return ln_f_weight(config) + 1; }
+
+// Matrices that products read through Backend's packed layout; wpe is only ever read row by row.
+inline bool is_packable(size_t index, const Parameter& parameter) {
+  return parameter.is_matrix && index != kWpe;
+}
+
+// K and N of y = x W for a packable parameter: the head reads wte (V, C) as K = C, N = V.
+inline int64_t weight_k(size_t index, const Parameter& p) { return index == kWte ? p.shape[1] : p.shape[0]; }
+inline int64_t weight_n(size_t index, const Parameter& p) { return index == kWte ? p.shape[0] : p.shape[1]; }
 
 // Throws Error(kArgument) when a field is not positive, heads do not divide channels, or a size is out of
 // bounds.
