@@ -1,6 +1,6 @@
 // The head on the device. head.cu takes rows of fp32 logits that backend_head.cu brings chunk by chunk, a
-// block per row. head_fused.cu projects and denoises at once, for rows without guide and filters: their
-// logits stay in registers.
+// block per row. head_tiles.cu and head_fused.cu project and denoise at once, for rows without guide and
+// filters: their logits stay in registers.
 #pragma once
 
 #include <cstdint>
