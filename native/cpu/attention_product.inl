@@ -37,16 +37,19 @@ struct Product {
 // c[r][0 .. V * kLanes) for R rows.
 template <int R, int V, Start kStart>
 static inline void tile_product(const Product& p, int64_t row, int64_t col) {
-  float* const c = p.c + row * p.c_stride + col;
-  const float* const a = p.a + row * p.a_row;
-  const float* const b = p.b + col;
+  const int64_t c_stride = p.c_stride, a_row = p.a_row, a_i = p.a_i, b_stride = p.b_stride;
+  float* const c = p.c + row * c_stride + col;
+  const float* b = p.b + col;
+  // Every third row has a pointer: the two after it are within reach of one index register.
+  const float* a[(R + 2) / 3];
+  DN_UNROLL for (int i = 0; i < (R + 2) / 3; ++i) a[i] = p.a + (row + 3 * i) * a_row;
   Vec sum[R][V];
   DN_UNROLL for (int r = 0; r < R; ++r) {
     DN_UNROLL for (int v = 0; v < V; ++v) {
       if constexpr (kStart == Start::kZero) {
         sum[r][v] = simd::zero();
       } else {
-        sum[r][v] = simd::load(c + r * p.c_stride + v * kLanes);
+        sum[r][v] = simd::load(c + r * c_stride + v * kLanes);
         if constexpr (kStart == Start::kScale)
           sum[r][v] = simd::mul(sum[r][v], simd::set1(p.factors[row + r]));
       }
@@ -54,14 +57,16 @@ static inline void tile_product(const Product& p, int64_t row, int64_t col) {
   }
   for (int64_t i = 0; i < p.n; ++i) {
     Vec bv[V];
-    DN_UNROLL for (int v = 0; v < V; ++v) bv[v] = simd::load(b + i * p.b_stride + v * kLanes);
+    DN_UNROLL for (int v = 0; v < V; ++v) bv[v] = simd::load(b + v * kLanes);
     DN_UNROLL for (int r = 0; r < R; ++r) {
-      const Vec ar = simd::set1(a[r * p.a_row + i * p.a_i]);
+      const Vec ar = simd::set1(a[r / 3][r % 3 * a_row]);
       DN_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = simd::fma(ar, bv[v], sum[r][v]);
     }
+    DN_UNROLL for (int j = 0; j < (R + 2) / 3; ++j) a[j] += a_i;
+    b += b_stride;
   }
   DN_UNROLL for (int r = 0; r < R; ++r) {
-    DN_UNROLL for (int v = 0; v < V; ++v) simd::store(c + r * p.c_stride + v * kLanes, sum[r][v]);
+    DN_UNROLL for (int v = 0; v < V; ++v) simd::store(c + r * c_stride + v * kLanes, sum[r][v]);
   }
 }
 
