@@ -153,7 +153,6 @@ class CudaBackend : public Backend {
                       MatmulPrecision precision) override;
   void matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp, const Weight& w,
                        MatmulPrecision precision) override;
-  void gelu_forward(Tensor out, Tensor inp) override;
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override;
 
   // backend_attention.cu

@@ -184,13 +184,6 @@ void CudaBackend::matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Ten
   }
 }
 
-void CudaBackend::gelu_forward(Tensor out, Tensor inp) {
-  const Stream stream = begin();
-  check("gelu_forward", "inp", inp, inp.rows, inp.cols, dtype_);
-  check("gelu_forward", "out", out, inp.rows, inp.cols, dtype_);
-  cuda::gelu_forward(out, inp, stream);
-}
-
 void CudaBackend::gelu_backward(Tensor dinp, Tensor dout, Tensor inp) {
   const Stream stream = begin();
   check("gelu_backward", "inp", inp, inp.rows, inp.cols, dtype_);

@@ -29,18 +29,6 @@ DN_DEVICE bool element_of(int64_t rows, int64_t cols, int64_t* row, int64_t* col
 
 template <typename T, int kVector>
 DN_KERNEL(kThreads)
-gelu_forward_kernel(ElementParams p) {
-  int64_t row, col;
-  if (!element_of<kVector>(p.rows, p.cols, &row, &col)) return;
-  float x[kVector];
-  load_vector(x, static_cast<const T*>(p.inp) + row * p.inp_stride + col);
-  DN_UNROLL
-  for (int i = 0; i < kVector; ++i) x[i] = gelu(x[i]);
-  store_vector(static_cast<T*>(p.out) + row * p.out_stride + col, x);
-}
-
-template <typename T, int kVector>
-DN_KERNEL(kThreads)
 gelu_backward_kernel(ElementParams p) {
   int64_t row, col;
   if (!element_of<kVector>(p.rows, p.cols, &row, &col)) return;
@@ -188,18 +176,6 @@ void run_finish(const Product& product, bool add_bias, Stream stream) {
 bool in_fours(const Tensor& t) { return t.cols % 4 == 0 && t.stride % 4 == 0; }
 
 }  // namespace
-
-void gelu_forward(Tensor out, Tensor inp, Stream stream) {
-  const ElementParams p{out.data, inp.data, nullptr, out.stride, inp.stride, 0, inp.rows, inp.cols};
-  const bool fours = in_fours(out) && in_fours(inp);
-  const Grid grid{blocks_of(p.rows * p.cols, kThreads * (fours ? 4 : 1))};
-  if (inp.dtype == Dtype::kBF16) {
-    launch(fours ? gelu_forward_kernel<bf16, 4> : gelu_forward_kernel<bf16, 1>, grid, kThreads, 0, stream, p);
-  } else {
-    launch(fours ? gelu_forward_kernel<float, 4> : gelu_forward_kernel<float, 1>, grid, kThreads, 0, stream,
-           p);
-  }
-}
 
 void gelu_backward(Tensor dinp, Tensor dout, Tensor inp, Stream stream) {
   const ElementParams p{dinp.data,  inp.data,    dout.data, dinp.stride,

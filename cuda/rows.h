@@ -19,7 +19,6 @@ void layernorm_backward(Tensor dinp, float* dweight, float* dbias, Tensor dout, 
                         Stream stream);
 
 // rows.cu
-void gelu_forward(Tensor out, Tensor inp, Stream stream);
 void gelu_backward(Tensor dinp, Tensor dout, Tensor inp, Stream stream);
 // dst (rows listed) = src[rows[r]], any strides, same dtype; and back: dst[rows[r]] = src.
 void gather_rows(Tensor dst, Tensor src, const int64_t* rows, Stream stream, LiveRows live = {});

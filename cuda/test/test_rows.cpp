@@ -66,23 +66,19 @@ DN_TEST(cuda_layernorm) {
   }
 }
 
-DN_TEST(cuda_gelu) {
+DN_TEST(cuda_gelu_backward) {
   for (const Dtype dtype : kDtypes) {
     for (const int64_t C : {1, 7, 64, 65, 200}) {
       Backend& device = backend(dtype);
       Array inp(device, dtype, 3, C, random_values(3 * C, 1, 2)),
           dout(device, dtype, 3, C, random_values(3 * C, 2));
-      Array out(device, dtype, 3, C);
-      Doubles y, dx;
+      Doubles dx;
       for (size_t i = 0; i < idx(3 * C); ++i) {
         const double u = inp.host()[i], a = std::sqrt(2 / 3.14159265358979323846);
         const double t = std::tanh(a * (u + 0.044715 * u * u * u));
-        y.push_back(0.5 * u * (1 + t));
         dx.push_back(dout.host()[i] *
                      (0.5 * (1 + t) + 0.5 * u * (1 - t * t) * a * (1 + 3 * 0.044715 * u * u)));
       }
-      device.gelu_forward(out.tensor(), inp.tensor());
-      CHECK_ERROR(out.get(), y, tolerance(dtype), std::string(dtype_name(dtype)) + " gelu");
       device.gelu_backward(dout.tensor(), dout.tensor(), inp.tensor());  // in place
       CHECK_ERROR(dout.get(), dx, tolerance(dtype), std::string(dtype_name(dtype)) + " gelu backward");
     }

@@ -154,9 +154,6 @@ class OpTimer : public Backend {
               [&] { inner_->matmul_backward(Tensor(), Tensor(), dbias, dout, inp, w, precision); });
     }
   }
-  void gelu_forward(Tensor out, Tensor inp) override {
-    measure("gelu_forward", 0, 2 * size(inp), [&] { inner_->gelu_forward(out, inp); });
-  }
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override {
     measure("gelu_backward", 0, 3 * size(inp), [&] { inner_->gelu_backward(dinp, dout, inp); });
   }

@@ -199,8 +199,7 @@ class Backend {
   // column sums. w must be plain.
   virtual void matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,
                                const Weight& w, MatmulPrecision precision) = 0;
-  // out = gelu(inp), and dinp = dout * gelu'(inp); dinp may be dout.
-  virtual void gelu_forward(Tensor out, Tensor inp) = 0;
+  // dinp = dout * gelu'(inp); dinp may be dout.
   virtual void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) = 0;
 
   // out (Nq, C): for every query and head, softmax over its visible keys of q . k / sqrt(HS), times v. A

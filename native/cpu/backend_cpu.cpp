@@ -91,7 +91,6 @@ class CpuBackend : public Backend {
                        MatmulPrecision precision) override {
     cpu::matmul_backward(cpu_, dinp, dweight, dbias, dout, inp, w, precision);
   }
-  void gelu_forward(Tensor out, Tensor inp) override { cpu::gelu_forward(cpu_, out, inp); }
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override {
     cpu::gelu_backward(cpu_, dinp, dout, inp);
   }

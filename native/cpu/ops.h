@@ -38,7 +38,6 @@ void layernorm_forward(const Cpu& cpu, Tensor out, Tensor mean, Tensor rstd, Ten
                        Tensor bias);
 void layernorm_backward(const Cpu& cpu, Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,
                         Tensor weight, Tensor mean, Tensor rstd);
-void gelu_forward(const Cpu& cpu, Tensor out, Tensor inp);
 void gelu_backward(const Cpu& cpu, Tensor dinp, Tensor dout, Tensor inp);
 void adamw(const Cpu& cpu, float* params, const float* gradients, float* m, float* v, int64_t n,
            const AdamWStep& step);

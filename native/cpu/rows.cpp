@@ -145,14 +145,6 @@ void layernorm_backward(const Cpu& cpu, Tensor dinp, Tensor dweight, Tensor dbia
   }
 }
 
-void gelu_forward(const Cpu& cpu, Tensor out, Tensor inp) {
-  require_shape("gelu_forward", "out", out, inp.rows, inp.cols);
-  const RowsKernels& k = kernels(cpu);
-  parallel_ranges(cpu, inp.rows, inp.cols, [&](int64_t first, int64_t count) {
-    for (int64_t r = first; r < first + count; ++r) k.gelu_forward(out.f32(r), inp.f32(r), inp.cols);
-  });
-}
-
 void gelu_backward(const Cpu& cpu, Tensor dinp, Tensor dout, Tensor inp) {
   require_shape("gelu_backward", "dinp", dinp, inp.rows, inp.cols);
   require_shape("gelu_backward", "dout", dout, inp.rows, inp.cols);

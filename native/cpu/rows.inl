@@ -129,10 +129,6 @@ static void layernorm_backward(float* dinp, int64_t dinp_stride, float* dweight,
   }
 }
 
-static void gelu_forward(float* out, const float* inp, int64_t n) {
-  for_each_vector(n, [=](int64_t c, Mask m) { simd::store(out + c, simd::gelu(simd::load(inp + c, m)), m); });
-}
-
 static void gelu_backward(float* dinp, const float* dout, const float* inp, int64_t n) {
   for_each_vector(n, [=](int64_t c, Mask m) {
     simd::store(dinp + c, simd::mul(simd::load(dout + c, m), simd::gelu_slope(simd::load(inp + c, m))), m);

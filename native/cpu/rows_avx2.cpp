@@ -4,12 +4,9 @@
 
 namespace dn::cpu {
 
-const RowsKernels kRowsAvx2 = {accumulate,         layernorm_forward,
-                               layernorm_backward, gelu_forward,
-                               gelu_backward,      adamw,
-                               sum_of_squares,     clear,
-                               exp_each,           softmax_exp_each,
-                               softmax_exp2_each,  log_each};
+const RowsKernels kRowsAvx2 = {
+    accumulate, layernorm_forward, layernorm_backward, gelu_backward,     adamw,   sum_of_squares,
+    clear,      exp_each,          softmax_exp_each,   softmax_exp2_each, log_each};
 
 }  // namespace dn::cpu
 

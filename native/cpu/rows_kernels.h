@@ -32,8 +32,7 @@ struct RowsKernels {
                              const float* weight, const float* mean, const float* rstd, int64_t rows,
                              int64_t C);
 
-  // Element by element; out may be inp, and dinp may be dout.
-  void (*gelu_forward)(float* out, const float* inp, int64_t n);
+  // Element by element; dinp may be dout.
   void (*gelu_backward)(float* dinp, const float* dout, const float* inp, int64_t n);
   void (*adamw)(float* params, const float* gradients, float* m, float* v, int64_t n,
                 const AdamWConstants* c);

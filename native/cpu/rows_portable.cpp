@@ -61,13 +61,6 @@ void layernorm_backward(float* dinp, int64_t dinp_stride, float* dweight, float*
 }
 
 // GELU in its tanh form: u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))) / 2.
-void gelu_forward(float* out, const float* inp, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float u = inp[i];
-    out[i] = 0.5f * u * (1.0f + std::tanh(kSqrtTwoOverPi * (u + 0.044715f * u * u * u)));
-  }
-}
-
 void gelu_backward(float* dinp, const float* dout, const float* inp, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const float u = inp[i];
@@ -111,7 +104,7 @@ void log_each(float* out, const float* inp, int64_t n) {
 }  // namespace
 
 const RowsKernels kRowsPortable = {
-    accumulate, layernorm_forward, layernorm_backward, gelu_forward, gelu_backward, adamw, sum_of_squares,
-    clear,      exp_each,          exp_each,           exp2_each,    log_each};
+    accumulate, layernorm_forward, layernorm_backward, gelu_backward, adamw,   sum_of_squares,
+    clear,      exp_each,          exp_each,           exp2_each,     log_each};
 
 }  // namespace dn::cpu

@@ -65,7 +65,6 @@ class ProxyBackend : public Backend {
                        MatmulPrecision precision) override {
     inner_->matmul_backward(dinp, dweight, dbias, dout, inp, w, precision);
   }
-  void gelu_forward(Tensor out, Tensor inp) override { inner_->gelu_forward(out, inp); }
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override {
     inner_->gelu_backward(dinp, dout, inp);
   }

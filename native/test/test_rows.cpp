@@ -105,7 +105,7 @@ DN_TEST(vector_functions_are_accurate_over_their_range) {
   }
 }
 
-DN_TEST(gelu_matches_double_and_its_slope) {
+DN_TEST(gelu_backward_matches_double) {
   const int64_t n = 4001;
   Floats u(static_cast<size_t>(n)), dout = random_values(n, 1);
   for (int64_t i = 0; i < n; ++i)
@@ -113,22 +113,17 @@ DN_TEST(gelu_matches_double_and_its_slope) {
   u[0] = -1e14f;
   u[1] = 1e14f;
   u[2] = 0;
-  std::vector<double> want(u.size()), slope(u.size());
+  std::vector<double> slope(u.size());
   for (size_t i = 0; i < u.size(); ++i) {
     const double at = u[i];
-    want[i] = gelu(at);
     slope[i] = i < 2 ? (at > 0 ? 1 : 0) : (gelu(at + 1e-5) - gelu(at - 1e-5)) / 2e-5;
     slope[i] *= dout[i];
   }
   for (const Isa isa : isas()) {
     for (const int64_t cols : {n, n - 5, int64_t{17}, int64_t{3}}) {
-      Floats y(u.size(), kNan), d = dout;
-      gelu_forward({2, isa}, tensor(y, 1, cols), tensor(u, 1, cols));
+      Floats d = dout;
       gelu_backward({2, isa}, tensor(d, 1, cols), tensor(d, 1, cols), tensor(u, 1, cols));
       for (size_t i = 0; i < static_cast<size_t>(cols); ++i) {
-        CHECK_MSG(
-            std::fabs(y[i] - want[i]) <= 3e-7 * (1 + std::fabs(want[i])),
-            std::string(isa_name(isa)) + " gelu(" + std::to_string(u[i]) + ") = " + std::to_string(y[i]));
         CHECK_MSG(
             std::fabs(d[i] - slope[i]) <= 2e-6,
             std::string(isa_name(isa)) + " slope at " + std::to_string(u[i]) + " = " + std::to_string(d[i]));
@@ -137,12 +132,13 @@ DN_TEST(gelu_matches_double_and_its_slope) {
   }
 }
 
-DN_TEST(gelu_respects_strides_and_neighbours) {
-  Floats x = random_values(6 * 40, 1);
+DN_TEST(gelu_backward_respects_strides_and_neighbours) {
+  Floats x = random_values(6 * 40, 1), dout = random_values(6 * 40, 2);
   for (const Isa isa : isas()) {
     Floats y(x.size(), 5.0f), whole(x.size(), kNan);
-    gelu_forward({2, isa}, tensor(whole, 6, 40), tensor(x, 6, 40));
-    gelu_forward({2, isa}, tensor(y, 6, 40).columns(3, 19), tensor(x, 6, 40).columns(3, 19));
+    gelu_backward({2, isa}, tensor(whole, 6, 40), tensor(dout, 6, 40), tensor(x, 6, 40));
+    gelu_backward({2, isa}, tensor(y, 6, 40).columns(3, 19), tensor(dout, 6, 40).columns(3, 19),
+                  tensor(x, 6, 40).columns(3, 19));
     for (size_t i = 0; i < y.size(); ++i) {
       const size_t column = i % 40;
       CHECK(y[i] == (column >= 3 && column < 22 ? whole[i] : 5.0f));
@@ -273,8 +269,8 @@ DN_TEST(rows_reject_wrong_shapes) {
   CHECK_THROWS(layernorm_forward({1, Isa::kPortable}, tensor(y, 4, 16), Tensor(), Tensor(), tensor(x, 4, 16),
                                  tensor(w, 1, 8), tensor(w, 1, 16)),
                Code::kInternal, "weight");
-  CHECK_THROWS(gelu_forward({1, Isa::kPortable}, tensor(y, 8, 8), tensor(x, 4, 16)), Code::kInternal,
-               "(8, 8)");
+  CHECK_THROWS(gelu_backward({1, Isa::kPortable}, tensor(y, 8, 8), tensor(x, 4, 16), tensor(x, 4, 16)),
+               Code::kInternal, "(8, 8)");
 }
 
 }  // namespace dn::cpu
