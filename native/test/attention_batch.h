@@ -12,6 +12,7 @@
 #include "core/backend.h"
 #include "core/rng.h"
 #include "cpu/ops.h"
+#include "test/instruction_sets.h"
 
 namespace dn::test::attention {
 
@@ -19,13 +20,7 @@ using namespace dn::cpu;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-inline std::vector<Isa> isas() {
-  std::vector<Isa> list{Isa::kPortable};
-  if (detected_isa() >= Isa::kAvx2) list.push_back(Isa::kAvx2);
-  if (detected_isa() >= Isa::kAvx512) list.push_back(Isa::kAvx512);
-  if (detected_isa() >= Isa::kAmx) list.push_back(Isa::kAmx);
-  return list;
-}
+inline std::vector<Isa> isas() { return instruction_sets(); }
 
 // Roughly normal, mean 0, variance 1.
 inline std::vector<float> random_values(int64_t n, uint64_t seed) {

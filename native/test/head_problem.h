@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -13,6 +12,8 @@
 #include "core/rng.h"
 #include "cpu/isa.h"
 #include "test/check.h"
+#include "test/instruction_sets.h"
+#include "test/same_bits.h"
 
 namespace dn::test::head {
 
@@ -20,13 +21,7 @@ using cpu::Isa;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-inline std::vector<Isa> instruction_sets() {
-  std::vector<Isa> sets;
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
-    if (isa <= cpu::detected_isa()) sets.push_back(isa);
-  }
-  return sets;
-}
+using test::instruction_sets;
 
 // Under the sanitizers only the fastest kernels meet a real vocabulary; what is special to the others is in
 // the tails of small ones.
@@ -90,10 +85,7 @@ inline std::vector<double> softmax(const std::vector<double>& logits) {
   return p;
 }
 
-template <typename T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
+using test::same_bits;
 
 const int64_t kVocabularies[] = {1, 2, 17, 257, 1000, 50257};
 

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "core/backend.h"
+#include "test/same_bits.h"
 
 namespace dn::test::int8 {
 
@@ -95,8 +95,6 @@ inline std::vector<float> reference(const std::vector<float>& a, const Plain& w,
   return c;
 }
 
-inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
+using test::same_bits;
 
 }  // namespace dn::test::int8

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/model.h"
+#include "test/same_bits.h"
 
 namespace dn::test::inference {
 
@@ -26,9 +27,7 @@ inline std::vector<float> forward_logits(Model& model, const Batch& batch,
 inline bool same_bits(const float* a, const float* b, size_t n) {
   return std::memcmp(a, b, n * sizeof(float)) == 0;
 }
-inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && same_bits(a.data(), b.data(), a.size());
-}
+using test::same_bits;
 
 inline AttentionMask mask_of(MaskKind kind, int32_t block = 1) {
   AttentionMask mask;

@@ -11,6 +11,8 @@
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "test/check.h"
+#include "test/instruction_sets.h"
+#include "test/same_bits.h"
 
 namespace dn::test::products {
 
@@ -41,13 +43,7 @@ class Numbers {
   uint64_t state_;
 };
 
-inline std::vector<Isa> isas() {
-  std::vector<Isa> all;
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
-    if (isa <= detected_isa()) all.push_back(isa);
-  }
-  return all;
-}
+inline std::vector<Isa> isas() { return instruction_sets(); }
 
 inline Tensor matrix(std::vector<float>& v, int64_t rows, int64_t cols) {
   return Tensor(v.data(), Dtype::kF32, rows, cols);
@@ -127,9 +123,7 @@ inline void check_product(const Reference& ref, const std::vector<float>& got, c
   CHECK_CLOSE(ref.exact.data(), got.data(), static_cast<int64_t>(got.size()), allowed, what);
 }
 
-inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
+using test::same_bits;
 
 inline std::string label(Isa isa, int64_t M, int64_t N, int64_t K) {
   return std::string(isa_name(isa)) + " M=" + std::to_string(M) + " N=" + std::to_string(N) +

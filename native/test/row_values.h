@@ -2,12 +2,13 @@
 // of them, and comparison of bits.
 #pragma once
 
-#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "core/rng.h"
 #include "cpu/ops.h"
+#include "test/instruction_sets.h"
+#include "test/same_bits.h"
 
 namespace dn::test::rows {
 
@@ -15,12 +16,7 @@ using namespace dn::cpu;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-inline std::vector<Isa> isas() {
-  std::vector<Isa> list{Isa::kPortable};
-  if (detected_isa() >= Isa::kAvx2) list.push_back(Isa::kAvx2);
-  if (detected_isa() >= Isa::kAvx512) list.push_back(Isa::kAvx512);
-  return list;
-}
+inline std::vector<Isa> isas() { return instruction_sets(Isa::kAvx512); }
 
 using Floats = std::vector<float>;
 
@@ -35,8 +31,6 @@ inline Tensor tensor(Floats& x, int64_t rows, int64_t cols) {
   return Tensor(x.data(), Dtype::kF32, rows, cols);
 }
 
-inline bool same_bits(const Floats& a, const Floats& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
+using test::same_bits;
 
 }  // namespace dn::test::rows

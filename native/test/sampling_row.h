@@ -11,18 +11,13 @@
 #include "core/rng.h"
 #include "cpu/head_kernels.h"
 #include "test/check.h"
+#include "test/instruction_sets.h"
 
 namespace dn::test::sampling {
 
 using cpu::Isa;
 
-inline std::vector<Isa> instruction_sets() {
-  std::vector<Isa> sets;
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa <= cpu::detected_isa()) sets.push_back(isa);
-  }
-  return sets;
-}
+inline std::vector<Isa> isas() { return test::instruction_sets(Isa::kAvx512); }
 
 // Drives denoise_row on copies of one row of logits.
 class Row {

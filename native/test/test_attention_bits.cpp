@@ -9,15 +9,14 @@
 #include "cpu/ops.h"
 #include "test/attention_batch.h"
 #include "test/check.h"
+#include "test/same_bits.h"
 
 namespace dn::cpu {
 namespace {
 
 using namespace dn::test::attention;
 
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
+using test::same_bits;
 
 }  // namespace
 

@@ -43,7 +43,7 @@ DN_TEST(sampling_divergence_from_the_step_before_matches_the_formula) {
           CHECK(p[v] > 0 ? std::fabs(l - std::log(p[v])) < 1e-5 : l == -HUGE_VAL);
         }
       };
-      for (const Isa isa : instruction_sets()) {
+      for (const Isa isa : isas()) {
         Row a(isa, first, guide), b(isa, second, guide);
         row.keep = before.data();
         row.before = nullptr;

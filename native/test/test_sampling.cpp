@@ -95,7 +95,7 @@ DN_TEST(sampling_draws_follow_the_distribution) {
       {"three tiles, top-p 0.9, top-k 100", 600, options(1.2f, 0.9f, 100, 300), false},
   };
   const int64_t draws = dn::test::kSanitized ? kDraws / 8 : kDraws;
-  for (const Isa isa : instruction_sets()) {
+  for (const Isa isa : isas()) {
     for (const Case& c : cases) {
       const std::vector<float> logits = made_up_logits(c.V, 3);
       const std::vector<float> guide = c.guided ? made_up_logits(c.V, 4) : std::vector<float>();
@@ -147,7 +147,7 @@ DN_TEST(sampling_test_detects_fp32_gumbel_noise) {
 
 DN_TEST(sampling_never_draws_the_banned_id) {
   std::vector<float> logits = {0.5f, 9.0f, 0.25f, 1.0f, -1.0f};  // the banned id is by far the best
-  for (const Isa isa : instruction_sets()) {
+  for (const Isa isa : isas()) {
     Row row(isa, logits);
     const int64_t draws = isa == Isa::kPortable ? 100000 : 1000000;
     const std::vector<int64_t> counts = row.counts(options(1, 1, 0, 1), draws);
@@ -161,7 +161,7 @@ DN_TEST(sampling_never_draws_the_banned_id) {
 DN_TEST(sampling_extreme_temperatures_do_not_overflow) {
   const std::vector<float> logits = {-300, 88, 87.5f, 3e38f, 1, -3e38f};
   const std::vector<float> mild = {1, 2, 3, 4};
-  for (const Isa isa : instruction_sets()) {
+  for (const Isa isa : isas()) {
     for (const float temperature : {1e-45f, 1e-30f, 1e-3f, 1.0f, 1e3f}) {
       Row row(isa, logits);
       const DenoiseStats stats = row.denoise(options(temperature));

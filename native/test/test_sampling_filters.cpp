@@ -18,7 +18,7 @@ using namespace dn::test::sampling;
 // Which ids can be drawn at all: each draw lies in the kept set of the formula, and each kept id turns up.
 DN_TEST(sampling_filters_keep_exactly_the_right_ids) {
   constexpr int64_t kTries = dn::test::kSanitized ? 1000 : 5000;
-  for (const Isa isa : instruction_sets()) {
+  for (const Isa isa : isas()) {
     for (const int64_t V : {2, 17, 257, 1000}) {
       const std::vector<float> logits = made_up_logits(V, 11);
       Row row(isa, logits);
@@ -40,7 +40,7 @@ DN_TEST(sampling_filters_keep_exactly_the_right_ids) {
 
 DN_TEST(sampling_filters_keep_ties_at_the_boundary) {
   const std::vector<float> logits = {1, 2, 2, 1, 3, 2, 0};
-  for (const Isa isa : instruction_sets()) {
+  for (const Isa isa : isas()) {
     Row row(isa, logits);
     std::vector<int64_t> n = row.counts(options(1, 1, 2), 5000);
     CHECK(n[4] > 0 && n[1] > 0 && n[2] > 0 && n[5] > 0 && n[0] == 0 && n[3] == 0 && n[6] == 0);
@@ -81,7 +81,7 @@ DN_TEST(sampling_select_threshold_matches_sorting) {
         for (; i < sorted.size() && sorted[i].value == value; ++i)
           preceding += static_cast<double>(sorted[i].mass);
       }
-      for (const Isa isa : instruction_sets()) {
+      for (const Isa isa : isas()) {
         std::vector<float> values, masses;
         for (const Item& item : items) {
           values.push_back(item.value);
@@ -101,7 +101,7 @@ DN_TEST(sampling_select_threshold_matches_sorting) {
 // one.
 DN_TEST(sampling_select_threshold_with_room_below) {
   const int64_t n = 5000;
-  for (const Isa isa : instruction_sets()) {
+  for (const Isa isa : isas()) {
     std::vector<float> x, mass(static_cast<size_t>(n), 1.0f), values(static_cast<size_t>(n) + 16, -7.0f),
         masses(static_cast<size_t>(n) + 16, -7.0f);
     for (int64_t i = 0; i < n; ++i) x.push_back(3 + static_cast<float>(i * 37 % n) / static_cast<float>(n));
@@ -123,8 +123,8 @@ DN_TEST(sampling_filters_at_full_vocabulary) {
       logits.push_back(
           static_cast<float>(flat ? 0.5 * u : -2.0 * std::log(u + 1e-9)));  // flat, or a heavy tail
     }
-    for (const Isa isa : instruction_sets()) {
-      if (dn::test::kSanitized && isa != instruction_sets().back()) continue;
+    for (const Isa isa : isas()) {
+      if (dn::test::kSanitized && isa != isas().back()) continue;
       Row row(isa, logits);
       for (const DenoiseRow& filter :
            {options(1, 0.9f), options(0.8f, 0.999f, 300), options(2, 1, 50), options(1, 0.5f, 150)}) {

@@ -3,13 +3,13 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 #include <string>
 #include <vector>
 
 #include "core/model.h"
 #include "test/check.h"
 #include "test/naive_gpt2.h"
+#include "test/same_bits.h"
 
 namespace dn::test {
 
@@ -47,9 +47,7 @@ inline State moments(Model& model, Model::Moment which) {
   return state;
 }
 
-inline bool same_bits(const Floats& a, const Floats& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
+using test::same_bits;
 
 inline void check_same_bits(const Model& model, const State& a, const State& b, const char* what) {
   for (size_t i = 0; i < a.size(); ++i) {
