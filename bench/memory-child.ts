@@ -4,7 +4,7 @@
  */
 import { DiffuGPT } from 'diffusion-native';
 
-import { someTokens } from './shapes.js';
+import { someTokens, type WeightType } from './shapes.js';
 import { halfMasked, startTraining } from './training.js';
 
 const peak = () => process.resourceUsage().maxRSS * 1024;
@@ -12,7 +12,7 @@ const peak = () => process.resourceUsage().maxRSS * 1024;
 /** { loadMs, forwardMs, loadedRssBytes, peakRssBytes } */
 async function measureForward([folder = '', dtype = 'fp32', length = '0', output = 'hidden']: string[]) {
 	const started = performance.now();
-	await using model = await DiffuGPT.fromPretrained(folder, { device: 'cpu', dtype: dtype as 'fp32' | 'int8' });
+	await using model = await DiffuGPT.fromPretrained(folder, { device: 'cpu', dtype: dtype as WeightType });
 	const loadMs = performance.now() - started;
 	const loadedRssBytes = peak();
 	const begun = performance.now();

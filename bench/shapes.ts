@@ -25,8 +25,11 @@ export function loadTwin(): Promise<DiffuGPT> {
 	return DiffuGPT.fromPretrained(folder, { device: 'cpu', dtype: 'fp32' });
 }
 
-/** Random weights; int8 are the same ones, quantised. threads: all cores when left out. */
-export function load(shape: ShapeName, dtype: 'fp32' | 'int8' = 'fp32', threads = 0): Promise<DiffuGPT> {
+/** How the weights of a model on the CPU are held. */
+export type WeightType = 'fp32' | 'bf16' | 'int8';
+
+/** Random weights; bf16 and int8 are the same ones, rounded. threads: all cores when left out. */
+export function load(shape: ShapeName, dtype: WeightType = 'fp32', threads = 0): Promise<DiffuGPT> {
 	return DiffuGPT.fromConfig(
 		{ ...shapes[shape], attention: 'bidirectional' },
 		{ device: 'cpu', dtype, seed: 1, threads },

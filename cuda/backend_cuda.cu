@@ -177,7 +177,8 @@ void CudaBackend::flush_copies() {
 
 void CudaBackend::synchronize() { cuda::synchronize(begin()); }
 
-void CudaBackend::pack_weight(void* packed, const Weight& plain) {
+void CudaBackend::pack_weight(void* packed, const Weight& plain, Dtype to) {
+  if (to != Dtype::kF32) refuse("pack_weight", "parameters are fp32 on a GPU");
   const Stream stream = begin();
   state_->touch(packed);
   copy_on_device(packed, plain.data, static_cast<size_t>(plain.K * plain.N) * sizeof(float), stream);

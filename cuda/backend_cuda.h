@@ -138,7 +138,7 @@ class CudaBackend : public Backend {
   void synchronize() override;
 
   int64_t packed_elements(int64_t K, int64_t N) const override { return K * N; }
-  void pack_weight(void* packed, const Weight& plain) override;
+  void pack_weight(void* packed, const Weight& plain, Dtype to) override;
   void unpack_weight(void* plain, const Weight& packed) override;
 
   void embedding_forward(Tensor out, const int32_t* ids, const int32_t* positions, const Weight& wte,

@@ -12,8 +12,9 @@ import { show } from './option-checks.js';
  */
 export type Device = 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
 /**
- * Of activations, with fp32 parameters. 'auto': bf16 on CUDA, fp32 on the CPU. 'fp32' on CUDA uses no tensor cores: it is for
- * checking. 'int8': int8 weights and products, for inference on the CPU.
+ * On CUDA, of activations, with fp32 parameters; 'fp32' uses no tensor cores there: it is for checking. On the CPU, of the
+ * weights, with fp32 activations: 'bf16' (half the memory, products in fp32) and 'int8' (a quarter, products in int8) are for
+ * inference. 'auto': bf16 on CUDA, fp32 on the CPU.
  */
 export type DType = 'auto' | 'fp32' | 'bf16' | 'int8';
 
@@ -21,7 +22,7 @@ export type DType = 'auto' | 'fp32' | 'bf16' | 'int8';
 export interface DeviceOptions {
 	/** Device of parameters and products. @default 'auto' */
 	readonly device?: Device;
-	/** Type of the activations. @default 'auto' */
+	/** Type of the activations on CUDA, of the weights on the CPU. @default 'auto' */
 	readonly dtype?: DType;
 	/** CPU threads, at most 1024; 0: all cores. @default 0 */
 	readonly threads?: number;
@@ -56,10 +57,6 @@ export function openEngine(config: ModelConfig, options: DeviceOptions): OpenedE
 	const native = binding();
 	const { device, note } = chooseDevice(asked, askedDtype, native.cudaInfo());
 	const dtype = askedDtype === 'auto' ? (device === 'cpu' ? 'fp32' : 'bf16') : askedDtype;
-	check(
-		device !== 'cpu' || dtype !== 'bf16',
-		"option dtype: 'bf16' is not available on the CPU, expected 'fp32' or 'int8'",
-	);
 	check(device === 'cpu' || dtype !== 'int8', "option dtype: 'int8' is for the CPU, expected 'bf16' or 'fp32'");
 	const { layers, heads, channels, context, vocab } = config;
 	try {

@@ -344,8 +344,8 @@ export interface NativeCudaInfo {
 /** What the addon exports. */
 export interface Binding {
 	/**
-	 * device: 'cpu' or 'cuda:N'. threads 0: all cores. dtype: of activations, 'bf16' only on CUDA; 'int8' only on the CPU:
-	 * int8 weights, fp32 activations.
+	 * device: 'cpu' or 'cuda:N'. threads 0: all cores. dtype: on CUDA of activations, 'fp32' or 'bf16'; on the CPU of the
+	 * weights.
 	 */
 	createModel(
 		config: NativeConfig,

@@ -87,8 +87,8 @@ export class Trainer implements AsyncDisposable {
 		check(model instanceof DiffuGPT, 'a Trainer needs a DiffuGPT as its first argument');
 		model.engine.check();
 		check(
-			model.dtype !== 'int8',
-			"a model of dtype 'int8' cannot be trained: load it with dtype 'fp32', which widens int8 weights",
+			model.dtype === 'fp32' || model.device !== 'cpu',
+			`a model of dtype '${model.dtype}' cannot be trained on the CPU: load it with dtype 'fp32', which widens its weights`,
 		);
 		this.model = model;
 		this.#options = resolveTrainOptions(options, model.config);

@@ -340,7 +340,7 @@ function bench(...args: string[]): Promise<{ code: number; stdout: string; stder
 test('the command lists what names choose', async (t) => {
 	t.is((await bench('--list', 'forward/tiny')).stdout, 'forward/tiny/T256/logits\n');
 	const comparing = await bench('--list', '--peers', 'machine', 'decode');
-	t.is(comparing.stdout, 'machine\ndecode/gpt2/128/int8\ndecode/gpt2/128/fp32\n');
+	t.is(comparing.stdout, 'machine\ndecode/gpt2/128/int8\ndecode/gpt2/128/fp32\ndecode/gpt2/128/bf16\n');
 	t.regex((await bench('--help')).stdout, /--repeats <n>/);
 });
 

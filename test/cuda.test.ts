@@ -71,10 +71,9 @@ test('auto passes over devices that are too old, and says why it takes the CPU',
 });
 
 test('a dtype that a device has not is refused, natively too', async (t) => {
-	await t.throwsAsync(DiffuGPT.fromConfig(smallConfig, { device: 'cpu', dtype: 'bf16' }), { code: 'ERR_DN_ARGUMENT' });
 	const { layers, heads, channels, context, vocab } = smallConfig;
 	for (const [device, dtype] of [
-		['cpu', 'bf16'],
+		['cpu', 'fp16'],
 		['cuda:0', 'int8'],
 	] as const) {
 		t.throws(

@@ -166,9 +166,9 @@ test('bad arguments are named', async (t) => {
 		code: 'ERR_DN_ARGUMENT',
 		message: /device/,
 	});
-	await t.throwsAsync(DiffuGPT.fromConfig(smallConfig, { device: 'cpu', dtype: 'bf16' }), {
+	await t.throwsAsync(DiffuGPT.fromConfig(smallConfig, { device: 'cpu', dtype: 'fp16' as 'bf16' }), {
 		code: 'ERR_DN_ARGUMENT',
-		message: /bf16/,
+		message: /'fp32', 'bf16' or 'int8'/,
 	});
 	await t.throwsAsync(DiffuGPT.fromConfig(smallConfig, { device: 'cuda:99' }), { code: 'ERR_DN_DEVICE' });
 });

@@ -1,13 +1,13 @@
 /** One bidirectional forward: with logits at all positions, and without the head. */
 import type { BenchCase } from '../harness.js';
-import { forwardFlops, load, type ShapeName, someTokens } from '../shapes.js';
+import { forwardFlops, load, type ShapeName, someTokens, type WeightType } from '../shapes.js';
 
 function forward(
 	shape: ShapeName,
 	T: number,
 	output: 'logits' | 'hidden',
 	repeats: number,
-	dtype: 'fp32' | 'int8' = 'fp32',
+	dtype: WeightType = 'fp32',
 ): BenchCase {
 	return {
 		name: `forward/${shape}/T${T}/${output}${dtype === 'fp32' ? '' : `/${dtype}`}`,
@@ -36,6 +36,7 @@ export const forwardCases: BenchCase[] = [
 	forward('gpt2', 1024, 'logits', 5),
 	forward('small', 256, 'logits', 15),
 	forward('tiny', 256, 'logits', 15),
+	forward('gpt2', 256, 'logits', 9, 'bf16'),
 	forward('gpt2', 256, 'logits', 9, 'int8'),
 	forward('gpt2', 256, 'hidden', 9, 'int8'),
 	forward('gpt2', 1024, 'logits', 5, 'int8'),

@@ -7,7 +7,7 @@ import { execFileSync } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 
 import type { BenchCase } from '../harness.js';
-import { load, trainingFlops } from '../shapes.js';
+import { load, trainingFlops, type WeightType } from '../shapes.js';
 import { temporaryFolder } from '../temporary.js';
 
 interface Report {
@@ -38,7 +38,7 @@ function measured<Result extends object>(...parameters: string[]): Result {
 	return report;
 }
 
-function memory(dtype: 'fp32' | 'int8', T: number, output: 'logits' | 'hidden', repeats: number): BenchCase {
+function memory(dtype: WeightType, T: number, output: 'logits' | 'hidden', repeats: number): BenchCase {
 	return {
 		name: T === 0 ? `load/gpt2/${dtype}` : `memory/gpt2/T${T}/${output}/${dtype}`,
 		shape: { model: 'gpt2', T },
@@ -83,6 +83,8 @@ export const memoryCases: BenchCase[] = [
 	memory('fp32', 0, 'hidden', 5),
 	memory('fp32', 1024, 'hidden', 1),
 	memory('fp32', 1024, 'logits', 1),
+	memory('bf16', 0, 'hidden', 5),
+	memory('bf16', 1024, 'hidden', 1),
 	memory('int8', 0, 'hidden', 5),
 	memory('int8', 1024, 'hidden', 1),
 	memory('int8', 1024, 'logits', 1),

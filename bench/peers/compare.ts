@@ -65,7 +65,7 @@ interface Seat {
 }
 
 /** Largest difference allowed, relative to the root mean square of the values: by how the weights are stored. */
-const tolerances: Record<string, number> = { fp32: 2e-4, F16: 1e-2, BF16: 6e-2, Q8_0: 1e-1, int8: 2e-1 };
+const tolerances: Record<string, number> = { fp32: 2e-4, F16: 1e-2, BF16: 6e-2, bf16: 6e-2, Q8_0: 1e-1, int8: 2e-1 };
 
 /** Largest difference of two lists over the root mean square of the first, and the root mean square difference. */
 export function difference(

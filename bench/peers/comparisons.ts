@@ -1,5 +1,5 @@
 /** What is compared with whom, and the ratio to reach. */
-import type { ShapeName } from '../shapes.js';
+import type { ShapeName, WeightType } from '../shapes.js';
 import type { Job } from './channel.js';
 import type { Engine } from './installed.js';
 import type { ModelFile } from './weights.js';
@@ -20,7 +20,7 @@ export interface Opponent {
 export interface Comparison {
 	name: string;
 	shape: ShapeName;
-	dtype: 'fp32' | 'int8';
+	dtype: WeightType;
 	job: Job;
 	/** Rounds; in each every contender has one turn. */
 	rounds: number;
@@ -94,6 +94,17 @@ export const comparisons: Comparison[] = [
 			llama('BF16', { fullOnly: true }),
 			torch({ fullOnly: true }),
 		],
+	},
+	{
+		name: 'forward/gpt2/T256/logits',
+		shape: 'gpt2',
+		dtype: 'bf16',
+		job: logits(256),
+		rounds: 5,
+		calls: 3,
+		tokens: 256,
+		opponents: [llama('F16'), llama('BF16')],
+		fullOnly: true,
 	},
 	{
 		name: 'forward/gpt2/T1024/logits',
@@ -186,6 +197,17 @@ export const comparisons: Comparison[] = [
 		calls: 1,
 		tokens: 128,
 		opponents: [llama('F16')],
+		fullOnly: true,
+	},
+	{
+		name: 'decode/gpt2/128',
+		shape: 'gpt2',
+		dtype: 'bf16',
+		job: decoding,
+		rounds: 3,
+		calls: 1,
+		tokens: 128,
+		opponents: [llama('F16'), llama('BF16')],
 		fullOnly: true,
 	},
 	// "<= 10 s (fp32) and <= 4 s (int8) where PyTorch takes 60", as ratios. PyTorch's steps all cost the same: a part is run.

@@ -1,6 +1,7 @@
 /** This library as a contender of its own benchmark. */
 import { DiffuGPT, info, Trainer } from 'diffusion-native';
 
+import type { WeightType } from '../shapes.js';
 import { type Contender, type Job, sample, serve } from './channel.js';
 import { maskOdd, tokensOf } from './inputs.js';
 
@@ -90,7 +91,7 @@ function centred(logits: Float32Array): number[] {
 
 const contender: Contender = {
 	async open({ path, dtype }) {
-		model = await DiffuGPT.fromPretrained(path, { device: 'cpu', dtype: dtype as 'fp32' | 'int8' });
+		model = await DiffuGPT.fromPretrained(path, { device: 'cpu', dtype: dtype as WeightType });
 		const { version, cpu } = info();
 		return { version: `diffusion-native ${version} (${cpu.isa})` };
 	},

@@ -23,9 +23,9 @@ int cuda_ordinal(const std::string& device) {
   return error == std::errc() && rest == end ? ordinal : -1;
 }
 
-// dtype: of activations, or int8: of the weights, with fp32 activations.
+// dtype: on a GPU of activations, on the CPU of the weights, with fp32 activations.
 std::unique_ptr<Backend> make_backend(const std::string& device, int threads, const std::string& dtype) {
-  if (dtype != "fp32" && dtype != (device == "cpu" ? "int8" : "bf16"))
+  if (dtype != "fp32" && dtype != "bf16" && (dtype != "int8" || device != "cpu"))
     throw Error(Code::kArgument, "dtype \"" + dtype + "\" is not available on device \"" + device + "\"");
   if (device == "cpu") return make_cpu_backend(threads);
   if (const int ordinal = cuda_ordinal(device); ordinal >= 0)
@@ -81,7 +81,9 @@ ModelWrap::ModelWrap(const Napi::CallbackInfo& info)
   const std::string device = string_field(options, "device");
   const int threads = static_cast<int>(int_field(options, "threads"));
   const std::string dtype = string_field(options, "dtype");
-  const Dtype weights = dtype == "int8" ? Dtype::kI8 : Dtype::kF32;
+  const Dtype weights = dtype == "int8"                      ? Dtype::kI8
+                        : dtype == "bf16" && device == "cpu" ? Dtype::kBF16
+                                                             : Dtype::kF32;
   guarded(env, [&] {
     model_ = std::make_shared<Model>(make_backend(device, threads, dtype), config, weights);
     has_device_loop_ = model_->has_device_loop();

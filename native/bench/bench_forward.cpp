@@ -1,7 +1,7 @@
 // Inference: the forward pass and what may follow it, with the cost of every op.
 // Usage: bench_forward [shape = all] [threads = 1] [repeats = 3] [dtype = fp32]. Shapes: tiny, small, 124m;
 // each at T = 256 with all logits, with a denoising step over half the rows, and with four listed rows; 124m
-// also at T = 1024. dtype: of the weights, fp32 or int8; shares are of the fp32 peak in both.
+// also at T = 1024. dtype: of the weights, fp32, bf16 or int8; shares are of the fp32 peak in all.
 
 #include <cstdio>
 #include <cstdlib>
@@ -75,7 +75,7 @@ int main(int argc, char** argv) {
   const std::string wanted = argc > 1 ? argv[1] : "all";
   const int threads = argc > 2 ? std::atoi(argv[2]) : 1, repeats = argc > 3 ? std::atoi(argv[3]) : 3;
   const std::string dtype = argc > 4 ? argv[4] : "fp32";
-  if (dtype != "fp32" && dtype != "int8") {
+  if (dtype != "fp32" && dtype != "bf16" && dtype != "int8") {
     std::fprintf(stderr, "no dtype '%s'\n", dtype.c_str());
     return 1;
   }
@@ -85,7 +85,8 @@ int main(int argc, char** argv) {
     found = true;
     auto owned = std::make_unique<OpTimer>(make_cpu_backend(threads));
     OpTimer& timer = *owned;
-    Model model(std::move(owned), shape_named(shape), dtype == "int8" ? Dtype::kI8 : Dtype::kF32);
+    const Dtype weights = dtype == "int8" ? Dtype::kI8 : dtype == "bf16" ? Dtype::kBF16 : Dtype::kF32;
+    Model model(std::move(owned), shape_named(shape), weights);
     model.initialise(1);
     for (const After after : {After::kLogits, After::kDenoise, After::kFewRows}) {
       run(model, timer, shape, 256, after, threads, std::max(1, repeats));

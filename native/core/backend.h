@@ -156,13 +156,14 @@ class Backend {
 
   // Elements that a (K, N) weight needs once packed; at least K * N.
   virtual int64_t packed_elements(int64_t K, int64_t N) const = 0;
-  // Writes `plain` in the backend's packed layout to `packed` (packed_elements floats), and back.
-  virtual void pack_weight(void* packed, const Weight& plain) = 0;
+  // Writes `plain`, which is fp32, in the backend's packed layout to `packed` (packed_elements numbers of
+  // type `to`: kF32, or kBF16 on backends whose memory is the host's, each rounded to the nearest), and back.
+  virtual void pack_weight(void* packed, const Weight& plain, Dtype to) = 0;
   // A piece of it, on backends whose memory is the host's: rows [begin, begin + count) of the plain matrix as
   // it is stored (K or, with kOutIn, N of them), in `rows`. `whole` has no data. begin is a multiple of
   // kPackRows, and count too unless the rows are the last ones.
   virtual void pack_rows(void* /*packed*/, const Weight& /*whole*/, const float* /*rows*/, int64_t /*begin*/,
-                         int64_t /*count*/) {
+                         int64_t /*count*/, Dtype /*to*/) {
     throw Error(Code::kInternal, "the backend " + name() + " packs whole weights only");
   }
   virtual void unpack_weight(void* plain, const Weight& packed) = 0;

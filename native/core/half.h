@@ -62,6 +62,8 @@ static inline uint16_t f32_to_f16(float value) {
 
 static inline float bf16_to_f32(uint16_t half) { return bits_float((uint32_t)half << 16); }
 
+static inline int is_finite_bf16(uint16_t half) { return (half & 0x7F80u) != 0x7F80u; }
+
 // Values above the largest bf16 by half a unit or more become infinite; a NaN stays one, made quiet.
 static inline uint16_t f32_to_bf16(float value) {
   const uint32_t bits = float_bits(value);

@@ -90,8 +90,8 @@ class Carver;
 
 class Model {
  public:
-  // weights: kF32, or kI8: the operands of products (all matrices but wpe) are held as int8 with a scale per
-  // output column, for inference only.
+  // weights: kF32, or for inference only the operands of products (all matrices but wpe) are held narrower,
+  // where memory is the host's: kBF16, rounded to the nearest, or kI8, with a scale per output column.
   Model(std::unique_ptr<Backend> backend, const ModelConfig& config, Dtype weights = Dtype::kF32);
   ~Model();
 
@@ -105,7 +105,7 @@ class Model {
   // 0, layer norm weights 1. Box-Muller on Stream::kInit, so a seed means the same weights everywhere.
   void initialise(uint64_t seed);
   void get_parameter(size_t index, float* out);  // plain layout, whatever the storage
-  // A value that is not finite cannot become int8: Error(kArgument).
+  // A value that is not finite cannot become int8, one that is not finite in bf16 not bf16: Error(kArgument).
   void set_parameter(size_t index, const float* values);
   // The same from read(begin, count, out), asked for consecutive elements in ascending order. An int8 model
   // reads its largest matrix, wte, piece by piece.
@@ -186,6 +186,10 @@ class Model {
   // fp32 words reserved for parameter `index`: its count, or what its packed form needs.
   int64_t room(size_t index) const;
   bool is_int8(size_t index) const;
+  Dtype packed_type(size_t index) const;  // of a packed parameter: kF32 or weights_
+  // Throws Error(kArgument) where one of the values, from element `begin` on, cannot be held as bf16 and has
+  // to be.
+  void require_held(size_t index, int64_t begin, int64_t count, const float* values) const;
   Int8Matrix int8_matrix(size_t index, int8_t* values, float* scales) const;
   // Columns [n_begin, n_begin + N) of an int8 weight from as much of its plain fp32 form.
   void set_int8_columns(size_t index, int64_t n_begin, int64_t N, const float* values);

@@ -38,7 +38,7 @@ void Model::begin_training() {
     return;
   }
   if (weights_ != Dtype::kF32) {
-    bad("training needs fp32 weights, this model holds int8 ones; load it with dtype 'fp32'");
+    bad("training needs fp32 weights, this model holds narrower ones; load it with dtype 'fp32'");
   }
   // Everything that can fail comes before the first change of state.
   require_memory(*backend_,

@@ -119,18 +119,22 @@ Model::Model(std::unique_ptr<Backend> backend, const ModelConfig& config, Dtype 
       backend_(std::move(backend)),
       parameters_(make_parameter_table(config)),
       workspace_(std::make_unique<Workspace>()) {
-  if (weights != Dtype::kF32 && weights != Dtype::kI8) {
-    throw Error(Code::kArgument, "weights can be held as fp32 or int8 only");
+  if (weights != Dtype::kF32 && weights != Dtype::kBF16 && weights != Dtype::kI8) {
+    throw Error(Code::kArgument, "weights can be held as fp32, bf16 or int8 only");
+  }
+  if (weights == Dtype::kBF16 && !backend_->host_memory()) {
+    throw Error(Code::kArgument, "weights are fp32 on " + backend_->name() + ", bf16 ones are for the CPU");
   }
   // The table's offsets know nothing of the backend; here they get the room that its packed layout needs.
-  int64_t total = 0;
+  int64_t total = 0, count = 0;  // fp32 words, numbers
   for (size_t i = 0; i < parameters_.size(); ++i) {
     parameters_[i].offset = total;
     total += round_up(room(i));
+    count += parameters_[i].count;
   }
   const size_t bytes = static_cast<size_t>(total) * sizeof(float);
   require_memory(*backend_, bytes + backend_->parameter_bytes(bytes),
-                 "a model of " + std::to_string(total) + " parameters",
+                 "a model of " + std::to_string(count) + " parameters",
                  "use a smaller model, or dispose of others");
   storage_ = alloc_for(*backend_, bytes, "the parameters");
   // Zeros are the packed form of zeros. Starting packed, a loader's set_parameter packs straight from its
@@ -154,7 +158,9 @@ int64_t Model::room(size_t index) const {
   if (is_int8(index)) {
     return static_cast<int64_t>(backend_->int8_bytes(weight_k(index, p), weight_n(index, p)) / sizeof(float));
   }
-  return std::max(p.count, backend_->packed_elements(weight_k(index, p), weight_n(index, p)));
+  const int64_t elements = backend_->packed_elements(weight_k(index, p), weight_n(index, p));
+  if (weights_ == Dtype::kBF16) return (elements + 1) / 2;
+  return std::max(p.count, elements);
 }
 
 int64_t Model::largest_room() const {
@@ -184,8 +190,12 @@ Weight Model::plain_weight(size_t index, const void* data) const {
 Weight Model::weight(size_t index) const {
   Weight w = plain_weight(index, tensor(index).data);
   w.packed = packed_;
-  if (is_int8(index)) w.dtype = Dtype::kI8;
+  w.dtype = packed_type(index);
   return w;
+}
+
+Dtype Model::packed_type(size_t index) const {
+  return is_packable(index, parameters_[index]) ? weights_ : Dtype::kF32;
 }
 
 Model::Memory Model::memory() const {

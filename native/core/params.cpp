@@ -1,12 +1,13 @@
 // The values of a model's parameters: GPT-2's initialisation, and access whether they are stored plainly or
-// packed for inference, as fp32 or int8. There is one copy of the weights at any time; packing and unpacking
-// work in place, with a temporary of the size of the largest matrix.
+// packed for inference, as fp32, bf16 or int8. There is one copy of the weights at any time; packing and
+// unpacking work in place, with a temporary of the size of the largest matrix.
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "core/error.h"
+#include "core/half.h"
 #include "core/model.h"
 #include "core/rng.h"
 #include "core/workspace.h"
@@ -92,11 +93,12 @@ void Model::set_parameter(size_t index, const float* values) {
   } else if (!packed_ || !is_packable(index, p)) {
     backend_->upload(tensor(index).data, values, bytes);
   } else if (backend_->host_memory()) {
-    backend_->pack_weight(tensor(index).data, plain_weight(index, values));
+    require_held(index, 0, p.count, values);
+    backend_->pack_weight(tensor(index).data, plain_weight(index, values), packed_type(index));
   } else {
     const auto plain = alloc_for(*backend_, bytes, "packing " + p.name);
     backend_->upload(plain->data(), values, bytes);
-    backend_->pack_weight(tensor(index).data, plain_weight(index, plain->data()));
+    backend_->pack_weight(tensor(index).data, plain_weight(index, plain->data()), Dtype::kF32);
   }
 }
 
@@ -123,7 +125,9 @@ void Model::set_parameter(size_t index, const ReadValues& read) {
     if (quantised) {
       set_int8_columns(index, begin / row, count / row, values);
     } else if (by_rows) {
-      backend_->pack_rows(tensor(index).data, plain_weight(index, nullptr), values, begin / row, count / row);
+      require_held(index, begin, count, values);
+      backend_->pack_rows(tensor(index).data, plain_weight(index, nullptr), values, begin / row, count / row,
+                          packed_type(index));
     } else if (plain) {
       backend_->upload(static_cast<float*>(tensor(index).data) + begin, values,
                        static_cast<size_t>(count) * sizeof(float));
@@ -133,8 +137,18 @@ void Model::set_parameter(size_t index, const ReadValues& read) {
   }
 }
 
-bool Model::is_int8(size_t index) const {
-  return weights_ == Dtype::kI8 && is_packable(index, parameters_[index]);
+bool Model::is_int8(size_t index) const { return packed_type(index) == Dtype::kI8; }
+
+void Model::require_held(size_t index, int64_t begin, int64_t count, const float* values) const {
+  if (packed_type(index) != Dtype::kBF16) return;
+  int lost = 0;
+  for (int64_t i = 0; i < count; ++i) lost |= !is_finite_bf16(f32_to_bf16(values[i]));
+  for (int64_t i = 0; lost && i < count; ++i) {
+    if (is_finite_bf16(f32_to_bf16(values[i]))) continue;
+    throw Error(Code::kArgument, "parameter " + parameters_[index].name + ": " + std::to_string(values[i]) +
+                                     " at index " + std::to_string(begin + i) +
+                                     " is not finite in bf16 and cannot be held so");
+  }
 }
 
 Int8Matrix Model::int8_matrix(size_t index, int8_t* values, float* scales) const {
@@ -199,7 +213,7 @@ void Model::prepare_inference() {
     if (!is_packable(i, p)) continue;
     void* place = tensor(i).data;
     backend_->copy(Tensor(plain->data(), Dtype::kF32, 1, p.count), Tensor(place, Dtype::kF32, 1, p.count));
-    backend_->pack_weight(place, plain_weight(i, plain->data()));
+    backend_->pack_weight(place, plain_weight(i, plain->data()), Dtype::kF32);
   }
   packed_ = true;
   backend_->synchronize();  // `plain` is about to be freed

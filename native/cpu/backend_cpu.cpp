@@ -47,12 +47,12 @@ class CpuBackend : public Backend {
   void synchronize() override {}
 
   int64_t packed_elements(int64_t K, int64_t N) const override { return cpu::packed_elements(K, N); }
-  void pack_weight(void* packed, const Weight& plain) override {
-    cpu::pack_weight(cpu_, static_cast<float*>(packed), plain);
+  void pack_weight(void* packed, const Weight& plain, Dtype to) override {
+    cpu::pack_weight(cpu_, packed, plain, to);
   }
-  void pack_rows(void* packed, const Weight& whole, const float* rows, int64_t begin,
-                 int64_t count) override {
-    cpu::pack_rows(cpu_, static_cast<float*>(packed), whole, rows, begin, count);
+  void pack_rows(void* packed, const Weight& whole, const float* rows, int64_t begin, int64_t count,
+                 Dtype to) override {
+    cpu::pack_rows(cpu_, packed, whole, rows, begin, count, to);
   }
   void unpack_weight(void* plain, const Weight& packed) override {
     cpu::unpack_weight(cpu_, static_cast<float*>(plain), packed);

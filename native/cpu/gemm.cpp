@@ -56,14 +56,13 @@ void multiply_packed(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_en
       const int64_t next_depth = chunk.depth(panel + 1 < panel_end ? block : next_block);
       Ahead ahead_b;
       if (next != nullptr) ahead_b = ahead_of(next, 1, next_depth * kGemmPanel, 0, tiles);
-      multiply_panel(chunk, block, tile_begin, tile_end, panel, b_of(block, panel), nullptr, ahead_a,
-                     ahead_b);
+      multiply_panel(chunk, block, tile_begin, tile_end, panel, {b_of(block, panel)}, ahead_a, ahead_b);
     }
   }
 }
 
-// C of tiles [tile_begin, tile_end) of the chunk and panels [panel_begin, panel_end) of a plain B. buffer:
-// kBlockFloats. next_panel: where the next task of this thread may begin.
+// C of tiles [tile_begin, tile_end) of the chunk and panels [panel_begin, panel_end) of a B that becomes
+// packed fp32 here. buffer: kBlockFloats. next_panel: where the next task of this thread may begin.
 void multiply_plain(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t panel_begin,
                     int64_t panel_end, int64_t next_panel, float* buffer) {
   const GemmProduct& p = chunk.p;
@@ -92,10 +91,11 @@ void multiply_plain(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end
                                      (end - begin) * width);
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
         float* const packed = buffer + (panel - panel_begin) * panel_floats;
-        const bool is_plain = part == 0 && packs_on_the_way(p, panel);
+        const bool lies = part == 0 && packs_on_the_way(p, panel);
+        const bool is_read_once = tiles == 1 && p.b_layout == GemmLayout::kBf16Panels;
         multiply_panel(chunk, block, begin, end, panel,
-                       is_plain ? p.b + k * p.b_stride + panel * kGemmPanel : packed,
-                       is_plain ? packed : nullptr, ahead_a, ahead_b);
+                       lies ? lying_block(p, panel, k, is_read_once ? nullptr : packed) : PanelBlock{packed},
+                       ahead_a, ahead_b);
       }
     }
   }
@@ -105,6 +105,13 @@ void multiply_plain(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end
 void multiply_group(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t panel_begin,
                     int64_t panel_end, int64_t next_panel, float* buffer) {
   const GemmProduct& p = chunk.p;
+  if (p.b_layout == GemmLayout::kBf16Panels && chunk.rows <= kFewRows) {
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {  // in the order it lies, as below
+      multiply_plain(chunk, tile_begin, tile_end, panel, panel + 1,
+                     panel + 1 < panel_end ? panel + 1 : next_panel, buffer);
+    }
+    return;
+  }
   if (p.b_layout != GemmLayout::kPanels)
     return multiply_plain(chunk, tile_begin, tile_end, panel_begin, panel_end, next_panel, buffer);
   const int64_t tiles = tile_end - tile_begin;
@@ -226,8 +233,7 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
       for (int64_t block = 0; block < blocks; ++block) {
         for (int64_t panel = 0; panel < panels; ++panel) {
           multiply_panel(chunk, block, tile, tile + together, panel,
-                         p.b + panel * panel_floats + chunk.k_begin(block) * kGemmPanel, nullptr, ahead,
-                         none);
+                         {p.b + panel * panel_floats + chunk.k_begin(block) * kGemmPanel}, ahead, none);
         }
       }
     }
@@ -238,8 +244,8 @@ void gemm_fp32(const Cpu& cpu, const GemmProduct& p) {
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
   const int64_t many = std::max<int64_t>(kManyRows, 2 * cpu.threads * block_rows(kernels));
   if (p.M >= many && p.K * p.N <= kSmallB && p.K <= kSmallDepth) return multiply_by_rows(cpu, p, kernels);
-  if (p.K > kMostDepth && p.b_layout != GemmLayout::kPanels && !p.a_rows)
-    return multiply_by_parts(cpu, p, kernels);
+  const bool is_weight = p.b_layout == GemmLayout::kPanels || p.b_layout == GemmLayout::kBf16Panels;
+  if (p.K > kMostDepth && !is_weight && !p.a_rows) return multiply_by_parts(cpu, p, kernels);
   multiply_by_columns(cpu, p, kernels);
 }
 
@@ -287,6 +293,8 @@ void gemm_empty(const Cpu& cpu, const GemmProduct& p) {
 void gemm(const Cpu& cpu, const GemmProduct& p, MatmulPrecision precision) {
   if (p.M <= 0 || p.N <= 0) return;
   if (p.K <= 0) return gemm_empty(cpu, p);
+  // Weights of bf16 are for few rows, which wait for memory: vector units widen them on the way.
+  if (p.b_layout == GemmLayout::kBf16Panels) return gemm_fp32(cpu, p);
   const Bf16Kernels* tiles = precision == MatmulPrecision::kBF16 ? bf16_kernels(cpu.isa) : nullptr;
   if (!tiles) tiles = split_kernels(cpu.isa, p.K);
   tiles ? gemm_bf16(cpu, p, *tiles) : gemm_fp32(cpu, p);

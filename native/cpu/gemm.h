@@ -4,7 +4,8 @@
 // reduction runs in ascending order in blocks of GemmKernels::depth; inside a block one chain of fused
 // multiply-adds starting from zero, and the sums of the blocks are added in order (to what is in C already
 // when accumulating). Neither the place in the batch, the tiling, the threads nor the storage of the weight
-// (plain or packed) takes part. With AMX, reductions of 128 and more run on its tiles instead, in steps of 32
+// (plain, packed, or packed as bf16 that are widened on the way) takes part. With AMX, reductions of 128 and
+// more by fp32 weights run on its tiles instead, in steps of 32
 // and every number as the sum of three of bf16 (gemm_kernels.h): as exact, and in an order of its own, which
 // one or two rows, multiplied without tiles, keep. MatmulPrecision::kBF16 has the same independence, with its
 // own order; where bf16_kernels has none it is fp32.
@@ -25,7 +26,7 @@ constexpr int64_t kHeadTile = kGemmPanel;
 
 // out (R, n_end - n_begin) = logits of R gathered rows for the vocabulary columns [n_begin, n_end):
 // out[r * out_stride + n - n_begin] = inp_rows[r] . wte[n]. inp_rows[r] points to wte.K floats. wte: order
-// kOutIn, plain or packed, or packed int8. Multi-threaded; the same bits whatever the chunks.
+// kOutIn, plain or packed, or packed as bf16 or int8. Multi-threaded; the same bits whatever the chunks.
 void head_gemm(const Cpu& cpu, float* out, int64_t out_stride, const float* const* inp_rows, int64_t R,
                const Weight& wte, int64_t n_begin, int64_t n_end, MatmulPrecision precision);
 
@@ -48,6 +49,7 @@ enum class GemmLayout : uint8_t {
   kPlain,       // A (M, K), B (K, N): row-major
   kTransposed,  // A stored as (K, M), B stored as (N, K)
   kPanels,      // B only: a packed weight
+  kBf16Panels,  // B only: a packed weight of bf16, read as words (kBf16Words a row of a panel)
 };
 
 // One product c (M, N) = or += A B and what happens to its elements: the engine itself.

@@ -23,8 +23,16 @@ __m256i lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+// How B lies: packed, plain and to be packed (t.packed is given), or in bf16.
+enum class B { kPacked, kPlain, kBf16 };
+
+__attribute__((always_inline)) inline __m256 widen(const float* words) {
+  const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(words));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16));
+}
+
 // Columns [0, 16) of c, b and, unless null, packed; cols counts from there. Asks for `lines` of t.prefetch.
-template <int kRows, bool kPack>
+template <int kRows, B kB>
 void half_rows(const GemmTile& t, float* c, const float* b, float* packed, int64_t cols, int64_t lines) {
   __m256 sum[kRows][2];
 #pragma GCC unroll 6
@@ -33,11 +41,12 @@ void half_rows(const GemmTile& t, float* c, const float* b, float* packed, int64
     _mm_prefetch(reinterpret_cast<const char*>(c + r * t.c_stride), _MM_HINT_T0);
   }
   const float* a = t.a;
-  const int64_t b_stride = kPack ? t.b_stride : kGemmPanel;
+  const int64_t b_stride = kB == B::kPlain ? t.b_stride : kB == B::kBf16 ? kBf16Words : kGemmPanel;
   const auto step = [&] {
-    const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
-    if (kPack) {
-      prefetch_plain(b, b_stride);
+    const __m256 b0 = kB == B::kBf16 ? widen(b) : _mm256_loadu_ps(b);
+    const __m256 b1 = kB == B::kBf16 ? widen(b + 4) : _mm256_loadu_ps(b + 8);
+    if (kB == B::kPlain) prefetch_plain(b, b_stride);
+    if (kB == B::kPlain || (kB == B::kBf16 && packed)) {
       _mm256_storeu_ps(packed, b0);
       _mm256_storeu_ps(packed + 8, b1);
       packed += kGemmPanel;
@@ -93,13 +102,18 @@ template <int kRows>
 void tile_rows(const GemmTile& t) {
   const bool both = t.cols > 16;
   const int64_t first = both ? t.prefetch_lines / 2 : t.prefetch_lines;
-  if (t.packed) {  // both, then
-    half_rows<kRows, true>(t, t.c, t.b, t.packed, 16, first);
-    half_rows<kRows, true>(t, t.c + 16, t.b + 16, t.packed + 16, 16, t.prefetch_lines - first);
-    return;
+  const int64_t second = t.prefetch_lines - first;
+  if (t.is_bf16) {
+    float* const right = t.packed ? t.packed + 16 : nullptr;
+    half_rows<kRows, B::kBf16>(t, t.c, t.b, t.packed, t.cols, first);
+    if (both) half_rows<kRows, B::kBf16>(t, t.c + 16, t.b + kBf16Words / 2, right, t.cols - 16, second);
+  } else if (t.packed) {  // both, then
+    half_rows<kRows, B::kPlain>(t, t.c, t.b, t.packed, 16, first);
+    half_rows<kRows, B::kPlain>(t, t.c + 16, t.b + 16, t.packed + 16, 16, second);
+  } else {
+    half_rows<kRows, B::kPacked>(t, t.c, t.b, nullptr, t.cols, first);
+    if (both) half_rows<kRows, B::kPacked>(t, t.c + 16, t.b + 16, nullptr, t.cols - 16, second);
   }
-  half_rows<kRows, false>(t, t.c, t.b, nullptr, t.cols, first);
-  if (both) half_rows<kRows, false>(t, t.c + 16, t.b + 16, nullptr, t.cols - 16, t.prefetch_lines - first);
 }
 
 void finish(const GemmFinish& f) {

@@ -16,8 +16,15 @@ constexpr int kMaxRows = 14;
 // A panel block of 96 KB streams from L2, two lines for 28 multiply-adds: fewer blocks touch C less often.
 constexpr int64_t kDepth = 768;
 
-// kPack: t.packed is given.
-template <int kRows, bool kPack>
+// How B lies: packed, plain and to be packed (t.packed is given), or in bf16.
+enum class B { kPacked, kPlain, kBf16 };
+
+__attribute__((always_inline)) inline __m512 widen(const float* words) {
+  const __m256i numbers = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
+
+template <int kRows, B kB>
 void tile_rows(const GemmTile& t) {
   __m512 sum[kRows][2];
 #pragma GCC unroll 14
@@ -28,13 +35,16 @@ void tile_rows(const GemmTile& t) {
   prefetch_finish(t.finish);
   const float* a = t.a;
   const float* b = t.b;
-  const int64_t b_stride = kPack ? t.b_stride : kGemmPanel;
+  const int64_t b_stride = kB == B::kPlain ? t.b_stride : kB == B::kBf16 ? kBf16Words : kGemmPanel;
   float* packed = t.packed;
   const auto step = [&] {
-    const __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
-    if (kPack) {
+    const __m512 b0 = kB == B::kBf16 ? widen(b) : _mm512_loadu_ps(b);
+    const __m512 b1 = kB == B::kBf16 ? widen(b + kBf16Words / 2) : _mm512_loadu_ps(b + 16);
+    if (kB == B::kPlain) {
       prefetch_plain(b, b_stride);
       prefetch_plain(b + 16, b_stride);
+    }
+    if (kB == B::kPlain || (kB == B::kBf16 && packed)) {
       _mm512_storeu_ps(packed, b0);
       _mm512_storeu_ps(packed + 16, b1);
       packed += kGemmPanel;
@@ -74,27 +84,30 @@ void tile_rows(const GemmTile& t) {
   writer.end();
 }
 
-template <bool kPack>
+template <B kB>
 void tile_of(const GemmTile& t) {
   switch (t.rows) {
-    case 1: return tile_rows<1, kPack>(t);
-    case 2: return tile_rows<2, kPack>(t);
-    case 3: return tile_rows<3, kPack>(t);
-    case 4: return tile_rows<4, kPack>(t);
-    case 5: return tile_rows<5, kPack>(t);
-    case 6: return tile_rows<6, kPack>(t);
-    case 7: return tile_rows<7, kPack>(t);
-    case 8: return tile_rows<8, kPack>(t);
-    case 9: return tile_rows<9, kPack>(t);
-    case 10: return tile_rows<10, kPack>(t);
-    case 11: return tile_rows<11, kPack>(t);
-    case 12: return tile_rows<12, kPack>(t);
-    case 13: return tile_rows<13, kPack>(t);
-    default: return tile_rows<14, kPack>(t);
+    case 1: return tile_rows<1, kB>(t);
+    case 2: return tile_rows<2, kB>(t);
+    case 3: return tile_rows<3, kB>(t);
+    case 4: return tile_rows<4, kB>(t);
+    case 5: return tile_rows<5, kB>(t);
+    case 6: return tile_rows<6, kB>(t);
+    case 7: return tile_rows<7, kB>(t);
+    case 8: return tile_rows<8, kB>(t);
+    case 9: return tile_rows<9, kB>(t);
+    case 10: return tile_rows<10, kB>(t);
+    case 11: return tile_rows<11, kB>(t);
+    case 12: return tile_rows<12, kB>(t);
+    case 13: return tile_rows<13, kB>(t);
+    default: return tile_rows<14, kB>(t);
   }
 }
 
-void tile(const GemmTile& t) { t.packed ? tile_of<true>(t) : tile_of<false>(t); }
+void tile(const GemmTile& t) {
+  if (t.is_bf16) return tile_of<B::kBf16>(t);
+  t.packed ? tile_of<B::kPlain>(t) : tile_of<B::kPacked>(t);
+}
 
 void pack_rows(float* dst, const float* const* rows, int64_t count, int64_t depth) {
   __m512i block[16];

@@ -3,7 +3,8 @@
 #include "cpu/gemm_chunk.h"
 
 #include <cstring>
-#include <utility>
+
+#include "core/half.h"
 
 namespace dn::cpu {
 namespace {
@@ -38,6 +39,10 @@ Ahead ahead_of_tiles(const GemmChunk& chunk, int64_t block, int64_t tile_begin, 
 Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
                       int64_t tiles) {
   const int64_t n = panel_begin * kGemmPanel, cols = std::min(p.N, panel_end * kGemmPanel) - n;
+  if (p.b_layout == GemmLayout::kBf16Panels) {
+    return ahead_of(p.b + (panel_begin * p.K + k) * kBf16Words, panel_end - panel_begin, depth * kBf16Words,
+                    p.K * kBf16Words, tiles);
+  }
   if (p.b_layout == GemmLayout::kTransposed)
     return ahead_of(p.b + n * p.b_stride + k, cols, depth, p.b_stride, tiles);
   return ahead_of(p.b + k * p.b_stride + n, depth, cols, p.b_stride, tiles);
@@ -63,6 +68,11 @@ void pack_a(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t t
 void pack_panels(const GemmProduct& p, const GemmKernels& kernels, int64_t panel_begin, int64_t panel_end,
                  int64_t k, int64_t depth, float* dst, int64_t panel_floats) {
   for (int64_t panel = panel_begin; panel < panel_end; ++panel, dst += panel_floats) {
+    if (p.b_layout == GemmLayout::kBf16Panels) {
+      const uint16_t* const src = reinterpret_cast<const uint16_t*>(p.b) + (panel * p.K + k) * kGemmPanel;
+      for (int64_t i = 0; i < depth * kGemmPanel; ++i) dst[i] = bf16_to_f32(src[i]);
+      continue;
+    }
     const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
     if (cols < kGemmPanel) std::memset(dst, 0, static_cast<size_t>(depth * kGemmPanel) * sizeof(float));
     if (p.b_layout == GemmLayout::kTransposed) {
@@ -74,7 +84,7 @@ void pack_panels(const GemmProduct& p, const GemmKernels& kernels, int64_t panel
 }
 
 void multiply_panel(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end,
-                    int64_t panel, const float* b, float* packed, Ahead& ahead_a, Ahead& ahead_b) {
+                    int64_t panel, PanelBlock of_panel, Ahead& ahead_a, Ahead& ahead_b) {
   const GemmProduct& p = chunk.p;
   const int64_t depth = chunk.depth(block);
   const bool finish = block + 1 == chunk.blocks() && has_finish(p);
@@ -87,10 +97,10 @@ void multiply_panel(const GemmChunk& chunk, int64_t block, int64_t tile_begin, i
     const bool both = ahead_a.memory.lines > 0 && ahead_b.memory.lines > 0;
     Ahead& ahead = both ? (tile % 2 == 0 ? ahead_a : ahead_b) : ahead_a.memory.lines > 0 ? ahead_a : ahead_b;
     const int64_t share = std::min(ahead.memory.lines, (both ? 2 : 1) * ahead.share());
-    chunk.kernels.tile({then.c, p.c_stride, rows, cols, block_a + begin * depth, b, depth,
-                        p.accumulate || block > 0, &ahead.memory, share, finish ? &then : nullptr, packed,
-                        p.b_stride});
-    if (packed) b = std::exchange(packed, nullptr);
+    chunk.kernels.tile({then.c, p.c_stride, rows, cols, block_a + begin * depth, of_panel.b, depth,
+                        p.accumulate || block > 0, &ahead.memory, share, finish ? &then : nullptr,
+                        of_panel.packed, p.b_stride, of_panel.is_bf16});
+    if (of_panel.packed) of_panel = {of_panel.packed};
     --ahead_a.tiles;
     --ahead_b.tiles;
     begin = end;

@@ -73,25 +73,39 @@ Ahead ahead_of(const float* at, int64_t rows, int64_t floats, int64_t stride, in
 // Packed A of some tiles, unless all of it is near anyway.
 Ahead ahead_of_tiles(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end,
                      int64_t tiles);
-// What will be read of a plain B: [k, k + depth) of panels [panel_begin, panel_end).
+// What will be read of a B that is not packed fp32: [k, k + depth) of panels [panel_begin, panel_end).
 Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
                       int64_t tiles);
 
 // Packs a block of tiles [tile_begin, tile_end).
 void pack_a(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end);
-// Packs [k, k + depth) of panels [panel_begin, panel_end) of a plain B into dst, panel_floats apart.
+// Packs [k, k + depth) of panels [panel_begin, panel_end) of a B that is not packed fp32 into dst,
+// panel_floats apart.
 void pack_panels(const GemmProduct& p, const GemmKernels& kernels, int64_t panel_begin, int64_t panel_end,
                  int64_t k, int64_t depth, float* dst, int64_t panel_floats);
 // Whether the first tile that meets a panel of B packs it on the way: whole panels whose rows lie as tiles
 // read them.
 inline bool packs_on_the_way(const GemmProduct& p, int64_t panel) {
-  return p.b_layout == GemmLayout::kPlain && (panel + 1) * kGemmPanel <= p.N;
+  return p.b_layout == GemmLayout::kBf16Panels ||
+         (p.b_layout == GemmLayout::kPlain && (panel + 1) * kGemmPanel <= p.N);
 }
 
-// One block of the reduction for some tiles of the chunk and one panel, whose block is b; with `packed`, b is
-// the block as it lies in a plain B and becomes packed. Tiles take turns in asking for what comes of A and of
-// B.
+// A block of the reduction of one panel of B.
+struct PanelBlock {
+  const float* b;           // packed, or as it lies in p.b
+  float* packed = nullptr;  // given: where a b that is not packed becomes so
+  bool is_bf16 = false;     // b lies in kBf16Panels
+};
+
+// The block of a panel as it lies in p.b, which is to be packed on the way into `packed`, or read only once.
+inline PanelBlock lying_block(const GemmProduct& p, int64_t panel, int64_t k, float* packed) {
+  if (p.b_layout == GemmLayout::kBf16Panels) return {p.b + (panel * p.K + k) * kBf16Words, packed, true};
+  return {p.b + k * p.b_stride + panel * kGemmPanel, packed};
+}
+
+// One block of the reduction for some tiles of the chunk and one panel. Tiles take turns in asking for what
+// comes of A and of B.
 void multiply_panel(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end,
-                    int64_t panel, const float* b, float* packed, Ahead& ahead_a, Ahead& ahead_b);
+                    int64_t panel, PanelBlock of_panel, Ahead& ahead_a, Ahead& ahead_b);
 
 }  // namespace dn::cpu

@@ -10,6 +10,8 @@ namespace dn::cpu {
 // Columns of a weight panel. A packed weight is ceil(N / kGemmPanel) panels, each (K, kGemmPanel) row-major,
 // columns past N zero: one layout for every instruction set.
 constexpr int64_t kGemmPanel = 32;
+// Words in a row of a panel whose numbers are bf16, column 2i in the lower half of word i.
+constexpr int64_t kBf16Words = kGemmPanel / 2;
 
 // Memory that will be wanted in L2: runs of whole cache lines at a constant distance. Tiles take lines from
 // it one by one between their multiply-adds, spread evenly: in bursts they would keep the few buffers that
@@ -54,6 +56,7 @@ struct GemmTile {
   // does not.
   float* packed = nullptr;
   int64_t b_stride = kGemmPanel;
+  bool is_bf16 = false;  // b is (depth, kBf16Words), widened on the way, and to `packed` where that is given
 };
 
 struct GemmKernels {

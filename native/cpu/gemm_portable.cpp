@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/half.h"
 #include "cpu/gemm_kernels.h"
 
 namespace dn::cpu {
@@ -40,10 +41,19 @@ void finish(const GemmFinish& f) {
   }
 }
 
+void widen_row(float* dst, const float* words) {
+  uint16_t numbers[kGemmPanel];
+  memcpy(numbers, words, sizeof numbers);
+  for (int64_t n = 0; n < kGemmPanel; ++n) dst[n] = bf16_to_f32(numbers[n]);
+}
+
 void tile(const GemmTile& t) {
-  for (int64_t k = 0; t.packed && k < t.depth; ++k)
-    memcpy(t.packed + k * kGemmPanel, t.b + k * t.b_stride, kGemmPanel * sizeof(float));
-  const float* const packed = t.packed ? t.packed : t.b;
+  float widened[kDepth * kGemmPanel];
+  float* const room = t.packed ? t.packed : widened;
+  for (int64_t k = 0; t.is_bf16 && k < t.depth; ++k) widen_row(room + k * kGemmPanel, t.b + k * kBf16Words);
+  for (int64_t k = 0; !t.is_bf16 && t.packed && k < t.depth; ++k)
+    memcpy(room + k * kGemmPanel, t.b + k * t.b_stride, kGemmPanel * sizeof(float));
+  const float* const packed = t.is_bf16 || t.packed ? room : t.b;
   for (int64_t r = 0; r < t.rows; ++r) {
     float sum[kGemmPanel] = {};
     const float* a = t.a + r;

@@ -1,8 +1,7 @@
-// The matmul ops: checks of shapes, the translation of weights and epilogues into products of the engine
-// (gemm.h), and the packed form of weights (gemm_kernels.h: panels of kGemmPanel columns).
+// The matmul ops: checks of shapes, and the translation of weights and epilogues into products of the engine
+// (gemm.h).
 
 #include <algorithm>
-#include <cstring>
 
 #include "core/error.h"
 #include "cpu/gemm.h"
@@ -14,8 +13,6 @@ namespace dn::cpu {
 namespace {
 
 constexpr int64_t kSumRows = 64;  // rows whose columns a task of dbias sums
-
-static_assert(kPackRows % kGemmPanel == 0, "a piece of a packed weight is whole panels");
 
 [[noreturn]] void refuse(const char* op, const std::string& what) {
   throw Error(Code::kArgument, std::string(op) + ": " + what);
@@ -29,21 +26,11 @@ void check_tensor(const char* op, const char* name, const Tensor& t, int64_t row
   }
 }
 
-void check_weight(const char* op, const Weight& w, bool may_be_packed) {
-  const bool is_int8 = w.dtype == Dtype::kI8 && w.packed && may_be_packed;
-  if (w.dtype != Dtype::kF32 && !is_int8) {
-    refuse(op, "the weight " + w.shape() + " must be fp32" + (may_be_packed ? ", or packed int8," : "") +
-                   " on the CPU");
-  }
-  if (w.packed && !may_be_packed) refuse(op, "the weight " + w.shape() + " is packed, expected a plain one");
-  if (w.K < 0 || w.N < 0 || (w.data == nullptr && w.K * w.N > 0))
-    refuse(op, "the weight " + w.shape() + " has no data");
-}
-
 // B = w, as the engine reads it.
 void set_weight(GemmProduct& p, const Weight& w) {
   p.b = static_cast<const float*>(w.data);
-  p.b_layout = w.packed                         ? GemmLayout::kPanels
+  p.b_layout = w.dtype == Dtype::kBF16          ? GemmLayout::kBf16Panels
+               : w.packed                       ? GemmLayout::kPanels
                : w.order == WeightOrder::kInOut ? GemmLayout::kPlain
                                                 : GemmLayout::kTransposed;
   p.b_stride = w.order == WeightOrder::kInOut ? w.N : w.K;
@@ -51,8 +38,8 @@ void set_weight(GemmProduct& p, const Weight& w) {
   p.K = w.K;
 }
 
-// The product with an fp32 or a packed int8 weight, its columns from n_begin on; n_begin is a multiple of
-// kGemmPanel.
+// The product with an fp32 or a packed narrower weight, its columns from n_begin on; n_begin is a multiple
+// of kGemmPanel.
 void multiply(const Cpu& cpu, GemmProduct p, const Weight& w, int64_t n_begin, MatmulPrecision precision) {
   const int64_t columns = p.N;
   set_weight(p, w);
@@ -60,88 +47,12 @@ void multiply(const Cpu& cpu, GemmProduct p, const Weight& w, int64_t n_begin, M
   if (w.dtype == Dtype::kI8) {
     gemm_int8(cpu, p, static_cast<const char*>(w.data) + int8_bytes(w.K, n_begin));
   } else {
-    p.b += n_begin * w.K;  // panels and rows alike
+    p.b += n_begin * w.K / (w.dtype == Dtype::kBF16 ? 2 : 1);  // panels and rows alike
     gemm(cpu, p, precision);
   }
 }
 
-// Both directions between plain order and panels, a panel a task.
-template <typename CopyPanel>
-void each_panel(const Cpu& cpu, const Weight& w, CopyPanel&& copy_panel) {
-  parallel(cpu.threads, (w.N + kGemmPanel - 1) / kGemmPanel, [&](int64_t panel, int) {
-    const int64_t n = panel * kGemmPanel;
-    copy_panel(panel * w.K * kGemmPanel, n, std::min(kGemmPanel, w.N - n));
-  });
-}
-
 }  // namespace
-
-int64_t packed_elements(int64_t K, int64_t N) { return (N + kGemmPanel - 1) / kGemmPanel * kGemmPanel * K; }
-
-void pack_weight(const Cpu& cpu, float* packed, const Weight& plain) {
-  check_weight("pack_weight", plain, false);
-  const GemmKernels& kernels = gemm_kernels(cpu.isa);
-  const float* const src = static_cast<const float*>(plain.data);
-  each_panel(cpu, plain, [&](int64_t offset, int64_t n, int64_t cols) {
-    float* const dst = packed + offset;
-    if (cols < kGemmPanel) std::memset(dst, 0, static_cast<size_t>(plain.K * kGemmPanel) * sizeof(float));
-    if (plain.order == WeightOrder::kInOut) {
-      kernels.copy(dst, kGemmPanel, src + n, plain.N, plain.K, cols);
-    } else {
-      kernels.transpose(dst, kGemmPanel, src + n * plain.K, plain.K, cols, plain.K);
-    }
-  });
-}
-
-void pack_rows(const Cpu& cpu, float* packed, const Weight& whole, const float* rows, int64_t begin,
-               int64_t count) {
-  const bool by_columns = whole.order == WeightOrder::kOutIn;
-  const int64_t all = by_columns ? whole.N : whole.K;
-  if (begin < 0 || begin % kPackRows != 0 || begin + count > all ||
-      (count % kPackRows != 0 && begin + count < all))
-    refuse("pack_rows", "rows [" + std::to_string(begin) + ", " + std::to_string(begin + count) + ") of " +
-                            whole.shape() + ", expected multiples of " + std::to_string(kPackRows));
-  Weight part = whole;
-  part.data = rows;
-  if (by_columns) {
-    part.N = count;
-    return pack_weight(cpu, packed + begin * whole.K, part);
-  }
-  const GemmKernels& kernels = gemm_kernels(cpu.isa);
-  each_panel(cpu, whole, [&](int64_t offset, int64_t n, int64_t cols) {
-    float* const dst = packed + offset + begin * kGemmPanel;
-    if (cols < kGemmPanel) std::memset(dst, 0, static_cast<size_t>(count * kGemmPanel) * sizeof(float));
-    kernels.copy(dst, kGemmPanel, rows + n, whole.N, count, cols);
-  });
-}
-
-void unpack_weight(const Cpu& cpu, float* plain, const Weight& packed) {
-  check_weight("unpack_weight", packed, true);
-  if (packed.dtype != Dtype::kF32)
-    refuse("unpack_weight", "the weight " + packed.shape() + " is int8, expected fp32");
-  if (!packed.packed)
-    refuse("unpack_weight", "the weight " + packed.shape() + " is plain, expected a packed one");
-  const GemmKernels& kernels = gemm_kernels(cpu.isa);
-  const float* const src = static_cast<const float*>(packed.data);
-  each_panel(cpu, packed, [&](int64_t offset, int64_t n, int64_t cols) {
-    if (packed.order == WeightOrder::kInOut) {
-      kernels.copy(plain + n, packed.N, src + offset, kGemmPanel, packed.K, cols);
-    } else {
-      kernels.transpose(plain + n * packed.K, packed.K, src + offset, kGemmPanel, packed.K, cols);
-    }
-  });
-}
-
-void weight_row(const Weight& w, int64_t n, float* out) {
-  if (w.dtype == Dtype::kI8) return int8_column(w.data, w.K, n, out);
-  const float* const data = static_cast<const float*>(w.data);
-  if (!w.packed) {
-    std::memcpy(out, data + n * w.K, static_cast<size_t>(w.K) * sizeof(float));
-    return;
-  }
-  const float* const column = data + n / kGemmPanel * kGemmPanel * w.K + n % kGemmPanel;
-  for (int64_t k = 0; k < w.K; ++k) out[k] = column[k * kGemmPanel];
-}
 
 void matmul_forward(const Cpu& cpu, Tensor out, Tensor inp, const Weight& w, Tensor bias, Epilogue epilogue,
                     Tensor extra, MatmulPrecision precision) {

@@ -16,14 +16,19 @@ struct Cpu {
   Isa isa = Isa::kPortable;
 };
 
-// matmul.cpp
+// packed_weight.cpp
+// Throws Error(kArgument), beginning with `op`, unless w is fp32 or, where it may be packed, a packed
+// narrower weight.
+void check_weight(const char* op, const Weight& w, bool may_be_packed);
 int64_t packed_elements(int64_t K, int64_t N);
-void pack_weight(const Cpu& cpu, float* packed, const Weight& plain);
-void pack_rows(const Cpu& cpu, float* packed, const Weight& whole, const float* rows, int64_t begin,
-               int64_t count);
+void pack_weight(const Cpu& cpu, void* packed, const Weight& plain, Dtype to = Dtype::kF32);
+void pack_rows(const Cpu& cpu, void* packed, const Weight& whole, const float* rows, int64_t begin,
+               int64_t count, Dtype to = Dtype::kF32);
 void unpack_weight(const Cpu& cpu, float* plain, const Weight& packed);
 // Copies row n of an (N, K) = kOutIn weight (an embedding), plain or packed, to out (K) as fp32.
 void weight_row(const Weight& w, int64_t n, float* out);
+
+// matmul.cpp
 void matmul_forward(const Cpu& cpu, Tensor out, Tensor inp, const Weight& w, Tensor bias, Epilogue epilogue,
                     Tensor extra, MatmulPrecision precision);
 void matmul_backward(const Cpu& cpu, Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,

@@ -35,10 +35,12 @@ class ProxyBackend : public Backend {
   void copy(Tensor dst, Tensor src) override { inner_->copy(dst, src); }
   void synchronize() override { inner_->synchronize(); }
   int64_t packed_elements(int64_t K, int64_t N) const override { return inner_->packed_elements(K, N); }
-  void pack_weight(void* packed, const Weight& plain) override { inner_->pack_weight(packed, plain); }
-  void pack_rows(void* packed, const Weight& whole, const float* rows, int64_t begin,
-                 int64_t count) override {
-    inner_->pack_rows(packed, whole, rows, begin, count);
+  void pack_weight(void* packed, const Weight& plain, Dtype to) override {
+    inner_->pack_weight(packed, plain, to);
+  }
+  void pack_rows(void* packed, const Weight& whole, const float* rows, int64_t begin, int64_t count,
+                 Dtype to) override {
+    inner_->pack_rows(packed, whole, rows, begin, count, to);
   }
   void unpack_weight(void* plain, const Weight& packed) override { inner_->unpack_weight(plain, packed); }
   void embedding_forward(Tensor out, const int32_t* ids, const int32_t* positions, const Weight& wte,

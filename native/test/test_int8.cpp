@@ -278,7 +278,7 @@ DN_TEST(int8_matmul_epilogues_follow_the_product) {
   std::vector<float> out(static_cast<size_t>(M * N));
   CHECK_THROWS(matmul_forward({1, Isa::kPortable}, tensor(out, M, N), tensor(a, M, K), plain, {},
                               Epilogue::kNone, {}, MatmulPrecision::kFP32),
-               Code::kArgument, "packed int8");
+               Code::kArgument, "packed bf16 or int8");
   CHECK_THROWS(unpack_weight({1, Isa::kPortable}, out.data(), weight), Code::kArgument, "int8");
 }
 

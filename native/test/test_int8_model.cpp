@@ -13,56 +13,14 @@
 #include "core/parameter_file.h"
 #include "test/check.h"
 #include "test/int8_reference.h"
+#include "test/narrow_model.h"
 #include "test/temporary_folder.h"
 
 namespace {
 
 using namespace dn;
 using namespace dn::test::int8;
-
-Batch one_sequence(int64_t T, int32_t vocab, uint64_t seed) {
-  Numbers numbers(seed);
-  Batch batch;
-  for (int64_t i = 0; i < T; ++i) {
-    batch.ids.push_back(static_cast<int32_t>((numbers.next() >> 20) % static_cast<uint64_t>(vocab)));
-    batch.positions.push_back(static_cast<int32_t>(i));
-  }
-  Sequence sequence;
-  sequence.end = T;
-  batch.sequences.push_back(sequence);
-  return batch;
-}
-
-// The same fp32 weights in a model of either kind.
-void copy_parameters(Model& to, Model& from) {
-  std::vector<float> values;
-  for (size_t i = 0; i < from.parameters().size(); ++i) {
-    values.resize(static_cast<size_t>(from.parameters()[i].count));
-    from.get_parameter(i, values.data());
-    to.set_parameter(i, values.data());
-  }
-}
-
-std::vector<float> logits_of(Model& model, const Batch& batch) {
-  const int64_t N = static_cast<int64_t>(batch.ids.size());
-  std::vector<int64_t> rows;
-  for (int64_t r = 0; r < N; ++r) rows.push_back(r);
-  std::vector<float> logits(static_cast<size_t>(N * model.config().vocab));
-  model.forward(batch, {});
-  model.logits(logits.data(), rows.data(), N);
-  return logits;
-}
-
-// Root mean square of the difference over that of the reference.
-double relative_error(const std::vector<float>& got, const std::vector<float>& expected) {
-  double error = 0, size = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double d = static_cast<double>(got[i]) - static_cast<double>(expected[i]);
-    error += d * d;
-    size += static_cast<double>(expected[i]) * static_cast<double>(expected[i]);
-  }
-  return std::sqrt(error / size);
-}
+using namespace dn::test::narrow;
 
 DN_TEST(int8_model_is_close_to_fp32_at_the_124m_shape) {
   if (dn::test::kSanitized) return;  // the same calls as in the tests below, at a size that takes long
@@ -71,7 +29,7 @@ DN_TEST(int8_model_is_close_to_fp32_at_the_124m_shape) {
   fp32.initialise(3);
   int8.initialise(3);
   const Batch batch = one_sequence(48, config.vocab, 1);
-  const std::vector<float> expected = logits_of(fp32, batch), got = logits_of(int8, batch);
+  const std::vector<float> expected = forward_logits(fp32, batch), got = forward_logits(int8, batch);
   const double error = relative_error(got, expected);
   std::printf("  int8 logits, 2 layers of C = 768, random weights: relative error %.4f\n", error);
   CHECK(error < 0.035);
@@ -91,7 +49,7 @@ DN_TEST(int8_model_is_close_to_fp32_at_the_124m_shape) {
   // initialise quantises the very weights that fp32 has.
   Model copy(make_cpu_backend(1), config, Dtype::kI8);
   copy_parameters(copy, fp32);
-  CHECK(same_bits(logits_of(copy, batch), got));
+  CHECK(same_bits(forward_logits(copy, batch), got));
 }
 
 // Rows alone and in a batch, denoising statistics and losses are those of the logits.
@@ -100,7 +58,7 @@ DN_TEST(int8_model_serves_every_head_op) {
   Model model(make_cpu_backend(2), config, Dtype::kI8);
   model.initialise(5);
   const Batch batch = one_sequence(20, config.vocab, 2);
-  const std::vector<float> logits = logits_of(model, batch);
+  const std::vector<float> logits = forward_logits(model, batch);
   model.forward(batch, {4, 17});
   DenoiseRow row;
   row.row = 1;
@@ -156,7 +114,7 @@ DN_TEST(int8_model_gives_its_weights_back) {
     CHECK_MSG(same_bits(wide, b), p.name);
   }
   const Batch batch = one_sequence(8, config.vocab, 3);
-  CHECK(same_bits(logits_of(int8, batch), logits_of(again, batch)));
+  CHECK(same_bits(forward_logits(int8, batch), forward_logits(again, batch)));
 }
 
 DN_TEST(int8_model_refuses_training_and_values_that_are_not_finite) {
@@ -168,7 +126,7 @@ DN_TEST(int8_model_refuses_training_and_values_that_are_not_finite) {
   std::vector<float> values(static_cast<size_t>(model.parameters()[index].count), 1.0f);
   values[100] = std::numeric_limits<float>::quiet_NaN();
   CHECK_THROWS(model.set_parameter(index, values.data()), Code::kArgument, "h.0.mlp.c_fc.weight");
-  CHECK_THROWS(Model(make_cpu_backend(1), config, Dtype::kBF16), Code::kArgument, "int8");
+  CHECK_THROWS(Model(make_cpu_backend(1), config, Dtype::kF16), Code::kArgument, "bf16 or int8");
 }
 
 DN_TEST(int8_tensors_are_written_and_read) {

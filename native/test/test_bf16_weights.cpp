@@ -1,0 +1,215 @@
+// Weights held as bf16: products have the bits of fp32 weights with the rounded values, whatever the shape,
+// the tiles, the threads and the place of a row; so have models, which pack and give back what was rounded.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "core/model.h"
+#include "cpu/gemm.h"
+#include "cpu/ops.h"
+#include "test/check.h"
+#include "test/narrow_model.h"
+#include "test/product_reference.h"
+
+namespace {
+
+using namespace dn;
+using namespace dn::test::products;
+using namespace dn::test::narrow;
+
+std::vector<float> rounded(std::vector<float> values) {
+  std::transform(values.begin(), values.end(), values.begin(), to_bf16);
+  return values;
+}
+
+// A packed weight and its memory.
+struct Packed {
+  std::vector<uint16_t> panels;
+  Weight weight;
+
+  Packed(const Cpu& cpu, const std::vector<float>& plain, WeightOrder order, int64_t K, int64_t N)
+      : panels(static_cast<size_t>(packed_elements(K, N)), uint16_t{0xffff}),
+        weight(dn::test::products::weight(plain, order, K, N)) {
+    pack_weight(cpu, panels.data(), weight, Dtype::kBF16);
+    weight.data = panels.data();
+    weight.packed = true;
+    weight.dtype = Dtype::kBF16;
+  }
+};
+
+// On AMX fp32 weights take the tiles, whose order is another one; bf16 weights take vectors there, too.
+Isa fp32_isa(Isa isa) { return std::min(isa, Isa::kAvx512); }
+
+void check_bits(Isa isa, int64_t M, int64_t N, int64_t K, uint64_t seed) {
+  Numbers numbers(seed);
+  const bool in_out = seed % 2 == 0;
+  const WeightOrder order = in_out ? WeightOrder::kInOut : WeightOrder::kOutIn;
+  std::vector<float> a = numbers.vector(M * K), bias = numbers.vector(N), residual = numbers.vector(M * N);
+  const std::vector<float> b = numbers.vector(K * N), narrow = rounded(b);
+  const int threads = 1 + static_cast<int>(seed % 3);
+  const Packed packed({threads, isa}, b, order, K, N);
+  std::vector<float> pre(static_cast<size_t>(M * N)), pre_expected(pre.size());
+  for (const Epilogue epilogue : {Epilogue::kNone, Epilogue::kGelu, Epilogue::kResidual}) {
+    const bool is_gelu = epilogue == Epilogue::kGelu;
+    std::vector<float> out(static_cast<size_t>(M * N), 3.0f), expected(out.size());
+    matmul_forward({threads, isa}, matrix(out, M, N), matrix(a, M, K), packed.weight, matrix(bias, 1, N),
+                   epilogue, matrix(is_gelu ? pre : residual, M, N), MatmulPrecision::kFP32);
+    matmul_forward({1, fp32_isa(isa)}, matrix(expected, M, N), matrix(a, M, K), weight(narrow, order, K, N),
+                   matrix(bias, 1, N), epilogue, matrix(is_gelu ? pre_expected : residual, M, N),
+                   MatmulPrecision::kFP32);
+    CHECK_MSG(same_bits(out, expected), "bf16 weight " + label(isa, M, N, K));
+    CHECK_MSG(!is_gelu || same_bits(pre, pre_expected), "before gelu " + label(isa, M, N, K));
+  }
+}
+
+DN_TEST(bf16_weights_give_the_bits_of_rounded_ones) {
+  for (const Isa isa : isas()) {
+    Numbers numbers(1);
+    for (int i = 0; i < 150; ++i)
+      check_bits(isa, numbers.between(1, 70), numbers.between(1, 70), numbers.between(1, 70), numbers.next());
+    for (int64_t M = 1; M <= 34; ++M) check_bits(isa, M, 70, 800, numbers.next());  // every tile, two blocks
+    for (int64_t N = 1; N <= 65; ++N) check_bits(isa, 3, N, 5, numbers.next());     // every tail
+    if (dn::test::kSanitized) continue;
+    check_bits(isa, 1, 2304, 768, 2);
+    check_bits(isa, 14, 768, 3072, 3);
+    check_bits(isa, 260, 300, 768, 4);
+    check_bits(isa, 2309, 45, 301, 5);  // by rows
+    check_bits(isa, 37, 40, 6500, 6);   // a reduction that plain operands are cut along
+  }
+}
+
+// A row has the same bits alone, among others and in a chunk of the head.
+DN_TEST(bf16_weights_multiply_a_row_alike_everywhere) {
+  const int64_t M = 45, N = 333, K = 272;
+  Numbers numbers(3);
+  std::vector<float> a = numbers.vector(M * K);
+  const std::vector<float> b = numbers.vector(K * N);
+  for (const Isa isa : isas()) {
+    const Packed packed({2, isa}, b, WeightOrder::kOutIn, K, N);
+    std::vector<float> all(static_cast<size_t>(M * N));
+    matmul_forward({2, isa}, matrix(all, M, N), matrix(a, M, K), packed.weight, {}, Epilogue::kNone, {},
+                   MatmulPrecision::kFP32);
+    for (const int64_t rows : {1, 2, 15, 33}) {
+      const int64_t first = M - rows;
+      std::vector<float> some(static_cast<size_t>(rows * N));
+      matmul_forward({1, isa}, matrix(some, rows, N), matrix(a, M, K).slice(first, rows), packed.weight, {},
+                     Epilogue::kNone, {}, MatmulPrecision::kBF16);
+      CHECK(std::memcmp(some.data(), &all[static_cast<size_t>(first * N)], some.size() * 4) == 0);
+    }
+    std::vector<const float*> pointers;
+    for (int64_t m = 0; m < M; ++m) pointers.push_back(&a[static_cast<size_t>(m * K)]);
+    const int64_t begin = 7 * kHeadTile;
+    std::vector<float> chunk(static_cast<size_t>(M * (N - begin)));
+    head_gemm({2, isa}, chunk.data(), N - begin, pointers.data(), M, packed.weight, begin, N,
+              MatmulPrecision::kFP32);
+    for (int64_t m = 0; m < M; ++m) {
+      CHECK(std::memcmp(&chunk[static_cast<size_t>(m * (N - begin))],
+                        &all[static_cast<size_t>(m * N + begin)], static_cast<size_t>(N - begin) * 4) == 0);
+    }
+  }
+}
+
+DN_TEST(bf16_weights_pack_and_unpack_in_pieces) {
+  Numbers numbers(9);
+  for (const Isa isa : isas()) {
+    for (int i = 0; i < 40; ++i) {
+      const int64_t K = numbers.between(1, 70), N = numbers.between(1, 140);
+      for (const WeightOrder order : {WeightOrder::kInOut, WeightOrder::kOutIn}) {
+        const std::vector<float> plain = numbers.vector(K * N), narrow = rounded(plain);
+        const Packed packed({2, isa}, plain, order, K, N);
+        std::vector<float> back(plain.size());
+        unpack_weight({2, isa}, back.data(), packed.weight);
+        CHECK(same_bits(back, narrow));
+        std::vector<uint16_t> pieces(packed.panels.size(), uint16_t{0xffff});
+        const bool in_out = order == WeightOrder::kInOut;
+        const int64_t rows = in_out ? K : N, width = in_out ? N : K;
+        const int64_t step = kPackRows * numbers.between(1, 2);
+        Weight whole = weight(plain, order, K, N);
+        whole.data = nullptr;
+        for (int64_t begin = 0; begin < rows; begin += step) {
+          pack_rows({2, isa}, pieces.data(), whole, plain.data() + begin * width, begin,
+                    std::min(step, rows - begin), Dtype::kBF16);
+        }
+        CHECK(pieces == packed.panels);
+        for (int64_t n = 0; !in_out && n < N; n += 7) {
+          std::vector<float> row(static_cast<size_t>(K));
+          weight_row(packed.weight, n, row.data());
+          CHECK(std::memcmp(row.data(), &narrow[static_cast<size_t>(n * K)], row.size() * 4) == 0);
+        }
+      }
+    }
+  }
+  const std::vector<float> plain(6, 1.0f);
+  std::vector<float> room(64);
+  CHECK_THROWS(
+      pack_weight({1, Isa::kPortable}, room.data(), weight(plain, WeightOrder::kInOut, 2, 3), Dtype::kF16),
+      Code::kArgument, "fp32 or bf16");
+}
+
+DN_TEST(bf16_model_is_the_fp32_model_of_rounded_weights) {
+  const ModelConfig config{2, 4, 64, 48, 301};
+  Model fp32(make_cpu_backend(2), config), bf16(make_cpu_backend(2), config, Dtype::kBF16),
+      expected(make_cpu_backend(1), config);
+  fp32.initialise(3);
+  copy_parameters(bf16, fp32);
+  for (size_t i = 0; i < fp32.parameters().size(); ++i) {
+    const Parameter& p = fp32.parameters()[i];
+    std::vector<float> values(static_cast<size_t>(p.count)), back(values.size());
+    fp32.get_parameter(i, values.data());
+    const bool is_held_narrow = p.is_matrix && p.name != "wpe.weight";
+    if (is_held_narrow) values = rounded(values);
+    bf16.get_parameter(i, back.data());
+    CHECK_MSG(same_bits(back, values), p.name);
+    expected.set_parameter(i, values.data());
+  }
+  const Batch batch = one_sequence(40, config.vocab, 1);
+  const std::vector<float> got = forward_logits(bf16, batch), wanted = forward_logits(expected, batch);
+  if (active_isa() < Isa::kAmx) CHECK(same_bits(got, wanted));
+  CHECK(relative_error(got, wanted) < 1e-5);
+  CHECK(relative_error(got, forward_logits(fp32, batch)) > 1e-4);  // it is bf16 that ran
+  CHECK(bf16.memory().parameters < fp32.memory().parameters * 55 / 100);
+
+  // initialise rounds the very weights that fp32 has; listed rows are rows of the whole.
+  Model again(make_cpu_backend(1), config, Dtype::kBF16);
+  again.initialise(3);
+  CHECK(same_bits(forward_logits(again, batch), got));
+  const std::vector<float> listed = forward_logits(again, batch, {39});
+  CHECK(std::memcmp(listed.data(), &got[static_cast<size_t>(39 * config.vocab)], listed.size() * 4) == 0);
+
+  LossRows rows;
+  rows.rows = {17};
+  rows.targets = {5};
+  rows.weights = {1};
+  float loss = 0, loss_expected = 0;
+  bf16.loss(batch, rows, {}, &loss);
+  expected.loss(batch, rows, {}, &loss_expected);
+  CHECK(std::fabs(loss - loss_expected) < 1e-5f);
+}
+
+DN_TEST(bf16_model_refuses_training_and_values_it_cannot_hold) {
+  const ModelConfig config{1, 2, 32, 8, 64};
+  Model model(make_cpu_backend(1), config, Dtype::kBF16);
+  model.initialise(1);
+  CHECK_THROWS(model.begin_training(), Code::kArgument, "training needs fp32 weights");
+  const size_t index = model.find_parameter("h.0.mlp.c_fc.weight");
+  std::vector<float> values(static_cast<size_t>(model.parameters()[index].count), 1.0f), back(values.size());
+  for (const float value : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::max()}) {
+    values[100] = value;
+    CHECK_THROWS(model.set_parameter(index, values.data()), Code::kArgument, "index 100");
+    const auto read = [&](int64_t begin, int64_t count, float* out) {
+      std::copy(values.begin() + begin, values.begin() + begin + count, out);
+    };
+    CHECK_THROWS(model.set_parameter(index, read), Code::kArgument, "h.0.mlp.c_fc.weight");
+  }
+  values[100] = 3.3895313e38f;  // the largest bf16
+  model.set_parameter(index, values.data());
+  model.get_parameter(index, back.data());
+  CHECK(same_bits(back, values));
+}
+
+}  // namespace
