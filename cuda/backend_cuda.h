@@ -137,7 +137,7 @@ class CudaBackend : public Backend {
   void copy(Tensor dst, Tensor src) override;
   void synchronize() override;
 
-  int64_t packed_elements(int64_t K, int64_t N) const override { return K * N; }
+  int64_t packed_elements(int64_t K, int64_t N, Dtype) const override { return K * N; }
   void pack_weight(void* packed, const Weight& plain, Dtype to) override;
   void unpack_weight(void* plain, const Weight& packed) override;
 

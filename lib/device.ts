@@ -13,8 +13,8 @@ import { show } from './option-checks.js';
 export type Device = 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
 /**
  * On CUDA, of activations, with fp32 parameters; 'fp32' uses no tensor cores there: it is for checking. On the CPU, of the
- * weights, with fp32 activations: 'bf16' (half the memory, products in fp32) and 'int8' (a quarter, products in int8) are for
- * inference. 'auto': bf16 on CUDA, fp32 on the CPU.
+ * weights, with fp32 activations: 'bf16' (half the memory, products in bf16 where that is faster) and 'int8' (a quarter,
+ * products in int8) are for inference. 'auto': bf16 on CUDA, fp32 on the CPU.
  */
 export type DType = 'auto' | 'fp32' | 'bf16' | 'int8';
 

@@ -14,6 +14,8 @@ export interface Info {
 	cpu: {
 		/** Instruction set in use: 'portable', 'avx2', 'avx512', ... */
 		isa: string;
+		/** Instructions that products with bf16 weights use: 'amx-bf16', 'avx512-bf16', or 'fp32' where weights are widened. */
+		bf16: string;
 		/** Instructions that int8 products use: 'portable', 'avx2', 'avx-vnni', 'avx512-vnni', 'amx-int8'. */
 		int8: string;
 		/** Cores that a model uses by default. */
@@ -38,8 +40,8 @@ export interface Info {
 /** Loads the addon and describes it. @throws `ERR_DN_NO_BINARY` */
 export function info(): Info {
 	const native = binding();
-	const { isa, int8, threads } = native.cpuInfo();
-	return { version: version(), binding: bindingPath(), cpu: { isa, int8, threads }, cuda: native.cudaInfo() };
+	const { isa, bf16, int8, threads } = native.cpuInfo();
+	return { version: version(), binding: bindingPath(), cpu: { isa, bf16, int8, threads }, cuda: native.cudaInfo() };
 }
 
 /** Version of this package. */

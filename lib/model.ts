@@ -90,7 +90,7 @@ export class DiffuGPT {
 	/**
 	 * On CUDA, of activations: 'bf16' or 'fp32', with fp32 parameters. On the CPU, of the matrices that products read, with
 	 * fp32 activations: 'fp32'; 'bf16', rounded to the nearest when they are set; 'int8' with a scale per output column,
-	 * activations quantised a row at a time for products. The last two are for inference.
+	 * activations quantised a row at a time for products (docs/numerics.md). The last two are for inference.
 	 */
 	readonly dtype: Exclude<DType, 'auto'>;
 	/** Why device 'auto' did not choose a GPU; undefined when it was not asked or did. */

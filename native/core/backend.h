@@ -154,10 +154,11 @@ class Backend {
   virtual void copy(Tensor dst, Tensor src) = 0;  // same shape, any strides
   virtual void synchronize() = 0;
 
-  // Elements that a (K, N) weight needs once packed; at least K * N.
-  virtual int64_t packed_elements(int64_t K, int64_t N) const = 0;
-  // Writes `plain`, which is fp32, in the backend's packed layout to `packed` (packed_elements numbers of
-  // type `to`: kF32, or kBF16 on backends whose memory is the host's, each rounded to the nearest), and back.
+  // Elements that a (K, N) weight needs once packed as `to`: kF32, or kBF16 on backends whose memory is the
+  // host's; at least K * N.
+  virtual int64_t packed_elements(int64_t K, int64_t N, Dtype to) const = 0;
+  // Writes `plain`, which is fp32, in the backend's packed layout to `packed`, each number rounded to the
+  // nearest of type `to`, and back.
   virtual void pack_weight(void* packed, const Weight& plain, Dtype to) = 0;
   // A piece of it, on backends whose memory is the host's: rows [begin, begin + count) of the plain matrix as
   // it is stored (K or, with kOutIn, N of them), in `rows`. `whole` has no data. begin is a multiple of

@@ -158,7 +158,8 @@ int64_t Model::room(size_t index) const {
   if (is_int8(index)) {
     return static_cast<int64_t>(backend_->int8_bytes(weight_k(index, p), weight_n(index, p)) / sizeof(float));
   }
-  const int64_t elements = backend_->packed_elements(weight_k(index, p), weight_n(index, p));
+  const int64_t elements =
+      backend_->packed_elements(weight_k(index, p), weight_n(index, p), packed_type(index));
   if (weights_ == Dtype::kBF16) return (elements + 1) / 2;
   return std::max(p.count, elements);
 }

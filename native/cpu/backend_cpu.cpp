@@ -46,7 +46,9 @@ class CpuBackend : public Backend {
   }
   void synchronize() override {}
 
-  int64_t packed_elements(int64_t K, int64_t N) const override { return cpu::packed_elements(K, N); }
+  int64_t packed_elements(int64_t K, int64_t N, Dtype to) const override {
+    return cpu::packed_elements(K, N, to);
+  }
   void pack_weight(void* packed, const Weight& plain, Dtype to) override {
     cpu::pack_weight(cpu_, packed, plain, to);
   }

@@ -240,15 +240,6 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
   });
 }
 
-void gemm_fp32(const Cpu& cpu, const GemmProduct& p) {
-  const GemmKernels& kernels = gemm_kernels(cpu.isa);
-  const int64_t many = std::max<int64_t>(kManyRows, 2 * cpu.threads * block_rows(kernels));
-  if (p.M >= many && p.K * p.N <= kSmallB && p.K <= kSmallDepth) return multiply_by_rows(cpu, p, kernels);
-  const bool is_weight = p.b_layout == GemmLayout::kPanels || p.b_layout == GemmLayout::kBf16Panels;
-  if (p.K > kMostDepth && !is_weight && !p.a_rows) return multiply_by_parts(cpu, p, kernels);
-  multiply_by_columns(cpu, p, kernels);
-}
-
 GemmProduct plain_product(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
                           int64_t b_stride, int64_t M, int64_t N, int64_t K, bool accumulate) {
   GemmProduct p;
@@ -290,13 +281,22 @@ void gemm_empty(const Cpu& cpu, const GemmProduct& p) {
   }
 }
 
+void gemm_fp32(const Cpu& cpu, const GemmProduct& p) {
+  const GemmKernels& kernels = gemm_kernels(cpu.isa);
+  const int64_t many = std::max<int64_t>(kManyRows, 2 * cpu.threads * block_rows(kernels));
+  if (p.M >= many && p.K * p.N <= kSmallB && p.K <= kSmallDepth) return multiply_by_rows(cpu, p, kernels);
+  const bool is_weight = p.b_layout == GemmLayout::kPanels || p.b_layout == GemmLayout::kBf16Panels;
+  if (p.K > kMostDepth && !is_weight && !p.a_rows) return multiply_by_parts(cpu, p, kernels);
+  multiply_by_columns(cpu, p, kernels);
+}
+
 void gemm(const Cpu& cpu, const GemmProduct& p, MatmulPrecision precision) {
   if (p.M <= 0 || p.N <= 0) return;
   if (p.K <= 0) return gemm_empty(cpu, p);
-  // Weights of bf16 are for few rows, which wait for memory: vector units widen them on the way.
-  if (p.b_layout == GemmLayout::kBf16Panels) return gemm_fp32(cpu, p);
-  const Bf16Kernels* tiles = precision == MatmulPrecision::kBF16 ? bf16_kernels(cpu.isa) : nullptr;
-  if (!tiles) tiles = split_kernels(cpu.isa, p.K);
+  const bool has_bf16 = p.b_layout == GemmLayout::kBf16Panels;
+  const Bf16Kernels* tiles =
+      has_bf16 || precision == MatmulPrecision::kBF16 ? bf16_kernels(cpu.isa) : nullptr;
+  if (!tiles && !has_bf16) tiles = split_kernels(cpu.isa, p.K);
   tiles ? gemm_bf16(cpu, p, *tiles) : gemm_fp32(cpu, p);
 }
 

@@ -5,10 +5,11 @@
 // multiply-adds starting from zero, and the sums of the blocks are added in order (to what is in C already
 // when accumulating). Neither the place in the batch, the tiling, the threads nor the storage of the weight
 // (plain, packed, or packed as bf16 that are widened on the way) takes part. With AMX, reductions of 128 and
-// more by fp32 weights run on its tiles instead, in steps of 32
+// more run on its tiles instead, in steps of 32
 // and every number as the sum of three of bf16 (gemm_kernels.h): as exact, and in an order of its own, which
-// one or two rows, multiplied without tiles, keep. MatmulPrecision::kBF16 has the same independence, with its
-// own order; where bf16_kernels has none it is fp32.
+// one or two rows, multiplied without tiles, keep. MatmulPrecision::kBF16, and a weight packed as bf16, have
+// the same independence, with an order of their own and A rounded to bf16; where bf16_kernels has none they
+// are fp32.
 //
 // Matrices are fp32, row-major, with a row stride in elements. Nothing here checks shapes: callers do.
 #pragma once
@@ -49,7 +50,7 @@ enum class GemmLayout : uint8_t {
   kPlain,       // A (M, K), B (K, N): row-major
   kTransposed,  // A stored as (K, M), B stored as (N, K)
   kPanels,      // B only: a packed weight
-  kBf16Panels,  // B only: a packed weight of bf16, read as words (kBf16Words a row of a panel)
+  kBf16Panels,  // B only: a weight packed as bf16, b its words (bf16_words)
 };
 
 // One product c (M, N) = or += A B and what happens to its elements: the engine itself.
@@ -75,6 +76,8 @@ struct GemmProduct {
 };
 
 void gemm(const Cpu& cpu, const GemmProduct& product, MatmulPrecision precision);
+// By the fp32 kernels, whatever else the machine has; M, N, K > 0. kBf16Panels are widened.
+void gemm_fp32(const Cpu& cpu, const GemmProduct& product);
 // The same for K = 0: the sum of nothing, finished.
 void gemm_empty(const Cpu& cpu, const GemmProduct& product);
 
@@ -120,6 +123,11 @@ struct PanelGroups {
 // that a repeated step allocates nothing. Throws Error(kOutOfMemory).
 float* gemm_scratch(int64_t floats);
 
+// `depth` rows of a panel in fp32, (depth, kGemmPanel), as words of a weight packed as bf16 from a step of
+// the reduction on, numbers past the end zero; and back.
+void pack_bf16(float* words, const float* rows, int64_t depth);
+void unpack_bf16(float* rows, const float* words, int64_t depth);
+
 // What multiplies in bf16 faster than in fp32 on this machine, limited to isa; null where nothing does.
 const Bf16Kernels* bf16_kernels(Isa isa);
 
@@ -127,7 +135,8 @@ const Bf16Kernels* bf16_kernels(Isa isa);
 // for a reduction of K numbers, since short ones are not worth it.
 const Bf16Kernels* split_kernels(Isa isa, int64_t K);
 
-// gemm on tiles of bf16, K > 0: in bf16 or, with kernels of three parts, in fp32.
+// gemm on tiles of bf16, K > 0: in bf16 or, with kernels of three parts, in fp32. kBf16Panels take kernels of
+// one part.
 void gemm_bf16(const Cpu& cpu, const GemmProduct& product, const Bf16Kernels& kernels);
 
 }  // namespace dn::cpu

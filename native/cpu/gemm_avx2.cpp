@@ -23,40 +23,39 @@ __m256i lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// How B lies: packed, plain and to be packed (t.packed is given), or in bf16.
+// How B lies: packed, plain and to be packed (t.packed is given), or as bf16.
 enum class B { kPacked, kPlain, kBf16 };
 
-__attribute__((always_inline)) inline __m256 widen(const float* words) {
-  const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(words));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16));
-}
-
-// Columns [0, 16) of c, b and, unless null, packed; cols counts from there. Asks for `lines` of t.prefetch.
-template <int kRows, B kB>
-void half_rows(const GemmTile& t, float* c, const float* b, float* packed, int64_t cols, int64_t lines) {
-  __m256 sum[kRows][2];
+// sum[r] += row k of A and of B, whose vectors are b0 and b1.
+template <int kRows>
+__attribute__((always_inline)) inline void multiply_row(__m256 (*sum)[2], const float* a, __m256 b0,
+                                                        __m256 b1) {
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-    _mm_prefetch(reinterpret_cast<const char*>(c + r * t.c_stride), _MM_HINT_T0);
+    const __m256 value = _mm256_broadcast_ss(a + r);
+    sum[r][0] = _mm256_fmadd_ps(value, b0, sum[r][0]);
+    sum[r][1] = _mm256_fmadd_ps(value, b1, sum[r][1]);
   }
+}
+
+__attribute__((always_inline)) inline void store_row(float* packed, __m256 b0, __m256 b1) {
+  _mm256_storeu_ps(packed, b0);
+  _mm256_storeu_ps(packed + 8, b1);
+}
+
+template <int kRows, B kB>
+__attribute__((always_inline)) inline void multiply_fp32(__m256 (*sum)[2], const GemmTile& t, const float* b,
+                                                         float* packed, int64_t lines) {
   const float* a = t.a;
-  const int64_t b_stride = kB == B::kPlain ? t.b_stride : kB == B::kBf16 ? kBf16Words : kGemmPanel;
+  const int64_t b_stride = kB == B::kPlain ? t.b_stride : kGemmPanel;
   const auto step = [&] {
-    const __m256 b0 = kB == B::kBf16 ? widen(b) : _mm256_loadu_ps(b);
-    const __m256 b1 = kB == B::kBf16 ? widen(b + 4) : _mm256_loadu_ps(b + 8);
-    if (kB == B::kPlain) prefetch_plain(b, b_stride);
-    if (kB == B::kPlain || (kB == B::kBf16 && packed)) {
-      _mm256_storeu_ps(packed, b0);
-      _mm256_storeu_ps(packed + 8, b1);
+    const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+    if (kB == B::kPlain) {
+      prefetch_plain(b, b_stride);
+      store_row(packed, b0, b1);
       packed += kGemmPanel;
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const __m256 value = _mm256_broadcast_ss(a + r);
-      sum[r][0] = _mm256_fmadd_ps(value, b0, sum[r][0]);
-      sum[r][1] = _mm256_fmadd_ps(value, b1, sum[r][1]);
-    }
+    multiply_row<kRows>(sum, a, b0, b1);
     a += kRows;
     b += b_stride;
   };
@@ -72,6 +71,46 @@ void half_rows(const GemmTile& t, float* c, const float* b, float* packed, int64
   }
   *t.prefetch = ahead;
   while (b != end) step();
+}
+
+// A word is a pair of the reduction: two rows of B from one load.
+template <int kRows>
+__attribute__((always_inline)) inline void multiply_bf16(__m256 (*sum)[2], const GemmTile& t,
+                                                         const float* half, float* packed, int64_t lines) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  const float* a = t.a;
+  PairPrefetch ahead(t, lines);
+  for (int64_t k = 0; k < t.depth; k += 2) {
+    const float* const words = half + bf16_words(k, 0);
+    ahead.pair(words);
+    const auto load = [&](int64_t column) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + column));
+    };
+    const auto multiply = [&](__m256i b0, __m256i b1) {
+      if (packed) {
+        store_row(packed, _mm256_castsi256_ps(b0), _mm256_castsi256_ps(b1));
+        packed += kGemmPanel;
+      }
+      multiply_row<kRows>(sum, a, _mm256_castsi256_ps(b0), _mm256_castsi256_ps(b1));
+      a += kRows;
+    };
+    multiply(_mm256_slli_epi32(load(0), 16), _mm256_slli_epi32(load(8), 16));
+    if (k + 1 < t.depth) multiply(_mm256_and_si256(load(0), upper), _mm256_and_si256(load(8), upper));
+  }
+  ahead.end(t);
+}
+
+// Columns [0, 16) of c, b and, unless null, packed; cols counts from there. Asks for `lines` of t.prefetch.
+template <int kRows, B kB>
+void half_rows(const GemmTile& t, float* c, const float* b, float* packed, int64_t cols, int64_t lines) {
+  __m256 sum[kRows][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+    _mm_prefetch(reinterpret_cast<const char*>(c + r * t.c_stride), _MM_HINT_T0);
+  }
+  kB == B::kBf16 ? multiply_bf16<kRows>(sum, t, b, packed, lines)
+                 : multiply_fp32<kRows, kB>(sum, t, b, packed, lines);
   if (cols >= 16) {
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
@@ -106,7 +145,7 @@ void tile_rows(const GemmTile& t) {
   if (t.is_bf16) {
     float* const right = t.packed ? t.packed + 16 : nullptr;
     half_rows<kRows, B::kBf16>(t, t.c, t.b, t.packed, t.cols, first);
-    if (both) half_rows<kRows, B::kBf16>(t, t.c + 16, t.b + kBf16Words / 2, right, t.cols - 16, second);
+    if (both) half_rows<kRows, B::kBf16>(t, t.c + 16, t.b + kBf16Tile / 2, right, t.cols - 16, second);
   } else if (t.packed) {  // both, then
     half_rows<kRows, B::kPlain>(t, t.c, t.b, t.packed, 16, first);
     half_rows<kRows, B::kPlain>(t, t.c + 16, t.b + 16, t.packed + 16, 16, second);

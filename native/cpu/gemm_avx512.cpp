@@ -16,45 +16,41 @@ constexpr int kMaxRows = 14;
 // A panel block of 96 KB streams from L2, two lines for 28 multiply-adds: fewer blocks touch C less often.
 constexpr int64_t kDepth = 768;
 
-// How B lies: packed, plain and to be packed (t.packed is given), or in bf16.
+// How B lies: packed, plain and to be packed (t.packed is given), or as bf16.
 enum class B { kPacked, kPlain, kBf16 };
 
-__attribute__((always_inline)) inline __m512 widen(const float* words) {
-  const __m256i numbers = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+// sum[r] += row k of A and of B, whose vectors are b0 and b1.
+template <int kRows>
+__attribute__((always_inline)) inline void multiply_row(__m512 (*sum)[2], const float* a, __m512 b0,
+                                                        __m512 b1) {
+#pragma GCC unroll 14
+  for (int r = 0; r < kRows; ++r) {
+    const __m512 value = _mm512_set1_ps(a[r]);
+    sum[r][0] = _mm512_fmadd_ps(value, b0, sum[r][0]);
+    sum[r][1] = _mm512_fmadd_ps(value, b1, sum[r][1]);
+  }
+}
+
+__attribute__((always_inline)) inline void store_row(float* packed, __m512 b0, __m512 b1) {
+  _mm512_storeu_ps(packed, b0);
+  _mm512_storeu_ps(packed + 16, b1);
 }
 
 template <int kRows, B kB>
-void tile_rows(const GemmTile& t) {
-  __m512 sum[kRows][2];
-#pragma GCC unroll 14
-  for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    prefetch_row(t.c + r * t.c_stride);
-  }
-  prefetch_finish(t.finish);
+__attribute__((always_inline)) inline void multiply_fp32(__m512 (*sum)[2], const GemmTile& t) {
   const float* a = t.a;
   const float* b = t.b;
-  const int64_t b_stride = kB == B::kPlain ? t.b_stride : kB == B::kBf16 ? kBf16Words : kGemmPanel;
+  const int64_t b_stride = kB == B::kPlain ? t.b_stride : kGemmPanel;
   float* packed = t.packed;
   const auto step = [&] {
-    const __m512 b0 = kB == B::kBf16 ? widen(b) : _mm512_loadu_ps(b);
-    const __m512 b1 = kB == B::kBf16 ? widen(b + kBf16Words / 2) : _mm512_loadu_ps(b + 16);
+    const __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
     if (kB == B::kPlain) {
       prefetch_plain(b, b_stride);
       prefetch_plain(b + 16, b_stride);
-    }
-    if (kB == B::kPlain || (kB == B::kBf16 && packed)) {
-      _mm512_storeu_ps(packed, b0);
-      _mm512_storeu_ps(packed + 16, b1);
+      store_row(packed, b0, b1);
       packed += kGemmPanel;
     }
-#pragma GCC unroll 14
-    for (int r = 0; r < kRows; ++r) {
-      const __m512 value = _mm512_set1_ps(a[r]);
-      sum[r][0] = _mm512_fmadd_ps(value, b0, sum[r][0]);
-      sum[r][1] = _mm512_fmadd_ps(value, b1, sum[r][1]);
-    }
+    multiply_row<kRows>(sum, a, b0, b1);
     a += kRows;
     b += b_stride;
   };
@@ -71,6 +67,47 @@ void tile_rows(const GemmTile& t) {
   }
   *t.prefetch = ahead;
   while (b != end) step();
+}
+
+// A word is a pair of the reduction: two rows of B from one load.
+template <int kRows>
+__attribute__((always_inline)) inline void multiply_bf16(__m512 (*sum)[2], const GemmTile& t) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const float* a = t.a;
+  float* packed = t.packed;
+  PairPrefetch ahead(t, t.prefetch_lines);
+  for (int64_t k = 0; k < t.depth; k += 2) {
+    const float* const words = t.b + bf16_words(k, 0);
+    const float* const right = words + kBf16Tile / 2;
+    ahead.pair(words);
+    _mm_prefetch(reinterpret_cast<const char*>(right + PairPrefetch::kAhead), _MM_HINT_T1);
+    const auto multiply = [&](__m512i b0, __m512i b1) {
+      if (packed) {
+        store_row(packed, _mm512_castsi512_ps(b0), _mm512_castsi512_ps(b1));
+        packed += kGemmPanel;
+      }
+      multiply_row<kRows>(sum, a, _mm512_castsi512_ps(b0), _mm512_castsi512_ps(b1));
+      a += kRows;
+    };
+    multiply(_mm512_slli_epi32(_mm512_loadu_si512(words), 16),
+             _mm512_slli_epi32(_mm512_loadu_si512(right), 16));
+    if (k + 1 < t.depth)
+      multiply(_mm512_and_si512(_mm512_loadu_si512(words), upper),
+               _mm512_and_si512(_mm512_loadu_si512(right), upper));
+  }
+  ahead.end(t);
+}
+
+template <int kRows, B kB>
+void tile_rows(const GemmTile& t) {
+  __m512 sum[kRows][2];
+#pragma GCC unroll 14
+  for (int r = 0; r < kRows; ++r) {
+    sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    prefetch_row(t.c + r * t.c_stride);
+  }
+  prefetch_finish(t.finish);
+  kB == B::kBf16 ? multiply_bf16<kRows>(sum, t) : multiply_fp32<kRows, kB>(sum, t);
   const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
 #pragma GCC unroll 14
   for (int r = 0; r < kRows; ++r) {

@@ -1,8 +1,8 @@
 // The matrix product on bf16 tiles, in bf16 or, with numbers of three parts, in fp32. A block of the
 // reduction of one panel of B is packed into the thread's L2 and met with all rows of a chunk, whose packed A
-// stays there too; while it is met the next one is packed. An element is one chain over the reduction, a
-// block continuing where the last one stored, and rows past the end are zero rows of a tile: an element
-// depends on its row of A and its column of B only.
+// stays there too; while it is met the next one is packed. A weight packed as bf16 is met as it lies. An
+// element is one chain over the reduction, a block continuing where the last one stored, and rows past the
+// end are zero rows of a tile: an element depends on its row of A and its column of B only.
 
 #include <algorithm>
 
@@ -109,7 +109,8 @@ void multiply_panel(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
     const GemmFinish then = finish_of(p, m, n, rows, cols);
     x.kernels.tile({then.c, p.c_stride, rows, cols, x.strip(block, s), two ? x.strip(block, s + 1) : nullptr,
                     b, x.steps(block), p.accumulate || x.k > 0 || block > 0, finish ? &then : nullptr, next,
-                    std::min(share, next->pairs - next->done)});
+                    std::min(share, next->pairs - next->done), 0,
+                    p.b_layout == GemmLayout::kBf16Panels && s == strip_begin});
   }
 }
 
@@ -169,6 +170,19 @@ void multiply_plain(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
   }
 }
 
+// Panels [panel_begin, panel_end) of a weight packed as bf16.
+void multiply_lying(const Chunk& x, int64_t strip_begin, int64_t strip_end, int64_t panel_begin,
+                    int64_t panel_end, uint16_t*) {
+  PanelPack nothing;
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const float* const words = x.p.b + panel * bf16_panel_words(x.p.K);
+    for (int64_t block = 0; block < x.blocks(); ++block) {
+      const float* const b = words + bf16_words(x.k + block * x.block_depth, 0);
+      multiply_panel(x, strip_begin, strip_end, panel, block, reinterpret_cast<const uint16_t*>(b), &nothing);
+    }
+  }
+}
+
 // owners: parts of the rows that threads meet by themselves, at least.
 void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t owners, uint16_t* buffers,
                     int64_t worker_numbers) {
@@ -181,14 +195,16 @@ void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t owners, uint16_t* bu
                                                               std::max(least, ceil_div(pairs, 2)))
                                         : 1;
   const bool ahead = x.depth % kBf16Step == 0 && (p.b_layout != GemmLayout::kPlain || p.N % kGemmPanel == 0);
+  const auto multiply = p.b_layout == GemmLayout::kBf16Panels ? multiply_lying
+                        : ahead                               ? multiply_ahead
+                                                              : multiply_plain;
   parallel_near(cpu.threads, parts * groups.count, [&](int64_t task, int worker) {
     const int64_t part = task / groups.count, group = task % groups.count;
     const int64_t begin = pairs * part / parts * 2,
                   end = std::min(x.strips(), pairs * (part + 1) / parts * 2);
     uint16_t* const own = buffers + worker * worker_numbers;
     x.kernels.begin();
-    (ahead ? multiply_ahead : multiply_plain)(x, begin, end, groups.begin(group), groups.begin(group + 1),
-                                              own);
+    multiply(x, begin, end, groups.begin(group), groups.begin(group + 1), own);
     x.kernels.end();
   });
 }
@@ -259,6 +275,11 @@ const Bf16Kernels* bf16_kernels(Isa isa) {
   return nullptr;
 }
 
+const char* active_bf16() {
+  const Bf16Kernels* const kernels = bf16_kernels(active_isa());
+  return kernels == &kGemmBf16Amx ? "amx-bf16" : kernels ? "avx512-bf16" : "fp32";
+}
+
 const Bf16Kernels* split_kernels(Isa isa, int64_t K) {
   return isa >= Isa::kAmx && kGemmFp32Amx.tile && K >= kSplitDepth ? &kGemmFp32Amx : nullptr;
 }
@@ -272,15 +293,17 @@ void gemm_bf16(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels)
   const int64_t K = ceil_div(p.K, kBf16Step) * kBf16Step;
   const int64_t block_depth = std::min(K, kBlockBytes / number_bytes / kBf16Step * kBf16Step);
   const int64_t near_rows = kPackedA / (block_depth * number_bytes) / 32 * 32;
-  // With owners every one of them packs all of B: numbers of one part multiply so fast that it would show,
-  // and rows that one chunk holds do not need it.
-  const int64_t owners =
-      kernels.parts == 1 || p.M <= near_rows ? 1 : std::clamp<int64_t>(p.M / kOwnRows, 1, cpu.threads);
+  // With owners every one of them packs all of B, if it is to be packed: numbers of one part multiply so fast
+  // that it would show, and rows that one chunk holds do not need it.
+  const bool lies = p.b_layout == GemmLayout::kBf16Panels;
+  const int64_t owners = (kernels.parts == 1 && !lies) || p.M <= near_rows
+                             ? 1
+                             : std::clamp<int64_t>(p.M / kOwnRows, 1, cpu.threads);
   const int64_t most_rows = std::min(near_rows * owners, ceil_div(p.M, 32) * 32);
   const int64_t blocks = std::max<int64_t>(1, kPackedA * owners / (most_rows * block_depth * number_bytes));
   const int64_t deepest = std::min(K, blocks * block_depth);
   const int64_t panel_numbers = block_depth * kGemmPanel * kernels.parts;
-  const int64_t worker_numbers = panel_numbers * kBuffers;
+  const int64_t worker_numbers = lies ? 0 : panel_numbers * kBuffers;
   uint16_t* const buffers = reinterpret_cast<uint16_t*>(
       gemm_scratch((worker_numbers * cpu.threads + most_rows * deepest * kernels.parts) / 2));
   uint16_t* const a = buffers + worker_numbers * cpu.threads;

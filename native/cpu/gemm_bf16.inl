@@ -1,21 +1,11 @@
 // What the AMX and AVX512_BF16 sources of the matrix product on bf16 tiles share: numbers into parts
-// (gemm_kernels.h), packing, and cells beside C. Included after immintrin.h and string.h; everything has
+// (gemm_kernels.h) and packing. Included after immintrin.h and string.h; everything has
 // internal linkage.
 
 #include "cpu/gemm_avx512.inl"
 
 namespace dn::cpu {
 namespace {
-
-inline void copy_cells(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
-                       int64_t cols) {
-  const __mmask16 m0 = lanes(cols), m1 = lanes(cols - 16);
-  for (int64_t r = 0; r < rows; ++r) {
-    _mm512_mask_storeu_ps(dst + r * dst_stride, m0, _mm512_maskz_loadu_ps(m0, src + r * src_stride));
-    _mm512_mask_storeu_ps(dst + r * dst_stride + 16, m1,
-                          _mm512_maskz_loadu_ps(m1, src + r * src_stride + 16));
-  }
-}
 
 // Sixteen numbers in three parts: each the upper half of a word, the lower half is not looked at.
 struct Parts {

@@ -13,6 +13,16 @@
 namespace dn::cpu {
 namespace {
 
+void copy_cells(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
+                int64_t cols) {
+  const __mmask16 m0 = lanes(cols), m1 = lanes(cols - 16);
+  for (int64_t r = 0; r < rows; ++r) {
+    _mm512_mask_storeu_ps(dst + r * dst_stride, m0, _mm512_maskz_loadu_ps(m0, src + r * src_stride));
+    _mm512_mask_storeu_ps(dst + r * dst_stride + 16, m1,
+                          _mm512_maskz_loadu_ps(m1, src + r * src_stride + 16));
+  }
+}
+
 // Whole tiles only; `from` (when accumulating) and `to` have room for 32 columns and 16 rows, 32 when kTwo.
 template <int kParts, bool kTwo, Source kSource>
 void multiply(const Bf16Tile& t, const float* from, int64_t from_stride, float* to, int64_t to_stride) {

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "cpu/gemm_bf16.inl"
+#include "cpu/gemm_prefetch.inl"
 
 namespace dn::cpu {
 namespace {
@@ -19,25 +20,38 @@ void begin() {}
 
 void end() {}
 
-// c (kGroup, 32) = or += A B for kGroup rows of a strip of A; only `rows` rows and the columns of the masks
-// are touched.
-void multiply(const uint16_t* a, const uint16_t* b, int64_t steps, float* c, int64_t c_stride, int64_t rows,
-              __mmask16 m0, __mmask16 m1, bool accumulate) {
-  __m512 sum[kGroup][2];
+constexpr int64_t kAhead = 4096;  // numbers of B, what is asked for
+
+// Rows of a strip of A, whose first one is a, times a block of a panel: their part of what t says.
+template <int kRows>
+void multiply(const Bf16Tile& t, const uint16_t* a, int64_t first, bool fetch) {
+  float* const c = t.c + first * t.c_stride;
+  const GemmFinish then = t.finish ? rows_of(*t.finish, first, kRows) : GemmFinish();
+  const RowWriter writer = row_writer(c, t.c_stride, t.cols, t.finish ? &then : nullptr);
+  __m512 sum[kRows][2];
 #pragma GCC unroll 8
-  for (int r = 0; r < kGroup; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    if (accumulate && r < rows) {
-      sum[r][0] = _mm512_maskz_loadu_ps(m0, c + r * c_stride);
-      sum[r][1] = _mm512_maskz_loadu_ps(m1, c + r * c_stride + 16);
+    if (t.accumulate) {
+      sum[r][0] = _mm512_maskz_loadu_ps(writer.m0, c + r * t.c_stride);
+      sum[r][1] = _mm512_maskz_loadu_ps(writer.m1, c + r * t.c_stride + 16);
+    } else {
+      prefetch_row(c + r * t.c_stride);
     }
   }
-  for (int64_t step = 0; step < steps; ++step, a += kBf16Tile, b += 2 * kBf16Tile) {
+  if (t.finish) prefetch_finish(&then);
+  const uint16_t* b = t.b;
+  for (int64_t step = 0; step < t.steps; ++step, a += kBf16Tile, b += 2 * kBf16Tile) {
     for (int pair = 0; pair < kBf16Step / 2; ++pair) {
-      const __m512bh b0 = (__m512bh)_mm512_load_si512(b + pair * 32);
-      const __m512bh b1 = (__m512bh)_mm512_load_si512(b + kBf16Tile + pair * 32);
+      const uint16_t* const left = b + pair * 32;
+      const uint16_t* const right = left + kBf16Tile;
+      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(left), b1 = (__m512bh)_mm512_loadu_si512(right);
+      if (fetch) {
+        _mm_prefetch(reinterpret_cast<const char*>(left + kAhead), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(right + kAhead), _MM_HINT_T1);
+      }
 #pragma GCC unroll 8
-      for (int r = 0; r < kGroup; ++r) {
+      for (int r = 0; r < kRows; ++r) {
         int32_t both;
         memcpy(&both, a + r * kBf16Step + 2 * pair, sizeof both);
         const __m512bh value = (__m512bh)_mm512_set1_epi32(both);
@@ -47,12 +61,12 @@ void multiply(const uint16_t* a, const uint16_t* b, int64_t steps, float* c, int
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kGroup; ++r) {
-    if (r >= rows) break;
-    _mm512_mask_storeu_ps(c + r * c_stride, m0, sum[r][0]);
-    _mm512_mask_storeu_ps(c + r * c_stride + 16, m1, sum[r][1]);
-  }
+  for (int r = 0; r < kRows; ++r) writer.write(r, sum[r][0], sum[r][1]);
+  writer.end();
 }
+
+constexpr decltype(&multiply<1>) kMultiply[kGroup] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>,
+                                                      multiply<5>, multiply<6>, multiply<7>, multiply<8>};
 
 template <Source kSource>
 void pack(const Bf16Tile& t) {
@@ -63,19 +77,11 @@ void pack(const Bf16Tile& t) {
 
 void tile(const Bf16Tile& t) {
   t.next->turned ? pack<Source::kTurned>(t) : pack<Source::kPlain>(t);
-  // What is finished before it is stored lies beside C.
-  alignas(64) float cells[2 * kBf16Rows * kGemmPanel];
-  if (t.finish && t.accumulate) copy_cells(cells, kGemmPanel, t.c, t.c_stride, t.rows, t.cols);
-  float* const c = t.finish ? cells : t.c;
-  const int64_t stride = t.finish ? kGemmPanel : t.c_stride;
-  const __mmask16 m0 = lanes(t.cols), m1 = lanes(t.cols - 16);
   for (int64_t r = 0; r < t.rows; r += kGroup) {
     const uint16_t* const strip = r < kBf16Rows ? t.a0 : t.a1;
     const int64_t rows = t.rows - r < kGroup ? t.rows - r : kGroup;
-    multiply(strip + r % kBf16Rows * kBf16Step, t.b, t.steps, c + r * stride, stride, rows, m0, m1,
-             t.accumulate);
+    kMultiply[rows - 1](t, strip + r % kBf16Rows * kBf16Step, r, t.fetch && r == 0);
   }
-  if (t.finish) finish_from(cells, kGemmPanel, *t.finish);
 }
 
 }  // namespace

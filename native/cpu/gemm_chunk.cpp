@@ -4,8 +4,6 @@
 
 #include <cstring>
 
-#include "core/half.h"
-
 namespace dn::cpu {
 namespace {
 
@@ -39,10 +37,7 @@ Ahead ahead_of_tiles(const GemmChunk& chunk, int64_t block, int64_t tile_begin, 
 Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
                       int64_t tiles) {
   const int64_t n = panel_begin * kGemmPanel, cols = std::min(p.N, panel_end * kGemmPanel) - n;
-  if (p.b_layout == GemmLayout::kBf16Panels) {
-    return ahead_of(p.b + (panel_begin * p.K + k) * kBf16Words, panel_end - panel_begin, depth * kBf16Words,
-                    p.K * kBf16Words, tiles);
-  }
+  if (p.b_layout == GemmLayout::kBf16Panels) return {};
   if (p.b_layout == GemmLayout::kTransposed)
     return ahead_of(p.b + n * p.b_stride + k, cols, depth, p.b_stride, tiles);
   return ahead_of(p.b + k * p.b_stride + n, depth, cols, p.b_stride, tiles);
@@ -69,8 +64,7 @@ void pack_panels(const GemmProduct& p, const GemmKernels& kernels, int64_t panel
                  int64_t k, int64_t depth, float* dst, int64_t panel_floats) {
   for (int64_t panel = panel_begin; panel < panel_end; ++panel, dst += panel_floats) {
     if (p.b_layout == GemmLayout::kBf16Panels) {
-      const uint16_t* const src = reinterpret_cast<const uint16_t*>(p.b) + (panel * p.K + k) * kGemmPanel;
-      for (int64_t i = 0; i < depth * kGemmPanel; ++i) dst[i] = bf16_to_f32(src[i]);
+      unpack_bf16(dst, p.b + panel * bf16_panel_words(p.K) + bf16_words(k, 0), depth);
       continue;
     }
     const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);

@@ -73,7 +73,8 @@ Ahead ahead_of(const float* at, int64_t rows, int64_t floats, int64_t stride, in
 // Packed A of some tiles, unless all of it is near anyway.
 Ahead ahead_of_tiles(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end,
                      int64_t tiles);
-// What will be read of a B that is not packed fp32: [k, k + depth) of panels [panel_begin, panel_end).
+// What will be read of a plain B: [k, k + depth) of panels [panel_begin, panel_end). Tiles ask for a
+// weight of bf16 by themselves.
 Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
                       int64_t tiles);
 
@@ -99,7 +100,8 @@ struct PanelBlock {
 
 // The block of a panel as it lies in p.b, which is to be packed on the way into `packed`, or read only once.
 inline PanelBlock lying_block(const GemmProduct& p, int64_t panel, int64_t k, float* packed) {
-  if (p.b_layout == GemmLayout::kBf16Panels) return {p.b + (panel * p.K + k) * kBf16Words, packed, true};
+  if (p.b_layout == GemmLayout::kBf16Panels)
+    return {p.b + panel * bf16_panel_words(p.K) + bf16_words(k, 0), packed, true};
   return {p.b + k * p.b_stride + panel * kGemmPanel, packed};
 }
 

@@ -10,8 +10,6 @@ namespace dn::cpu {
 // Columns of a weight panel. A packed weight is ceil(N / kGemmPanel) panels, each (K, kGemmPanel) row-major,
 // columns past N zero: one layout for every instruction set.
 constexpr int64_t kGemmPanel = 32;
-// Words in a row of a panel whose numbers are bf16, column 2i in the lower half of word i.
-constexpr int64_t kBf16Words = kGemmPanel / 2;
 
 // Memory that will be wanted in L2: runs of whole cache lines at a constant distance. Tiles take lines from
 // it one by one between their multiply-adds, spread evenly: in bursts they would keep the few buffers that
@@ -38,6 +36,15 @@ struct GemmFinish {
   int64_t extra_stride;
 };
 
+// That of rows [first, first + rows) alone.
+inline GemmFinish rows_of(GemmFinish f, int64_t first, int64_t rows) {
+  f.c += first * f.c_stride;
+  f.rows = rows;
+  if (f.pre) f.pre += first * f.extra_stride;
+  if (f.residual) f.residual += first * f.extra_stride;
+  return f;
+}
+
 // One tile of C: rows x cols, cols <= kGemmPanel; then what `finish` says of the same cells.
 struct GemmTile {
   float* c;
@@ -56,7 +63,9 @@ struct GemmTile {
   // does not.
   float* packed = nullptr;
   int64_t b_stride = kGemmPanel;
-  bool is_bf16 = false;  // b is (depth, kBf16Words), widened on the way, and to `packed` where that is given
+  // b is the words of a packed bf16 weight (bf16_words), from a step of the reduction on: widened on the way,
+  // and to `packed` where that is given.
+  bool is_bf16 = false;
 };
 
 struct GemmKernels {
@@ -94,6 +103,15 @@ extern const GemmKernels kGemmAvx512;
 constexpr int64_t kBf16Step = 32;
 constexpr int64_t kBf16Rows = 16;
 constexpr int64_t kBf16Tile = 512;  // numbers in a tile
+
+// A weight packed as bf16 is panels of such steps of B, one part, as they are multiplied. A word holds a pair
+// of the reduction, the even number in its lower half. Words of the pair at k, an even number, in the half h
+// of a panel that begins at 0:
+inline int64_t bf16_words(int64_t k, int64_t h) {
+  return (k / kBf16Step * 2 + h) * (kBf16Tile / 2) + k % kBf16Step / 2 * 16;
+}
+// Words of a panel of K rows.
+inline int64_t bf16_panel_words(int64_t K) { return (K + kBf16Step - 1) / kBf16Step * kBf16Tile; }
 
 // A block of a panel of fp32 to be packed as B, piece by piece: whole steps, two rows of it at a time. Where
 // the panel lies transposed, squares of it are turned into `turned` before: those of the step that is packed
@@ -137,6 +155,8 @@ struct Bf16Tile {
   // When next->is_stream (AMX): the step of the stream that this tile begins with; b is the ring, and
   // pack_pairs is not looked at.
   int64_t stream = 0;
+  // b comes from memory, and what lies behind it is multiplied next.
+  bool fetch = false;
 };
 
 struct Bf16Kernels {

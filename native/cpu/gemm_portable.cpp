@@ -41,16 +41,20 @@ void finish(const GemmFinish& f) {
   }
 }
 
-void widen_row(float* dst, const float* words) {
-  uint16_t numbers[kGemmPanel];
-  memcpy(numbers, words, sizeof numbers);
-  for (int64_t n = 0; n < kGemmPanel; ++n) dst[n] = bf16_to_f32(numbers[n]);
+// dst (kGemmPanel) = row k of a panel of bf16.
+void widen_row(float* dst, const float* panel, int64_t k) {
+  for (int64_t half = 0; half < 2; ++half) {
+    uint32_t words[16];
+    memcpy(words, panel + bf16_words(k - k % 2, half), sizeof words);
+    for (int64_t n = 0; n < 16; ++n)
+      dst[half * 16 + n] = bits_float(k % 2 == 0 ? words[n] << 16 : words[n] & 0xffff0000u);
+  }
 }
 
 void tile(const GemmTile& t) {
   float widened[kDepth * kGemmPanel];
   float* const room = t.packed ? t.packed : widened;
-  for (int64_t k = 0; t.is_bf16 && k < t.depth; ++k) widen_row(room + k * kGemmPanel, t.b + k * kBf16Words);
+  for (int64_t k = 0; t.is_bf16 && k < t.depth; ++k) widen_row(room + k * kGemmPanel, t.b, k);
   for (int64_t k = 0; !t.is_bf16 && t.packed && k < t.depth; ++k)
     memcpy(room + k * kGemmPanel, t.b + k * t.b_stride, kGemmPanel * sizeof(float));
   const float* const packed = t.is_bf16 || t.packed ? room : t.b;

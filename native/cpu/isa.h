@@ -21,5 +21,7 @@ bool has_amx_int8();     // beside kAmx
 bool has_fast_bf16();
 // Name of the kernels that int8 products of many rows use here (gemm_int8.cpp).
 const char* active_int8();
+// Name of those that products with bf16 weights use here (gemm_bf16.cpp): "fp32" where they are widened.
+const char* active_bf16();
 
 }  // namespace dn::cpu

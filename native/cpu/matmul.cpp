@@ -47,7 +47,8 @@ void multiply(const Cpu& cpu, GemmProduct p, const Weight& w, int64_t n_begin, M
   if (w.dtype == Dtype::kI8) {
     gemm_int8(cpu, p, static_cast<const char*>(w.data) + int8_bytes(w.K, n_begin));
   } else {
-    p.b += n_begin * w.K / (w.dtype == Dtype::kBF16 ? 2 : 1);  // panels and rows alike
+    p.b += w.dtype == Dtype::kBF16 ? n_begin / kGemmPanel * bf16_panel_words(w.K)
+                                   : n_begin * w.K;  // panels and rows alike
     gemm(cpu, p, precision);
   }
 }

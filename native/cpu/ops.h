@@ -20,7 +20,7 @@ struct Cpu {
 // Throws Error(kArgument), beginning with `op`, unless w is fp32 or, where it may be packed, a packed
 // narrower weight.
 void check_weight(const char* op, const Weight& w, bool may_be_packed);
-int64_t packed_elements(int64_t K, int64_t N);
+int64_t packed_elements(int64_t K, int64_t N, Dtype to = Dtype::kF32);
 void pack_weight(const Cpu& cpu, void* packed, const Weight& plain, Dtype to = Dtype::kF32);
 void pack_rows(const Cpu& cpu, void* packed, const Weight& whole, const float* rows, int64_t begin,
                int64_t count, Dtype to = Dtype::kF32);

@@ -14,34 +14,33 @@
 namespace dn::cpu {
 namespace {
 
-static_assert(kPackRows % kGemmPanel == 0, "a piece of a packed weight is whole panels");
+static_assert(kPackRows % kGemmPanel == 0 && kPackRows % kBf16Step == 0,
+              "a piece of a packed weight is whole panels and steps");
 
 [[noreturn]] void refuse(const char* op, const std::string& what) {
   throw Error(Code::kArgument, std::string(op) + ": " + what);
 }
 
-// Both directions between plain order and panels, a panel a task: copy_panel(first element of the panel, its
-// first column, its columns).
+// Both directions between plain order and panels, a panel a task: copy_panel(first column, columns).
 template <typename CopyPanel>
 void each_panel(const Cpu& cpu, const Weight& w, CopyPanel&& copy_panel) {
   parallel(cpu.threads, (w.N + kGemmPanel - 1) / kGemmPanel, [&](int64_t panel, int) {
     const int64_t n = panel * kGemmPanel;
-    copy_panel(panel * w.K * kGemmPanel, n, std::min(kGemmPanel, w.N - n));
+    copy_panel(n, std::min(kGemmPanel, w.N - n));
   });
 }
 
-// Rows of a panel, written by fill(floats) with columns past the end zero, to element `at` of a packed weight
-// of type `to`.
+// Rows [k, k + rows) of panel n / kGemmPanel of a (K, N) weight packed as `to`, written by fill(floats), with
+// columns past the end zero. k is a multiple of kPackRows.
 template <typename Fill>
-void write_panel(void* packed, Dtype to, int64_t at, int64_t rows, int64_t cols, Fill&& fill) {
-  const int64_t count = rows * kGemmPanel;
+void write_panel(void* packed, Dtype to, const Weight& w, int64_t n, int64_t k, int64_t rows, Fill&& fill) {
+  const int64_t panel = n / kGemmPanel;
+  float* const words = static_cast<float*>(packed);
   const bool is_bf16 = to == Dtype::kBF16;
-  float* const floats = is_bf16 ? gemm_scratch(count) : static_cast<float*>(packed) + at;
-  if (cols < kGemmPanel) std::memset(floats, 0, static_cast<size_t>(count) * sizeof(float));
+  float* const floats = is_bf16 ? gemm_scratch(rows * kGemmPanel) : words + (panel * w.K + k) * kGemmPanel;
+  if (n + kGemmPanel > w.N) std::memset(floats, 0, static_cast<size_t>(rows * kGemmPanel) * sizeof(float));
   fill(floats);
-  if (!is_bf16) return;
-  uint16_t* const narrow = static_cast<uint16_t*>(packed) + at;
-  for (int64_t i = 0; i < count; ++i) narrow[i] = f32_to_bf16(floats[i]);
+  if (is_bf16) pack_bf16(words + panel * bf16_panel_words(w.K) + bf16_words(k, 0), floats, rows);
 }
 
 void check_form(const char* op, const Weight& w, Dtype to) {
@@ -62,15 +61,45 @@ void check_weight(const char* op, const Weight& w, bool may_be_packed) {
     refuse(op, "the weight " + w.shape() + " has no data");
 }
 
-int64_t packed_elements(int64_t K, int64_t N) { return (N + kGemmPanel - 1) / kGemmPanel * kGemmPanel * K; }
+int64_t packed_elements(int64_t K, int64_t N, Dtype to) {
+  const int64_t panels = (N + kGemmPanel - 1) / kGemmPanel;
+  return panels * (to == Dtype::kBF16 ? 2 * bf16_panel_words(K) : K * kGemmPanel);
+}
+
+void pack_bf16(float* words, const float* rows, int64_t depth) {
+  const int64_t whole = (depth + kBf16Step - 1) / kBf16Step * kBf16Step;
+  for (int64_t k = 0; k < whole; k += 2) {
+    for (int64_t half = 0; half < 2; ++half) {
+      const float* const even = rows + k * kGemmPanel + half * 16;
+      uint32_t pairs[16] = {};
+      for (int64_t n = 0; n < 16 && k < depth; ++n) pairs[n] = f32_to_bf16(even[n]);
+      for (int64_t n = 0; n < 16 && k + 1 < depth; ++n)
+        pairs[n] |= static_cast<uint32_t>(f32_to_bf16(even[kGemmPanel + n])) << 16;
+      std::memcpy(words + bf16_words(k, half), pairs, sizeof pairs);
+    }
+  }
+}
+
+void unpack_bf16(float* rows, const float* words, int64_t depth) {
+  for (int64_t k = 0; k < depth; k += 2) {
+    for (int64_t half = 0; half < 2; ++half) {
+      float* const even = rows + k * kGemmPanel + half * 16;
+      uint32_t pairs[16];
+      std::memcpy(pairs, words + bf16_words(k, half), sizeof pairs);
+      for (int64_t n = 0; n < 16; ++n) even[n] = bits_float(pairs[n] << 16);
+      for (int64_t n = 0; n < 16 && k + 1 < depth; ++n)
+        even[kGemmPanel + n] = bits_float(pairs[n] & 0xffff0000u);
+    }
+  }
+}
 
 void pack_weight(const Cpu& cpu, void* packed, const Weight& plain, Dtype to) {
   check_weight("pack_weight", plain, false);
   check_form("pack_weight", plain, to);
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
   const float* const src = static_cast<const float*>(plain.data);
-  each_panel(cpu, plain, [&](int64_t offset, int64_t n, int64_t cols) {
-    write_panel(packed, to, offset, plain.K, cols, [&](float* dst) {
+  each_panel(cpu, plain, [&](int64_t n, int64_t cols) {
+    write_panel(packed, to, plain, n, 0, plain.K, [&](float* dst) {
       if (plain.order == WeightOrder::kInOut) {
         kernels.copy(dst, kGemmPanel, src + n, plain.N, plain.K, cols);
       } else {
@@ -88,17 +117,17 @@ void pack_rows(const Cpu& cpu, void* packed, const Weight& whole, const float* r
       (count % kPackRows != 0 && begin + count < all))
     refuse("pack_rows", "rows [" + std::to_string(begin) + ", " + std::to_string(begin + count) + ") of " +
                             whole.shape() + ", expected multiples of " + std::to_string(kPackRows));
-  Weight part = whole;
-  part.data = rows;
   if (by_columns) {
+    Weight part = whole;
+    part.data = rows;
     part.N = count;
-    const int64_t bytes = begin * whole.K * static_cast<int64_t>(dtype_bytes(to));
-    return pack_weight(cpu, static_cast<char*>(packed) + bytes, part, to);
+    const int64_t before = packed_elements(whole.K, begin, to) * static_cast<int64_t>(dtype_bytes(to));
+    return pack_weight(cpu, static_cast<char*>(packed) + before, part, to);
   }
   check_form("pack_rows", whole, to);
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
-  each_panel(cpu, whole, [&](int64_t offset, int64_t n, int64_t cols) {
-    write_panel(packed, to, offset + begin * kGemmPanel, count, cols,
+  each_panel(cpu, whole, [&](int64_t n, int64_t cols) {
+    write_panel(packed, to, whole, n, begin, count,
                 [&](float* dst) { kernels.copy(dst, kGemmPanel, rows + n, whole.N, count, cols); });
   });
 }
@@ -110,13 +139,12 @@ void unpack_weight(const Cpu& cpu, float* plain, const Weight& packed) {
   if (!packed.packed)
     refuse("unpack_weight", "the weight " + packed.shape() + " is plain, expected a packed one");
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
-  each_panel(cpu, packed, [&](int64_t offset, int64_t n, int64_t cols) {
-    const float* src = static_cast<const float*>(packed.data) + offset;
+  const float* const words = static_cast<const float*>(packed.data);
+  each_panel(cpu, packed, [&](int64_t n, int64_t cols) {
+    const float* src = words + n * packed.K;
     if (packed.dtype == Dtype::kBF16) {
-      const int64_t count = packed.K * kGemmPanel;
-      const uint16_t* const narrow = static_cast<const uint16_t*>(packed.data) + offset;
-      float* const wide = gemm_scratch(count);
-      for (int64_t i = 0; i < count; ++i) wide[i] = bf16_to_f32(narrow[i]);
+      float* const wide = gemm_scratch(packed.K * kGemmPanel);
+      unpack_bf16(wide, words + n / kGemmPanel * bf16_panel_words(packed.K), packed.K);
       src = wide;
     }
     if (packed.order == WeightOrder::kInOut) {
@@ -134,13 +162,17 @@ void weight_row(const Weight& w, int64_t n, float* out) {
     std::memcpy(out, data + n * w.K, static_cast<size_t>(w.K) * sizeof(float));
     return;
   }
-  const int64_t column = n / kGemmPanel * kGemmPanel * w.K + n % kGemmPanel;
+  const int64_t panel = n / kGemmPanel, column = n % kGemmPanel;
   if (w.dtype == Dtype::kBF16) {
-    const uint16_t* const narrow = static_cast<const uint16_t*>(w.data) + column;
-    for (int64_t k = 0; k < w.K; ++k) out[k] = bf16_to_f32(narrow[k * kGemmPanel]);
+    const float* const words = data + panel * bf16_panel_words(w.K) + column % 16;
+    for (int64_t k = 0; k < w.K; ++k) {
+      const uint32_t pair = float_bits(words[bf16_words(k - k % 2, column / 16)]);
+      out[k] = bits_float(k % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+    }
     return;
   }
-  for (int64_t k = 0; k < w.K; ++k) out[k] = data[column + k * kGemmPanel];
+  const float* const first = data + panel * kGemmPanel * w.K + column;
+  for (int64_t k = 0; k < w.K; ++k) out[k] = first[k * kGemmPanel];
 }
 
 }  // namespace dn::cpu

@@ -34,7 +34,9 @@ class ProxyBackend : public Backend {
   void zero(void* dst, size_t bytes) override { inner_->zero(dst, bytes); }
   void copy(Tensor dst, Tensor src) override { inner_->copy(dst, src); }
   void synchronize() override { inner_->synchronize(); }
-  int64_t packed_elements(int64_t K, int64_t N) const override { return inner_->packed_elements(K, N); }
+  int64_t packed_elements(int64_t K, int64_t N, Dtype to) const override {
+    return inner_->packed_elements(K, N, to);
+  }
   void pack_weight(void* packed, const Weight& plain, Dtype to) override {
     inner_->pack_weight(packed, plain, to);
   }
