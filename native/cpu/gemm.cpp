@@ -41,6 +41,7 @@ void multiply_packed(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_en
                      int64_t panel_begin, int64_t panel_end, const float* after) {
   const GemmProduct& p = chunk.p;
   const int64_t blocks = chunk.blocks(), tiles = tile_end - tile_begin;
+  const bool is_alone = chunk.tiles == 1;  // panels then follow each other as they lie
   const auto b_of = [&](int64_t block, int64_t panel) {
     return p.b + (panel * p.K + chunk.k_begin(block)) * kGemmPanel;
   };
@@ -55,8 +56,10 @@ void multiply_packed(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_en
                                                 : after;
       const int64_t next_depth = chunk.depth(panel + 1 < panel_end ? block : next_block);
       Ahead ahead_b;
-      if (next != nullptr) ahead_b = ahead_of(next, 1, next_depth * kGemmPanel, 0, tiles);
-      multiply_panel(chunk, block, tile_begin, tile_end, panel, {b_of(block, panel)}, ahead_a, ahead_b);
+      if (next != nullptr && !is_alone) ahead_b = ahead_of(next, 1, next_depth * kGemmPanel, 0, tiles);
+      PanelBlock of_panel = {b_of(block, panel)};
+      of_panel.fetch = is_alone;
+      multiply_panel(chunk, block, tile_begin, tile_end, panel, of_panel, ahead_a, ahead_b);
     }
   }
 }

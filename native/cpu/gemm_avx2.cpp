@@ -23,8 +23,9 @@ __m256i lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// How B lies: packed, plain and to be packed (t.packed is given), or as bf16.
-enum class B { kPacked, kPlain, kBf16 };
+// How B lies: packed, packed and from memory (t.fetch), plain and to be packed (t.packed is given), or as
+// bf16.
+enum class B { kPacked, kFetched, kPlain, kBf16 };
 
 // sum[r] += row k of A and of B, whose vectors are b0 and b1.
 template <int kRows>
@@ -55,6 +56,7 @@ __attribute__((always_inline)) inline void multiply_fp32(__m256 (*sum)[2], const
       store_row(packed, b0, b1);
       packed += kGemmPanel;
     }
+    if (kB == B::kFetched) fetch_line<fetch_bytes(kRows)>(b);
     multiply_row<kRows>(sum, a, b0, b1);
     a += kRows;
     b += b_stride;
@@ -81,8 +83,9 @@ __attribute__((always_inline)) inline void multiply_bf16(__m256 (*sum)[2], const
   const float* a = t.a;
   PairPrefetch ahead(t, lines);
   for (int64_t k = 0; k < t.depth; k += 2) {
-    const float* const words = half + bf16_words(k, 0);
-    ahead.pair(words);
+    const float* const words = half + bf16_words(k);
+    ahead.pair();
+    fetch_line<kFetchFar>(words);
     const auto load = [&](int64_t column) {
       return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + column));
     };
@@ -145,10 +148,13 @@ void tile_rows(const GemmTile& t) {
   if (t.is_bf16) {
     float* const right = t.packed ? t.packed + 16 : nullptr;
     half_rows<kRows, B::kBf16>(t, t.c, t.b, t.packed, t.cols, first);
-    if (both) half_rows<kRows, B::kBf16>(t, t.c + 16, t.b + kBf16Tile / 2, right, t.cols - 16, second);
+    if (both) half_rows<kRows, B::kBf16>(t, t.c + 16, t.b + 16, right, t.cols - 16, second);
   } else if (t.packed) {  // both, then
     half_rows<kRows, B::kPlain>(t, t.c, t.b, t.packed, 16, first);
     half_rows<kRows, B::kPlain>(t, t.c + 16, t.b + 16, t.packed + 16, 16, second);
+  } else if (t.fetch) {
+    half_rows<kRows, B::kFetched>(t, t.c, t.b, nullptr, t.cols, first);
+    if (both) half_rows<kRows, B::kFetched>(t, t.c + 16, t.b + 16, nullptr, t.cols - 16, second);
   } else {
     half_rows<kRows, B::kPacked>(t, t.c, t.b, nullptr, t.cols, first);
     if (both) half_rows<kRows, B::kPacked>(t, t.c + 16, t.b + 16, nullptr, t.cols - 16, second);

@@ -16,8 +16,9 @@ constexpr int kMaxRows = 14;
 // A panel block of 96 KB streams from L2, two lines for 28 multiply-adds: fewer blocks touch C less often.
 constexpr int64_t kDepth = 768;
 
-// How B lies: packed, plain and to be packed (t.packed is given), or as bf16.
-enum class B { kPacked, kPlain, kBf16 };
+// How B lies: packed, packed and from memory (t.fetch), plain and to be packed (t.packed is given), or as
+// bf16.
+enum class B { kPacked, kFetched, kPlain, kBf16 };
 
 // sum[r] += row k of A and of B, whose vectors are b0 and b1.
 template <int kRows>
@@ -50,6 +51,10 @@ __attribute__((always_inline)) inline void multiply_fp32(__m512 (*sum)[2], const
       store_row(packed, b0, b1);
       packed += kGemmPanel;
     }
+    if (kB == B::kFetched) {
+      fetch_line<fetch_bytes(kRows)>(b);
+      fetch_line<fetch_bytes(kRows)>(b + 16);
+    }
     multiply_row<kRows>(sum, a, b0, b1);
     a += kRows;
     b += b_stride;
@@ -77,10 +82,11 @@ __attribute__((always_inline)) inline void multiply_bf16(__m512 (*sum)[2], const
   float* packed = t.packed;
   PairPrefetch ahead(t, t.prefetch_lines);
   for (int64_t k = 0; k < t.depth; k += 2) {
-    const float* const words = t.b + bf16_words(k, 0);
-    const float* const right = words + kBf16Tile / 2;
-    ahead.pair(words);
-    _mm_prefetch(reinterpret_cast<const char*>(right + PairPrefetch::kAhead), _MM_HINT_T1);
+    const float* const words = t.b + bf16_words(k);
+    const float* const right = words + 16;
+    ahead.pair();
+    fetch_line<kFetchFar>(words);
+    fetch_line<kFetchFar>(right);
     const auto multiply = [&](__m512i b0, __m512i b1) {
       if (packed) {
         store_row(packed, _mm512_castsi512_ps(b0), _mm512_castsi512_ps(b1));
@@ -143,6 +149,7 @@ void tile_of(const GemmTile& t) {
 
 void tile(const GemmTile& t) {
   if (t.is_bf16) return tile_of<B::kBf16>(t);
+  if (t.fetch) return tile_of<B::kFetched>(t);
   t.packed ? tile_of<B::kPlain>(t) : tile_of<B::kPacked>(t);
 }
 

@@ -99,7 +99,7 @@ void pack_b(const Chunk& x, int64_t panel, int64_t k, int64_t depth, uint16_t* d
 void multiply_panel(const Chunk& x, int64_t strip_begin, int64_t strip_end, int64_t panel, int64_t block,
                     const uint16_t* b, PanelPack* next) {
   const GemmProduct& p = x.p;
-  const bool finish = x.is_last(block) && has_finish(p);
+  const bool finish = x.is_last(block) && has_finish(p), lies = p.b_layout == GemmLayout::kBf16Panels;
   const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
   const int64_t share = ceil_div(next->pairs, ceil_div(strip_end - strip_begin, 2));
   for (int64_t s = strip_begin; s < strip_end; s += 2) {
@@ -109,8 +109,7 @@ void multiply_panel(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
     const GemmFinish then = finish_of(p, m, n, rows, cols);
     x.kernels.tile({then.c, p.c_stride, rows, cols, x.strip(block, s), two ? x.strip(block, s + 1) : nullptr,
                     b, x.steps(block), p.accumulate || x.k > 0 || block > 0, finish ? &then : nullptr, next,
-                    std::min(share, next->pairs - next->done), 0,
-                    p.b_layout == GemmLayout::kBf16Panels && s == strip_begin});
+                    std::min(share, next->pairs - next->done), 0, lies, lies && s == strip_begin});
   }
 }
 
@@ -177,7 +176,7 @@ void multiply_lying(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const float* const words = x.p.b + panel * bf16_panel_words(x.p.K);
     for (int64_t block = 0; block < x.blocks(); ++block) {
-      const float* const b = words + bf16_words(x.k + block * x.block_depth, 0);
+      const float* const b = words + bf16_words(x.k + block * x.block_depth);
       multiply_panel(x, strip_begin, strip_end, panel, block, reinterpret_cast<const uint16_t*>(b), &nothing);
     }
   }

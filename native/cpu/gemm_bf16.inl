@@ -119,8 +119,8 @@ __attribute__((noinline)) void turn_square(PanelPack* p) {
 }
 
 // Where a panel that is packed comes from and goes to (PanelPack): rows as they lie, rows that are turned
-// before, or rows as they lie through the ring of a stream.
-enum class Source { kPlain, kTurned, kStream };
+// before, or rows as they lie through the ring of a stream; or none is packed, B lies as bf16.
+enum class Source { kPlain, kTurned, kStream, kLying };
 
 // Packs `pairs` pairs of rows of a panel, spread evenly over `places` calls of some(): in bunches they would
 // hold up the tiles that multiply beside, whose loads wait behind them. And asks for what will be packed some

@@ -31,7 +31,8 @@ void multiply(const Bf16Tile& t, const float* from, int64_t from_stride, float* 
   t.accumulate ? load_c<kTwo>(from, from_stride) : zero_c<kTwo>();
   const int64_t pairs = kStream ? t.steps * kBf16Step / 2 : t.pack_pairs;
   Packing<kParts, kSource> packing(t.next, pairs, t.steps * places_in_step(kParts));
-  multiply_steps<kParts, kTwo, kStream ? kStreamSteps : 0>(t.a0, t.a1, t.b, t.steps, packing, t.stream);
+  multiply_steps<kParts, kTwo, kStream ? kStreamSteps : 0, kSource == Source::kLying>(
+      t.a0, t.a1, t.b, t.steps, packing, t.stream);
   packing.end();
   store_c<kTwo>(to, to_stride);
 }
@@ -58,9 +59,10 @@ void tile(const Bf16Tile& t) {
   const bool beside = !whole || t.finish;
   float* const to = beside ? cells : t.c;
   const int64_t to_stride = beside ? kGemmPanel : t.c_stride;
-  const auto run = t.next->turned      ? multiply_rows<kParts, Source::kTurned>(two)
-                   : t.next->is_stream ? multiply_rows<kParts, Source::kStream>(two)
-                                       : multiply_rows<kParts, Source::kPlain>(two);
+  const auto run = t.is_lying ? multiply_rows < kParts, kParts == 1 ? Source::kLying : Source::kPlain > (two)
+      : t.next->turned ? multiply_rows<kParts, Source::kTurned>(two)
+    : t.next->is_stream       ? multiply_rows<kParts, Source::kStream>(two)
+                              : multiply_rows<kParts, Source::kPlain>(two);
   run(t, from, from_stride, to, to_stride);
   if (t.finish) {
     finish_from(cells, kGemmPanel, *t.finish);

@@ -20,8 +20,6 @@ void begin() {}
 
 void end() {}
 
-constexpr int64_t kAhead = 4096;  // numbers of B, what is asked for
-
 // Rows of a strip of A, whose first one is a, times a block of a panel: their part of what t says.
 template <int kRows>
 void multiply(const Bf16Tile& t, const uint16_t* a, int64_t first, bool fetch) {
@@ -41,14 +39,15 @@ void multiply(const Bf16Tile& t, const uint16_t* a, int64_t first, bool fetch) {
   }
   if (t.finish) prefetch_finish(&then);
   const uint16_t* b = t.b;
+  const int64_t pair_stride = t.is_lying ? 64 : 32, half = t.is_lying ? 32 : kBf16Tile;
   for (int64_t step = 0; step < t.steps; ++step, a += kBf16Tile, b += 2 * kBf16Tile) {
     for (int pair = 0; pair < kBf16Step / 2; ++pair) {
-      const uint16_t* const left = b + pair * 32;
-      const uint16_t* const right = left + kBf16Tile;
+      const uint16_t* const left = b + pair * pair_stride;
+      const uint16_t* const right = left + half;
       const __m512bh b0 = (__m512bh)_mm512_loadu_si512(left), b1 = (__m512bh)_mm512_loadu_si512(right);
       if (fetch) {
-        _mm_prefetch(reinterpret_cast<const char*>(left + kAhead), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(right + kAhead), _MM_HINT_T1);
+        fetch_line<fetch_bytes(kRows)>(left);
+        fetch_line<fetch_bytes(kRows)>(right);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {

@@ -68,6 +68,12 @@ __attribute__((always_inline)) inline void load_a(const uint16_t* a0, const uint
   if (kTwo) _tile_loadd(5, a1 + part * kBf16Tile, 64);
 }
 
+// As in a weight packed as bf16.
+__attribute__((always_inline)) inline void load_lying_b(const uint16_t* b) {
+  _tile_loadd(6, b, 128);
+  _tile_loadd(7, b + 32, 128);
+}
+
 __attribute__((always_inline)) inline void load_b(const uint16_t* b, int64_t part) {
   _tile_loadd(6, b + part * 2 * kBf16Tile, 64);
   _tile_loadd(7, b + part * 2 * kBf16Tile + kBf16Tile, 64);
@@ -88,11 +94,11 @@ __attribute__((always_inline)) inline void products(Between& between) {
 
 // C += A B over one step of the reduction; kTwo: rows 16 .. 31 too. between.some() does a piece of what the
 // vector units have to do.
-template <int kParts, bool kTwo, typename Between>
+template <int kParts, bool kTwo, bool kLying, typename Between>
 __attribute__((always_inline)) inline void multiply_step(const uint16_t* a0, const uint16_t* a1,
                                                          const uint16_t* b, Between& between) {
   if (kParts == 1) {
-    load_b(b, 0);
+    kLying ? load_lying_b(b) : load_b(b, 0);
     load_a<kTwo>(a0, a1, 0);
     products<kTwo>(between);
     return;
@@ -114,15 +120,15 @@ __attribute__((always_inline)) inline void multiply_step(const uint16_t* a0, con
 }
 
 // C += A B over `steps` steps; b: packed steps, which with a ring of kRing steps begin at the step `first`.
-template <int kParts, bool kTwo, int64_t kRing = 0, typename Between>
+template <int kParts, bool kTwo, int64_t kRing = 0, bool kLying = false, typename Between>
 __attribute__((always_inline)) inline void multiply_steps(const uint16_t* a0, const uint16_t* a1,
                                                           const uint16_t* b, int64_t steps, Between& between,
                                                           int64_t first = 0) {
   for (int64_t step = first; step < first + steps; ++step) {
     // What was packed into the ring two steps ago is loaded now; the compiler does not know that.
     if constexpr (kRing > 0) asm volatile("" ::: "memory");
-    multiply_step<kParts, kTwo>(a0, a1, b + (kRing > 0 ? step % kRing : step) * (kParts * 2 * kBf16Tile),
-                                between);
+    multiply_step<kParts, kTwo, kLying>(
+        a0, a1, b + (kRing > 0 ? step % kRing : step) * (kParts * 2 * kBf16Tile), between);
     a0 += kParts * kBf16Tile;
     if (kTwo) a1 += kParts * kBf16Tile;
   }

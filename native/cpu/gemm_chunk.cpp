@@ -64,7 +64,7 @@ void pack_panels(const GemmProduct& p, const GemmKernels& kernels, int64_t panel
                  int64_t k, int64_t depth, float* dst, int64_t panel_floats) {
   for (int64_t panel = panel_begin; panel < panel_end; ++panel, dst += panel_floats) {
     if (p.b_layout == GemmLayout::kBf16Panels) {
-      unpack_bf16(dst, p.b + panel * bf16_panel_words(p.K) + bf16_words(k, 0), depth);
+      unpack_bf16(dst, p.b + panel * bf16_panel_words(p.K) + bf16_words(k), depth);
       continue;
     }
     const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
@@ -93,7 +93,7 @@ void multiply_panel(const GemmChunk& chunk, int64_t block, int64_t tile_begin, i
     const int64_t share = std::min(ahead.memory.lines, (both ? 2 : 1) * ahead.share());
     chunk.kernels.tile({then.c, p.c_stride, rows, cols, block_a + begin * depth, of_panel.b, depth,
                         p.accumulate || block > 0, &ahead.memory, share, finish ? &then : nullptr,
-                        of_panel.packed, p.b_stride, of_panel.is_bf16});
+                        of_panel.packed, p.b_stride, of_panel.fetch, of_panel.is_bf16});
     if (of_panel.packed) of_panel = {of_panel.packed};
     --ahead_a.tiles;
     --ahead_b.tiles;

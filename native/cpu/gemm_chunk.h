@@ -96,12 +96,13 @@ struct PanelBlock {
   const float* b;           // packed, or as it lies in p.b
   float* packed = nullptr;  // given: where a b that is not packed becomes so
   bool is_bf16 = false;     // b lies in kBf16Panels
+  bool fetch = false;       // of the only tile, see GemmTile
 };
 
 // The block of a panel as it lies in p.b, which is to be packed on the way into `packed`, or read only once.
 inline PanelBlock lying_block(const GemmProduct& p, int64_t panel, int64_t k, float* packed) {
   if (p.b_layout == GemmLayout::kBf16Panels)
-    return {p.b + panel * bf16_panel_words(p.K) + bf16_words(k, 0), packed, true};
+    return {p.b + panel * bf16_panel_words(p.K) + bf16_words(k), packed, true};
   return {p.b + k * p.b_stride + panel * kGemmPanel, packed};
 }
 

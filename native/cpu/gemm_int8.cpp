@@ -102,12 +102,12 @@ void multiply_panel(const Chunk& chunk, int64_t row_begin, int64_t row_end, int6
   const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
   const int64_t count = row_end - row_begin, tiles = ceil_div(count, chunk.kernels.max_rows);
   const bool finish = has_finish(p);
-  // Weights come from memory: every tile asks for a share of the panel after this one. One tile alone is done
-  // with a panel as soon as it is read, and asks for as many lines a shorter way ahead.
+  // Weights come from memory: every tile asks for a share of the panel after this one, on AMX not beyond what
+  // would lie too long before it is used. One tile of vectors alone asks as it goes.
   const int64_t depth = int8_depth(p.K);
-  const bool is_last = n + kGemmPanel >= p.N;
+  const bool is_last = n + kGemmPanel >= p.N, fetch = tiles == 1 && !chunk.kernels.begin;
   const int64_t bytes = int8_panel_bytes(p.K), ahead = tiles == 1 ? std::min(bytes, kFarthest) : bytes;
-  const int64_t lines = is_last ? 0 : std::min(ceil_div(bytes / kLine, tiles), depth / 2);
+  const int64_t lines = is_last || fetch ? 0 : std::min(ceil_div(bytes / kLine, tiles), depth / 2);
   const char* const next = reinterpret_cast<const char*>(panel_at(chunk.packed, p.K, panel)) + ahead;
   int64_t r = row_begin;
   for (int64_t i = 0; i < tiles; ++i) {
@@ -117,7 +117,7 @@ void multiply_panel(const Chunk& chunk, int64_t row_begin, int64_t row_end, int6
     const GemmFinish then = finish_of(p, chunk.m_begin + r, n, rows, cols);
     chunk.kernels.tile({then.c, p.c_stride, rows, cols, chunk.a + r * chunk.stride, chunk.stride,
                         chunk.scales + r, panel_at(chunk.packed, p.K, panel), depth, next + i * lines * kLine,
-                        lines, finish ? &then : nullptr});
+                        lines, finish ? &then : nullptr, fetch});
     r += rows;
   }
 }

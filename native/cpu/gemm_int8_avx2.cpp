@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "core/int8.h"
+#include "cpu/gemm_prefetch.inl"
 
 namespace dn::cpu {
 namespace {
@@ -37,6 +38,7 @@ void tile_wide(const Int8Tile& t, int64_t n) {
   }
   const char* w = reinterpret_cast<const char*>(t.panel + 1) + n * kInt8Group;
   for (int64_t k = 0; k < t.depth; k += kInt8Group, w += kGemmPanel * kInt8Group) {
+    if (t.fetch) fetch_line<fetch_bytes(kRows)>(w);
     __m256i a[kRows];
 #pragma GCC unroll 3
     for (int r = 0; r < kRows; ++r) {
@@ -109,6 +111,7 @@ void vnni_half(const Int8Tile& t, int64_t n) {
   }
   const char* w = reinterpret_cast<const char*>(t.panel + 1) + n * kInt8Group;
   for (int64_t k = 0; k < t.depth; k += kInt8Group, w += kGemmPanel * kInt8Group) {
+    if (t.fetch) fetch_line<fetch_bytes(kRows)>(w);
     const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
     const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
 #pragma GCC unroll 6

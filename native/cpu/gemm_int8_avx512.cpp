@@ -20,7 +20,7 @@ __attribute__((always_inline)) inline void multiply_add(__m512i& sum, __m512i a,
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(w));
 }
 
-template <int kRows>
+template <int kRows, bool kFetch>
 void tile_rows(const Int8Tile& t) {
   __m512i sum[kRows][2];
   const __m512i start0 = _mm512_loadu_si512(t.panel->correction);
@@ -39,6 +39,10 @@ void tile_rows(const Int8Tile& t) {
   int64_t k = 0;
   const auto step = [&]() __attribute__((always_inline)) {
     const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
+    if (kFetch) {
+      fetch_line<fetch_bytes(kRows)>(w);
+      fetch_line<fetch_bytes(kRows)>(w + 64);
+    }
 #pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r) {
       int32_t four;
@@ -77,24 +81,27 @@ void tile_rows(const Int8Tile& t) {
   writer.end();
 }
 
-void tile(const Int8Tile& t) {
+template <bool kFetch>
+void tile_of(const Int8Tile& t) {
   switch (t.rows) {
-    case 1: return tile_rows<1>(t);
-    case 2: return tile_rows<2>(t);
-    case 3: return tile_rows<3>(t);
-    case 4: return tile_rows<4>(t);
-    case 5: return tile_rows<5>(t);
-    case 6: return tile_rows<6>(t);
-    case 7: return tile_rows<7>(t);
-    case 8: return tile_rows<8>(t);
-    case 9: return tile_rows<9>(t);
-    case 10: return tile_rows<10>(t);
-    case 11: return tile_rows<11>(t);
-    case 12: return tile_rows<12>(t);
-    case 13: return tile_rows<13>(t);
-    default: return tile_rows<14>(t);
+    case 1: return tile_rows<1, kFetch>(t);
+    case 2: return tile_rows<2, kFetch>(t);
+    case 3: return tile_rows<3, kFetch>(t);
+    case 4: return tile_rows<4, kFetch>(t);
+    case 5: return tile_rows<5, kFetch>(t);
+    case 6: return tile_rows<6, kFetch>(t);
+    case 7: return tile_rows<7, kFetch>(t);
+    case 8: return tile_rows<8, kFetch>(t);
+    case 9: return tile_rows<9, kFetch>(t);
+    case 10: return tile_rows<10, kFetch>(t);
+    case 11: return tile_rows<11, kFetch>(t);
+    case 12: return tile_rows<12, kFetch>(t);
+    case 13: return tile_rows<13, kFetch>(t);
+    default: return tile_rows<14, kFetch>(t);
   }
 }
+
+void tile(const Int8Tile& t) { t.fetch ? tile_of<true>(t) : tile_of<false>(t); }
 
 }  // namespace
 

@@ -48,6 +48,7 @@ struct Int8Tile {
   const char* prefetch;  // wanted in L2 soon: this many cache lines from here on, at most depth / 2
   int64_t prefetch_lines;
   const GemmFinish* finish;  // or null
+  bool fetch = false;        // as in GemmTile; then there are no lines
 };
 
 struct Int8Kernels {

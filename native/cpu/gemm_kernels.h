@@ -22,6 +22,12 @@ struct GemmPrefetch {
   int64_t lines = 0;  // of all runs still to come
 };
 
+// Bytes that a tile of so many rows asks ahead in a weight that it alone reads, which lies in memory in the
+// order it is read in. Hardware follows that by itself and is slower when it is asked for far ahead, unless
+// rows, or a bf16 weight that is widened, leave it time.
+constexpr int64_t kFetchFar = 6 << 10;
+constexpr int64_t fetch_bytes(int64_t rows) { return rows <= 2 ? 3 << 10 : kFetchFar; }
+
 // What happens to finished cells: c += bias; then, when gelu, pre = c (if given, and only then) and c =
 // gelu(c); c += residual.
 struct GemmFinish {
@@ -63,6 +69,8 @@ struct GemmTile {
   // does not.
   float* packed = nullptr;
   int64_t b_stride = kGemmPanel;
+  // A packed b comes from memory, and what lies behind it is multiplied next: asked for fetch_bytes ahead.
+  bool fetch = false;
   // b is the words of a packed bf16 weight (bf16_words), from a step of the reduction on: widened on the way,
   // and to `packed` where that is given.
   bool is_bf16 = false;
@@ -104,14 +112,12 @@ constexpr int64_t kBf16Step = 32;
 constexpr int64_t kBf16Rows = 16;
 constexpr int64_t kBf16Tile = 512;  // numbers in a tile
 
-// A weight packed as bf16 is panels of such steps of B, one part, as they are multiplied. A word holds a pair
-// of the reduction, the even number in its lower half. Words of the pair at k, an even number, in the half h
-// of a panel that begins at 0:
-inline int64_t bf16_words(int64_t k, int64_t h) {
-  return (k / kBf16Step * 2 + h) * (kBf16Tile / 2) + k % kBf16Step / 2 * 16;
-}
+// A weight packed as bf16 has panels of (pairs of the reduction, kGemmPanel) words, whole steps of them: a
+// word holds a pair, the even number in its lower half. So the pairs of a step are tiles of B, 128 bytes
+// apart. Place of the pair at k, an even number, in a panel:
+inline int64_t bf16_words(int64_t k) { return k / 2 * kGemmPanel; }
 // Words of a panel of K rows.
-inline int64_t bf16_panel_words(int64_t K) { return (K + kBf16Step - 1) / kBf16Step * kBf16Tile; }
+inline int64_t bf16_panel_words(int64_t K) { return (K + kBf16Step - 1) / kBf16Step * bf16_words(kBf16Step); }
 
 // A block of a panel of fp32 to be packed as B, piece by piece: whole steps, two rows of it at a time. Where
 // the panel lies transposed, squares of it are turned into `turned` before: those of the step that is packed
@@ -155,8 +161,8 @@ struct Bf16Tile {
   // When next->is_stream (AMX): the step of the stream that this tile begins with; b is the ring, and
   // pack_pairs is not looked at.
   int64_t stream = 0;
-  // b comes from memory, and what lies behind it is multiplied next.
-  bool fetch = false;
+  bool is_lying = false;  // b lies as in a weight packed as bf16 (one part)
+  bool fetch = false;     // as in GemmTile
 };
 
 struct Bf16Kernels {

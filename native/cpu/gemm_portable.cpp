@@ -43,12 +43,10 @@ void finish(const GemmFinish& f) {
 
 // dst (kGemmPanel) = row k of a panel of bf16.
 void widen_row(float* dst, const float* panel, int64_t k) {
-  for (int64_t half = 0; half < 2; ++half) {
-    uint32_t words[16];
-    memcpy(words, panel + bf16_words(k - k % 2, half), sizeof words);
-    for (int64_t n = 0; n < 16; ++n)
-      dst[half * 16 + n] = bits_float(k % 2 == 0 ? words[n] << 16 : words[n] & 0xffff0000u);
-  }
+  uint32_t words[kGemmPanel];
+  memcpy(words, panel + bf16_words(k), sizeof words);
+  for (int64_t n = 0; n < kGemmPanel; ++n)
+    dst[n] = bits_float(k % 2 == 0 ? words[n] << 16 : words[n] & 0xffff0000u);
 }
 
 void tile(const GemmTile& t) {

@@ -58,18 +58,20 @@ __attribute__((always_inline)) inline void take_lines(GemmPrefetch* p, int64_t c
   }
 }
 
-// What a tile with a bf16 weight asks for, a pair of the reduction at a time: lines of t.prefetch, and the
-// weight itself some way ahead, which lies in memory as it is read.
+// The line that lies kBytes behind the one at `at`.
+template <int64_t kBytes>
+__attribute__((always_inline)) inline void fetch_line(const void* at) {
+  _mm_prefetch(static_cast<const char*>(at) + kBytes, _MM_HINT_T1);
+}
+
+// Lines of t.prefetch, some at every pair of the reduction, for a tile with a weight of bf16.
 class PairPrefetch {
  public:
-  static constexpr int64_t kAhead = 2048;  // words of the weight
-
   PairPrefetch(const GemmTile& t, int64_t lines) : ahead_(*t.prefetch), lines_(lines) {
     const int64_t pairs = (t.depth + 1) / 2;
     burst_ = (lines_ + pairs - 1) / pairs;
   }
-  __attribute__((always_inline)) void pair(const float* words) {
-    _mm_prefetch(reinterpret_cast<const char*>(words + kAhead), _MM_HINT_T1);
+  __attribute__((always_inline)) void pair() {
     if (lines_ <= 0) return;
     take_lines(&ahead_, lines_ < burst_ ? lines_ : burst_);
     lines_ -= burst_;

@@ -40,7 +40,7 @@ void write_panel(void* packed, Dtype to, const Weight& w, int64_t n, int64_t k, 
   float* const floats = is_bf16 ? gemm_scratch(rows * kGemmPanel) : words + (panel * w.K + k) * kGemmPanel;
   if (n + kGemmPanel > w.N) std::memset(floats, 0, static_cast<size_t>(rows * kGemmPanel) * sizeof(float));
   fill(floats);
-  if (is_bf16) pack_bf16(words + panel * bf16_panel_words(w.K) + bf16_words(k, 0), floats, rows);
+  if (is_bf16) pack_bf16(words + panel * bf16_panel_words(w.K) + bf16_words(k), floats, rows);
 }
 
 void check_form(const char* op, const Weight& w, Dtype to) {
@@ -69,27 +69,23 @@ int64_t packed_elements(int64_t K, int64_t N, Dtype to) {
 void pack_bf16(float* words, const float* rows, int64_t depth) {
   const int64_t whole = (depth + kBf16Step - 1) / kBf16Step * kBf16Step;
   for (int64_t k = 0; k < whole; k += 2) {
-    for (int64_t half = 0; half < 2; ++half) {
-      const float* const even = rows + k * kGemmPanel + half * 16;
-      uint32_t pairs[16] = {};
-      for (int64_t n = 0; n < 16 && k < depth; ++n) pairs[n] = f32_to_bf16(even[n]);
-      for (int64_t n = 0; n < 16 && k + 1 < depth; ++n)
-        pairs[n] |= static_cast<uint32_t>(f32_to_bf16(even[kGemmPanel + n])) << 16;
-      std::memcpy(words + bf16_words(k, half), pairs, sizeof pairs);
-    }
+    const float* const even = rows + k * kGemmPanel;
+    uint32_t pairs[kGemmPanel] = {};
+    for (int64_t n = 0; n < kGemmPanel && k < depth; ++n) pairs[n] = f32_to_bf16(even[n]);
+    for (int64_t n = 0; n < kGemmPanel && k + 1 < depth; ++n)
+      pairs[n] |= static_cast<uint32_t>(f32_to_bf16(even[kGemmPanel + n])) << 16;
+    std::memcpy(words + bf16_words(k), pairs, sizeof pairs);
   }
 }
 
 void unpack_bf16(float* rows, const float* words, int64_t depth) {
   for (int64_t k = 0; k < depth; k += 2) {
-    for (int64_t half = 0; half < 2; ++half) {
-      float* const even = rows + k * kGemmPanel + half * 16;
-      uint32_t pairs[16];
-      std::memcpy(pairs, words + bf16_words(k, half), sizeof pairs);
-      for (int64_t n = 0; n < 16; ++n) even[n] = bits_float(pairs[n] << 16);
-      for (int64_t n = 0; n < 16 && k + 1 < depth; ++n)
-        even[kGemmPanel + n] = bits_float(pairs[n] & 0xffff0000u);
-    }
+    float* const even = rows + k * kGemmPanel;
+    uint32_t pairs[kGemmPanel];
+    std::memcpy(pairs, words + bf16_words(k), sizeof pairs);
+    for (int64_t n = 0; n < kGemmPanel; ++n) even[n] = bits_float(pairs[n] << 16);
+    for (int64_t n = 0; n < kGemmPanel && k + 1 < depth; ++n)
+      even[kGemmPanel + n] = bits_float(pairs[n] & 0xffff0000u);
   }
 }
 
@@ -164,9 +160,9 @@ void weight_row(const Weight& w, int64_t n, float* out) {
   }
   const int64_t panel = n / kGemmPanel, column = n % kGemmPanel;
   if (w.dtype == Dtype::kBF16) {
-    const float* const words = data + panel * bf16_panel_words(w.K) + column % 16;
+    const float* const words = data + panel * bf16_panel_words(w.K) + column;
     for (int64_t k = 0; k < w.K; ++k) {
-      const uint32_t pair = float_bits(words[bf16_words(k - k % 2, column / 16)]);
+      const uint32_t pair = float_bits(words[bf16_words(k)]);
       out[k] = bits_float(k % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
     }
     return;
