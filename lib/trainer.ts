@@ -47,7 +47,7 @@ import { validate } from './training/validation.js';
 export interface ResumeOptions extends TrainOptions {
 	/** @default 'auto' */
 	readonly device?: Device;
-	/** Of activations: 'fp32' on CUDA is slow and for comparing devices. @default 'auto' */
+	/** 'bf16' or, slow and for comparing devices, 'fp32' on CUDA; 'fp32' on the CPU. @default 'auto' */
 	readonly dtype?: DType;
 	/** CPU threads. @default all cores */
 	readonly threads?: number;
@@ -119,8 +119,12 @@ export class Trainer implements AsyncDisposable {
 			'onProgress',
 			'signal',
 		]);
-		const { directory, state } = findCheckpoint(dir);
 		const { device, dtype, threads, onProgress, signal, ...rest } = overrides;
+		check(
+			dtype !== 'int8' && (dtype !== 'bf16' || device !== 'cpu'),
+			`option dtype is '${dtype}', expected 'fp32' to train on the CPU`,
+		);
+		const { directory, state } = findCheckpoint(dir);
 		// An option that is undefined is one that was not given.
 		const own: TrainOptions = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== undefined));
 		const stored = reviveOptions(state, directory, own);

@@ -140,6 +140,18 @@ test('an int8 model saves what it holds, and loads it again', async (t) => {
 	// fp32 widens what is stored.
 	await using widened = await DiffuGPT.fromPretrained(first, { device: 'cpu', dtype: 'fp32' });
 	for (const { name } of int8.parameters()) t.deepEqual(widened.getParameter(name), int8.getParameter(name), name);
+	// So does bf16, and rounds; what it would be as int8 it saves.
+	await using bf16 = await DiffuGPT.fromPretrained(first, { device: 'cpu', dtype: 'bf16' });
+	const rounded = bf16.getParameter('wte.weight');
+	const steps = new Int32Array(rounded.buffer).filter((bits) => (bits & 0xffff) !== 0);
+	t.is(steps.length, 0, 'bf16 has the upper halves of fp32');
+	t.true(widened.getParameter('wte.weight').every((x, i) => Math.abs(x - (rounded[i] as number)) <= Math.abs(x) / 256));
+	const fourth = fresh();
+	await bf16.save(fourth, { dtype: 'int8' });
+	await using quantised = await DiffuGPT.fromPretrained(fourth, { device: 'cpu', dtype: 'int8' });
+	const [logits, near] = [expected[0], (await quantised.forward(ids))[0]] as [Float32Array, Float32Array];
+	const largest = logits.reduce((most, x, i) => Math.max(most, Math.abs(x - (near[i] as number))), 0);
+	t.true(largest < 0.05 * logits.reduce((most, x) => Math.max(most, Math.abs(x)), 0), String(largest));
 	const exact = fp32.getParameter('wte.weight');
 	const difference = int8.getParameter('wte.weight').map((value, i) => value - (exact[i] as number));
 	t.true(difference.some((d) => d !== 0) && difference.every((d) => Math.abs(d) < 0.001));

@@ -111,6 +111,14 @@ test('training options out of range are refused with their name', async (t) => {
 	await refuses(t, () => trainer.save('/dev/null/x'), 'ERR_DN_CHECKPOINT', /\/dev\/null\/x/, 'an unwritable path');
 	for (const path of [fresh(), '/etc/passwd', scratch])
 		await refuses(t, () => Trainer.resume(path), 'ERR_DN_CHECKPOINT', /holds no checkpoint/, path);
+	for (const dtype of ['bf16', 'int8'] as const)
+		await refuses(
+			t,
+			() => Trainer.resume(fresh(), { device: 'cpu', dtype }),
+			'ERR_DN_ARGUMENT',
+			/'fp32' to train/,
+			dtype,
+		);
 	t.deepEqual(model.getParameter('wte.weight'), before);
 });
 

@@ -53,7 +53,7 @@ enum class Epilogue : uint8_t {
 };
 
 // How exact a product must be. kBF16 allows inputs rounded to bf16 with fp32 accumulation where the machine
-// is faster at it; without such hardware it is the same as kFP32.
+// is faster at it; without such hardware it is the same as kFP32. A weight of bf16 allows it by itself.
 enum class MatmulPrecision : uint8_t { kFP32, kBF16 };
 
 // How one row of the head is to be sampled. All lists are per selected row.
@@ -169,9 +169,10 @@ class Backend {
   }
   virtual void unpack_weight(void* plain, const Weight& packed) = 0;
 
-  // int8 weights, for inference: the ops below that take a packed weight also take one whose dtype is kI8.
-  // Plain int8 matrices lie in host memory. A backend without int8 products throws Error(kArgument).
-  // (K, N): bytes of a packed weight with its scales, a multiple of 64.
+  // Narrow weights, for inference: the ops below that take a packed weight also take one whose dtype is
+  // kBF16, on backends whose memory is the host's, or kI8. Plain int8 matrices lie in host memory. A backend
+  // without int8 products throws Error(kArgument). (K, N): bytes of a packed weight with its scales, a
+  // multiple of 64.
   virtual size_t int8_bytes(int64_t, int64_t) const { throw no_int8(); }
   // (packed, plain, n_begin): columns [n_begin, n_begin + plain.N) of `packed` = plain; n_begin is a multiple
   // of kInt8Columns.

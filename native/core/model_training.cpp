@@ -27,6 +27,12 @@ void check_adamw(const AdamWStep& step, float weight_decay) {
   require(step.beta1 >= 0 && step.beta1 < 1, "beta1", step.beta1, "0 or more and less than 1");
   require(step.beta2 >= 0 && step.beta2 < 1, "beta2", step.beta2, "0 or more and less than 1");
   require(step.eps > 0 && std::isfinite(step.eps), "eps", step.eps, "a finite number above 0");
+  // What kernels make of them.
+  const double rate = step.learning_rate;
+  const double unbiased = 1 - std::pow(static_cast<double>(step.beta1), static_cast<double>(step.step));
+  const float size = static_cast<float>(rate / unbiased), decay = static_cast<float>(rate * weight_decay);
+  require(std::isfinite(size), "the learning rate divided by 1 - beta1^step", size, finite);
+  require(std::isfinite(decay), "the learning rate times the weight decay", decay, finite);
 }
 
 }  // namespace

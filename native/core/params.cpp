@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 
 #include "core/error.h"
@@ -145,7 +146,9 @@ void Model::require_held(size_t index, int64_t begin, int64_t count, const float
   for (int64_t i = 0; i < count; ++i) lost |= !is_finite_bf16(f32_to_bf16(values[i]));
   for (int64_t i = 0; lost && i < count; ++i) {
     if (is_finite_bf16(f32_to_bf16(values[i]))) continue;
-    throw Error(Code::kArgument, "parameter " + parameters_[index].name + ": " + std::to_string(values[i]) +
+    char value[32];
+    std::snprintf(value, sizeof value, "%g", static_cast<double>(values[i]));
+    throw Error(Code::kArgument, "parameter " + parameters_[index].name + ": the value " + value +
                                      " at index " + std::to_string(begin + i) +
                                      " is not finite in bf16 and cannot be held so");
   }

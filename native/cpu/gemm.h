@@ -5,11 +5,10 @@
 // multiply-adds starting from zero, and the sums of the blocks are added in order (to what is in C already
 // when accumulating). Neither the place in the batch, the tiling, the threads nor the storage of the weight
 // (plain, packed, or packed as bf16 that are widened on the way) takes part. With AMX, reductions of 128 and
-// more run on its tiles instead, in steps of 32
-// and every number as the sum of three of bf16 (gemm_kernels.h): as exact, and in an order of its own, which
-// one or two rows, multiplied without tiles, keep. MatmulPrecision::kBF16, and a weight packed as bf16, have
-// the same independence, with an order of their own and A rounded to bf16; where bf16_kernels has none they
-// are fp32.
+// more run on its tiles instead, in steps of 32 and every number as the sum of three of bf16
+// (gemm_kernels.h): as exact, and in an order of its own, which one or two rows, multiplied without tiles,
+// keep. MatmulPrecision::kBF16, and a weight packed as bf16, have the same independence, with an order of
+// their own and A rounded to bf16; where bf16_kernels has none they are fp32.
 //
 // Matrices are fp32, row-major, with a row stride in elements. Nothing here checks shapes: callers do.
 #pragma once

@@ -59,10 +59,11 @@ void tile(const Bf16Tile& t) {
   const bool beside = !whole || t.finish;
   float* const to = beside ? cells : t.c;
   const int64_t to_stride = beside ? kGemmPanel : t.c_stride;
-  const auto run = t.is_lying ? multiply_rows < kParts, kParts == 1 ? Source::kLying : Source::kPlain > (two)
-      : t.next->turned ? multiply_rows<kParts, Source::kTurned>(two)
-    : t.next->is_stream       ? multiply_rows<kParts, Source::kStream>(two)
-                              : multiply_rows<kParts, Source::kPlain>(two);
+  constexpr Source kLies = kParts == 1 ? Source::kLying : Source::kPlain;
+  const auto run = t.is_lying          ? multiply_rows<kParts, kLies>(two)
+                   : t.next->turned    ? multiply_rows<kParts, Source::kTurned>(two)
+                   : t.next->is_stream ? multiply_rows<kParts, Source::kStream>(two)
+                                       : multiply_rows<kParts, Source::kPlain>(two);
   run(t, from, from_stride, to, to_stride);
   if (t.finish) {
     finish_from(cells, kGemmPanel, *t.finish);

@@ -26,7 +26,7 @@ struct GemmPrefetch {
 // order it is read in. Hardware follows that by itself and is slower when it is asked for far ahead, unless
 // rows, or a bf16 weight that is widened, leave it time.
 constexpr int64_t kFetchFar = 6 << 10;
-constexpr int64_t fetch_bytes(int64_t rows) { return rows <= 2 ? 3 << 10 : kFetchFar; }
+static constexpr int64_t fetch_bytes(int64_t rows) { return rows <= 2 ? 3 << 10 : kFetchFar; }
 
 // What happens to finished cells: c += bias; then, when gelu, pre = c (if given, and only then) and c =
 // gelu(c); c += residual.
@@ -43,7 +43,7 @@ struct GemmFinish {
 };
 
 // That of rows [first, first + rows) alone.
-inline GemmFinish rows_of(GemmFinish f, int64_t first, int64_t rows) {
+static inline GemmFinish rows_of(GemmFinish f, int64_t first, int64_t rows) {
   f.c += first * f.c_stride;
   f.rows = rows;
   if (f.pre) f.pre += first * f.extra_stride;
@@ -69,7 +69,8 @@ struct GemmTile {
   // does not.
   float* packed = nullptr;
   int64_t b_stride = kGemmPanel;
-  // A packed b comes from memory, and what lies behind it is multiplied next: asked for fetch_bytes ahead.
+  // A packed b comes from memory, and what lies behind it is multiplied next. Kernels may ask for it some
+  // fetch_bytes ahead; those of x86 do.
   bool fetch = false;
   // b is the words of a packed bf16 weight (bf16_words), from a step of the reduction on: widened on the way,
   // and to `packed` where that is given.
@@ -115,9 +116,11 @@ constexpr int64_t kBf16Tile = 512;  // numbers in a tile
 // A weight packed as bf16 has panels of (pairs of the reduction, kGemmPanel) words, whole steps of them: a
 // word holds a pair, the even number in its lower half. So the pairs of a step are tiles of B, 128 bytes
 // apart. Place of the pair at k, an even number, in a panel:
-inline int64_t bf16_words(int64_t k) { return k / 2 * kGemmPanel; }
+static constexpr int64_t bf16_words(int64_t k) { return k / 2 * kGemmPanel; }
 // Words of a panel of K rows.
-inline int64_t bf16_panel_words(int64_t K) { return (K + kBf16Step - 1) / kBf16Step * bf16_words(kBf16Step); }
+static constexpr int64_t bf16_panel_words(int64_t K) {
+  return (K + kBf16Step - 1) / kBf16Step * bf16_words(kBf16Step);
+}
 
 // A block of a panel of fp32 to be packed as B, piece by piece: whole steps, two rows of it at a time. Where
 // the panel lies transposed, squares of it are turned into `turned` before: those of the step that is packed
@@ -162,7 +165,7 @@ struct Bf16Tile {
   // pack_pairs is not looked at.
   int64_t stream = 0;
   bool is_lying = false;  // b lies as in a weight packed as bf16 (one part)
-  bool fetch = false;     // as in GemmTile
+  bool fetch = false;     // as in GemmTile; AMX leaves it to the hardware
 };
 
 struct Bf16Kernels {

@@ -30,17 +30,28 @@ void each_panel(const Cpu& cpu, const Weight& w, CopyPanel&& copy_panel) {
   });
 }
 
-// Rows [k, k + rows) of panel n / kGemmPanel of a (K, N) weight packed as `to`, written by fill(floats), with
-// columns past the end zero. k is a multiple of kPackRows.
+// Rows of a panel that are on their way to or from bf16 at a time: 32 KB, on the stack of a task, which must
+// not throw.
+constexpr int64_t kPieceRows = 256;
+
+// Rows [k, k + rows) of panel n / kGemmPanel of a (K, N) weight packed as `to`, columns past the end zero, k
+// a multiple of kPackRows. fill(floats, first, count) writes `count` of them, from the one at `first` on.
 template <typename Fill>
 void write_panel(void* packed, Dtype to, const Weight& w, int64_t n, int64_t k, int64_t rows, Fill&& fill) {
   const int64_t panel = n / kGemmPanel;
   float* const words = static_cast<float*>(packed);
-  const bool is_bf16 = to == Dtype::kBF16;
-  float* const floats = is_bf16 ? gemm_scratch(rows * kGemmPanel) : words + (panel * w.K + k) * kGemmPanel;
-  if (n + kGemmPanel > w.N) std::memset(floats, 0, static_cast<size_t>(rows * kGemmPanel) * sizeof(float));
-  fill(floats);
-  if (is_bf16) pack_bf16(words + panel * bf16_panel_words(w.K) + bf16_words(k), floats, rows);
+  const auto write = [&](float* floats, int64_t first, int64_t count) {
+    const int64_t bytes = count * kGemmPanel * static_cast<int64_t>(sizeof(float));
+    if (n + kGemmPanel > w.N) std::memset(floats, 0, static_cast<size_t>(bytes));
+    fill(floats, first, count);
+  };
+  if (to == Dtype::kF32) return write(words + (panel * w.K + k) * kGemmPanel, 0, rows);
+  alignas(64) float piece[kPieceRows * kGemmPanel];
+  for (int64_t first = 0; first < rows; first += kPieceRows) {
+    const int64_t count = std::min(kPieceRows, rows - first);
+    write(piece, first, count);
+    pack_bf16(words + panel * bf16_panel_words(w.K) + bf16_words(k + first), piece, count);
+  }
 }
 
 void check_form(const char* op, const Weight& w, Dtype to) {
@@ -95,11 +106,11 @@ void pack_weight(const Cpu& cpu, void* packed, const Weight& plain, Dtype to) {
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
   const float* const src = static_cast<const float*>(plain.data);
   each_panel(cpu, plain, [&](int64_t n, int64_t cols) {
-    write_panel(packed, to, plain, n, 0, plain.K, [&](float* dst) {
+    write_panel(packed, to, plain, n, 0, plain.K, [&](float* dst, int64_t first, int64_t count) {
       if (plain.order == WeightOrder::kInOut) {
-        kernels.copy(dst, kGemmPanel, src + n, plain.N, plain.K, cols);
+        kernels.copy(dst, kGemmPanel, src + first * plain.N + n, plain.N, count, cols);
       } else {
-        kernels.transpose(dst, kGemmPanel, src + n * plain.K, plain.K, cols, plain.K);
+        kernels.transpose(dst, kGemmPanel, src + n * plain.K + first, plain.K, cols, count);
       }
     });
   });
@@ -123,8 +134,9 @@ void pack_rows(const Cpu& cpu, void* packed, const Weight& whole, const float* r
   check_form("pack_rows", whole, to);
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
   each_panel(cpu, whole, [&](int64_t n, int64_t cols) {
-    write_panel(packed, to, whole, n, begin, count,
-                [&](float* dst) { kernels.copy(dst, kGemmPanel, rows + n, whole.N, count, cols); });
+    write_panel(packed, to, whole, n, begin, count, [&](float* dst, int64_t first, int64_t some) {
+      kernels.copy(dst, kGemmPanel, rows + first * whole.N + n, whole.N, some, cols);
+    });
   });
 }
 
@@ -137,16 +149,19 @@ void unpack_weight(const Cpu& cpu, float* plain, const Weight& packed) {
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
   const float* const words = static_cast<const float*>(packed.data);
   each_panel(cpu, packed, [&](int64_t n, int64_t cols) {
-    const float* src = words + n * packed.K;
-    if (packed.dtype == Dtype::kBF16) {
-      float* const wide = gemm_scratch(packed.K * kGemmPanel);
-      unpack_bf16(wide, words + n / kGemmPanel * bf16_panel_words(packed.K), packed.K);
-      src = wide;
-    }
-    if (packed.order == WeightOrder::kInOut) {
-      kernels.copy(plain + n, packed.N, src, kGemmPanel, packed.K, cols);
-    } else {
-      kernels.transpose(plain + n * packed.K, packed.K, src, kGemmPanel, packed.K, cols);
+    const auto read = [&](const float* src, int64_t first, int64_t count) {
+      if (packed.order == WeightOrder::kInOut) {
+        kernels.copy(plain + first * packed.N + n, packed.N, src, kGemmPanel, count, cols);
+      } else {
+        kernels.transpose(plain + n * packed.K + first, packed.K, src, kGemmPanel, count, cols);
+      }
+    };
+    if (packed.dtype == Dtype::kF32) return read(words + n * packed.K, 0, packed.K);
+    alignas(64) float piece[kPieceRows * kGemmPanel];
+    for (int64_t first = 0; first < packed.K; first += kPieceRows) {
+      const int64_t count = std::min(kPieceRows, packed.K - first);
+      unpack_bf16(piece, words + n / kGemmPanel * bf16_panel_words(packed.K) + bf16_words(first), count);
+      read(piece, first, count);
     }
   });
 }

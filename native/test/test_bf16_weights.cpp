@@ -6,7 +6,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/error.h"
@@ -16,6 +18,7 @@
 #include "test/check.h"
 #include "test/narrow_model.h"
 #include "test/product_reference.h"
+#include "test/proxy_backend.h"
 
 namespace {
 
@@ -115,7 +118,7 @@ DN_TEST(bf16_weights_are_widened_exactly) { check_shapes(check_widened); }
 
 // A row has the same bits alone, among others and in a chunk of the head.
 DN_TEST(bf16_weights_multiply_a_row_alike_everywhere) {
-  const int64_t M = 45, N = 333, K = 272;
+  const int64_t M = 145, N = 333, K = 2400;  // several blocks, chunks of rows and segments
   Numbers numbers(3);
   std::vector<float> a = numbers.vector(M * K);
   const std::vector<float> b = numbers.vector(K * N);
@@ -226,6 +229,68 @@ DN_TEST(bf16_model_is_the_fp32_model_of_rounded_weights) {
   CHECK(std::fabs(static_cast<double>(loss) - (std::log(mass) - static_cast<double>(row[5]))) < 1e-5);
 }
 
+// Statistics are those of the logits, and a row after a cache is that of the whole sequence.
+DN_TEST(bf16_model_serves_the_head_and_caches) {
+  const ModelConfig config{2, 4, 64, 32, 301};
+  Model model(make_cpu_backend(2), config, Dtype::kBF16);
+  model.initialise(5);
+  Batch batch = one_sequence(20, config.vocab, 2);
+  batch.sequences[0].mask = test::inference::mask_of(MaskKind::kCausal);
+  const std::vector<float> logits = forward_logits(model, batch);
+  const float* const last = logits.data() + 19 * config.vocab;
+  const int64_t best = std::max_element(last, last + config.vocab) - last;
+  double mass = 0;
+  for (int64_t i = 0; i < config.vocab; ++i)
+    mass += std::exp(static_cast<double>(last[i]) - static_cast<double>(last[best]));
+
+  KvCache cache(model.backend(), config, 20);
+  for (const auto& [begin, end] : {std::pair{0, 12}, std::pair{12, 19}, std::pair{19, 20}}) {
+    Batch part;
+    part.ids.assign(batch.ids.begin() + begin, batch.ids.begin() + end);
+    part.positions.assign(batch.positions.begin() + begin, batch.positions.begin() + end);
+    Sequence sequence = batch.sequences[0];
+    sequence.end = end - begin;
+    sequence.k_len = end;
+    sequence.cache = &cache;
+    part.sequences.push_back(sequence);
+    const std::vector<float> row = forward_logits(model, part, {end - begin - 1});
+    const float* const whole = logits.data() + (end - 1) * config.vocab;
+    CHECK(std::memcmp(row.data(), whole, row.size() * sizeof(float)) == 0);
+  }
+  DenoiseRow row;
+  row.temperature = 0;
+  DenoiseStats stats;
+  model.denoise(&stats, nullptr, &row, 1, nullptr, 0);  // of the last part's row
+  CHECK(stats.best == best);
+  CHECK(std::fabs(static_cast<double>(stats.probability) - 1 / mass) < 1e-6);
+}
+
+// int8 values become their products with the scales, rounded; what a bf16 model would be as int8 is that of
+// its own weights.
+DN_TEST(bf16_model_takes_and_gives_int8) {
+  const ModelConfig config{1, 2, 36, 8, 131};
+  Model fp32(make_cpu_backend(1), config), bf16(make_cpu_backend(2), config, Dtype::kBF16),
+      widened(make_cpu_backend(1), config);
+  fp32.initialise(7);
+  for (const char* const name : {"wte.weight", "h.0.mlp.c_fc.weight"}) {
+    const size_t index = fp32.find_parameter(name);
+    const size_t count = static_cast<size_t>(fp32.parameters()[index].count);
+    const size_t N = static_cast<size_t>(fp32.int8_columns(index));
+    std::vector<int8_t> q(count), q_widened(count);
+    std::vector<float> scales(N), scales_widened(N), values(count), back(count);
+    fp32.get_int8(index, q.data(), scales.data());
+    fp32.set_int8(index, q.data(), scales.data());
+    fp32.get_parameter(index, values.data());
+    bf16.set_int8(index, q.data(), scales.data());
+    bf16.get_parameter(index, back.data());
+    CHECK_MSG(same_bits(back, rounded(values)), name);
+    widened.set_parameter(index, back.data());
+    bf16.get_int8(index, q.data(), scales.data());
+    widened.get_int8(index, q_widened.data(), scales_widened.data());
+    CHECK_MSG(q == q_widened && same_bits(scales, scales_widened), name);
+  }
+}
+
 DN_TEST(bf16_model_refuses_training_and_values_it_cannot_hold) {
   const ModelConfig config{1, 2, 32, 8, 64};
   Model model(make_cpu_backend(1), config, Dtype::kBF16);
@@ -236,11 +301,20 @@ DN_TEST(bf16_model_refuses_training_and_values_it_cannot_hold) {
   for (const float value : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::max()}) {
     values[100] = value;
     CHECK_THROWS(model.set_parameter(index, values.data()), Code::kArgument, "index 100");
-    const auto read = [&](int64_t begin, int64_t count, float* out) {
-      std::copy(values.begin() + begin, values.begin() + begin + count, out);
-    };
-    CHECK_THROWS(model.set_parameter(index, read), Code::kArgument, "h.0.mlp.c_fc.weight");
   }
+  // Read in pieces.
+  Model wide(make_cpu_backend(1), ModelConfig{1, 2, 64, 8, 5000}, Dtype::kBF16);
+  const auto read = [&](int64_t begin, int64_t count, float* out) {
+    std::fill(out, out + count, 1.0f);
+    if (begin <= 300001 && 300001 < begin + count)
+      out[300001 - begin] = std::numeric_limits<float>::infinity();
+  };
+  CHECK_THROWS(wide.set_parameter(wide.find_parameter("wte.weight"), read), Code::kArgument, "index 300001");
+  test::ProxyControl control;
+  control.host_memory = false;
+  CHECK_THROWS(
+      Model(std::make_unique<test::ProxyBackend>(make_cpu_backend(1), &control), config, Dtype::kBF16),
+      Code::kArgument, "bf16 ones are for the CPU");
   values[100] = 3.3895313e38f;  // the largest bf16
   model.set_parameter(index, values.data());
   model.get_parameter(index, back.data());

@@ -203,6 +203,11 @@ DN_TEST(training_rejects_bad_calls) {
   refused(&AdamWStep::beta2, {-0.1f, 1, infinity}, "beta2 is");
   refused(&AdamWStep::eps, {0, -1, infinity, nan}, "eps is");
   CHECK_THROWS(model->adamw(AdamWStep(), infinity), Code::kArgument, "the weight decay is inf in fp32");
+  AdamWStep large;
+  large.learning_rate = 1e38f;
+  CHECK_THROWS(model->adamw(large, 0), Code::kArgument, "divided by 1 - beta1^step is inf");
+  large.beta1 = 0;
+  CHECK_THROWS(model->adamw(large, 10), Code::kArgument, "times the weight decay is inf");
   check_same_bits(*model, weights(*model), before, "weight");
   const auto changed = [&](void (*change)(Task&)) {
     Task task = good;
