@@ -152,7 +152,7 @@ class CudaBackend : public Backend {
   void matmul_forward(Tensor out, Tensor inp, const Weight& w, Tensor bias, Epilogue epilogue, Tensor extra,
                       MatmulPrecision precision) override;
   void matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp, const Weight& w,
-                       MatmulPrecision precision) override;
+                       MatmulPrecision precision, Store store) override;
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override;
 
   // backend_attention.cu
@@ -174,7 +174,7 @@ class CudaBackend : public Backend {
                            const int32_t* count, const Weight& wte);
   void head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte, Tensor hidden, const int64_t* rows,
                           const int32_t* targets, const float* weights, int64_t R, const Weight& wte,
-                          MatmulPrecision precision) override;
+                          MatmulPrecision precision, Store store) override;
 
   void adamw(void* params, const void* gradients, void* m, void* v, int64_t n,
              const AdamWStep& step) override;

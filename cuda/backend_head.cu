@@ -211,7 +211,7 @@ void CudaBackend::head_denoise_listed(DenoiseResult* results, Tensor hidden, con
 
 void CudaBackend::head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte, Tensor hidden,
                                      const int64_t* rows, const int32_t* targets, const float* weights,
-                                     int64_t R, const Weight& wte, MatmulPrecision) {
+                                     int64_t R, const Weight& wte, MatmulPrecision, Store store) {
   const Stream stream = begin();
   const char* const op = "head_cross_entropy";
   const int64_t V = wte.N, C = wte.K, stride = logits_stride(V);
@@ -230,6 +230,8 @@ void CudaBackend::head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte,
         refuse(op, "row " + std::to_string(rows[r]) + " is listed twice");
     }
     fill_zero(dhidden.data, static_cast<size_t>(dhidden.rows * C) * dtype_bytes(dtype_), stream);
+    if (R == 0 && store == Store::kSet)
+      fill_zero(dwte.data, static_cast<size_t>(V * dwte.stride) * sizeof(float), stream);
   }
   if (R == 0) return;
 
@@ -282,7 +284,7 @@ void CudaBackend::head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte,
     to_weight.b = {inp.data, inp.stride, false};
     to_weight.c = dwte.data;
     to_weight.c_stride = dwte.stride;
-    to_weight.accumulate = true;
+    to_weight.accumulate = begin_row > 0 || store == Store::kAdd;
     multiply(to_weight);
   }
   copy_to_host(losses, device_losses, static_cast<size_t>(R) * sizeof(float), stream);

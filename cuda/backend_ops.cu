@@ -140,7 +140,7 @@ void CudaBackend::matmul_forward(Tensor out, Tensor inp, const Weight& w, Tensor
 }
 
 void CudaBackend::matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,
-                                  const Weight& w, MatmulPrecision) {
+                                  const Weight& w, MatmulPrecision, Store store) {
   const Stream stream = begin();
   const char* const op = "matmul_backward";
   const int64_t M = dout.rows;
@@ -175,7 +175,7 @@ void CudaBackend::matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Ten
     p.b = {right.data, right.stride, false};
     p.c = dweight.data;
     p.c_stride = dweight.stride;
-    p.accumulate = true;
+    p.accumulate = store == Store::kAdd;
     multiply(p);
   }
   if (dbias) {

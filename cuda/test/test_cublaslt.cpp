@@ -93,7 +93,7 @@ DN_TEST(cuda_cublaslt_products) {
                                MatmulPrecision::kBF16);
         list.push_back(out.get());
         device->matmul_backward(dx.tensor(), dw.tensor(), dbias.tensor(), out.tensor(), x.tensor(), weight,
-                                MatmulPrecision::kBF16);
+                                MatmulPrecision::kBF16, Store::kAdd);
         list.push_back(dx.get());
         list.push_back(dw.get());
       }

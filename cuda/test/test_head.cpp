@@ -58,13 +58,19 @@ void check_cross_entropy(Dtype dtype, int64_t V, int64_t C, int64_t N, int64_t R
   std::vector<float> got(idx(R), kNan), alone(idx(R), kNan);
   device.head_cross_entropy(got.data(), dhidden.tensor(), dwte.tensor(), hidden.tensor(), rows.data(),
                             targets.data(), weights.data(), R, head_weight(wte.data(), V, C),
-                            MatmulPrecision::kBF16);
+                            MatmulPrecision::kBF16, Store::kAdd);
   CHECK_ERROR(got, losses, 2e-5, what + ", losses");
   CHECK_ERROR(dhidden.get(), dh, tolerance(dtype), what + ", dhidden");
   CHECK_ERROR(dwte.get(), dw, dtype == Dtype::kBF16 ? 4e-3 : 1e-5, what + ", dwte");
   device.head_cross_entropy(alone.data(), Tensor(), Tensor(), hidden.tensor(), rows.data(), targets.data(),
-                            weights.data(), R, head_weight(wte.data(), V, C), MatmulPrecision::kBF16);
+                            weights.data(), R, head_weight(wte.data(), V, C), MatmulPrecision::kBF16,
+                            Store::kAdd);
   CHECK(alone == got);
+  for (size_t i = 0; i < dw.size(); ++i) dw[i] -= static_cast<double>(dwte.host()[i]);
+  device.head_cross_entropy(got.data(), dhidden.tensor(), dwte.tensor(), hidden.tensor(), rows.data(),
+                            targets.data(), weights.data(), R, head_weight(wte.data(), V, C),
+                            MatmulPrecision::kBF16, Store::kSet);
+  CHECK_ERROR(dwte.get(), dw, dtype == Dtype::kBF16 ? 4e-3 : 1e-5, what + ", dwte, set");
 }
 
 DN_TEST(cuda_cross_entropy) {
@@ -85,17 +91,18 @@ DN_TEST(cuda_cross_entropy_refuses_and_diverges) {
   const float weights[] = {1, 1};
   float losses[2] = {0, 0};
   const int32_t good[] = {1, 2};
+  CHECK_THROWS(device.head_cross_entropy(losses, dhidden.tensor(), dwte.tensor(), hidden.tensor(), twice,
+                                         good, weights, 2, head_weight(wte.data(), 5, 4),
+                                         MatmulPrecision::kFP32, Store::kAdd),
+               Code::kArgument, "listed twice");
   CHECK_THROWS(
-      device.head_cross_entropy(losses, dhidden.tensor(), dwte.tensor(), hidden.tensor(), twice, good,
-                                weights, 2, head_weight(wte.data(), 5, 4), MatmulPrecision::kFP32),
-      Code::kArgument, "listed twice");
-  CHECK_THROWS(device.head_cross_entropy(losses, Tensor(), Tensor(), hidden.tensor(), twice, targets, weights,
-                                         2, head_weight(wte.data(), 5, 4), MatmulPrecision::kFP32),
-               Code::kArgument, "id 9");
+      device.head_cross_entropy(losses, Tensor(), Tensor(), hidden.tensor(), twice, targets, weights, 2,
+                                head_weight(wte.data(), 5, 4), MatmulPrecision::kFP32, Store::kAdd),
+      Code::kArgument, "id 9");
   hidden.set({1, 1, 1, 1, kNan, 1, 1, 1});
   const int64_t rows[] = {0, 1};
   device.head_cross_entropy(losses, Tensor(), Tensor(), hidden.tensor(), rows, good, weights, 2,
-                            head_weight(wte.data(), 5, 4), MatmulPrecision::kFP32);
+                            head_weight(wte.data(), 5, 4), MatmulPrecision::kFP32, Store::kAdd);
   CHECK(std::isfinite(losses[0]) && std::isnan(losses[1]));
 }
 

@@ -107,11 +107,15 @@ struct Case {
     Array dweight(device, Dtype::kF32, in_out ? K : N, in_out ? N : K, std::vector<float>(idx(K * N), 0.25f));
     Array dbias(device, Dtype::kF32, 1, N, std::vector<float>(idx(N), -0.5f));
     device.matmul_backward(out.tensor(), dweight.tensor(), dbias.tensor(), dout.tensor(), inp.tensor(),
-                           weight, MatmulPrecision::kBF16);
+                           weight, MatmulPrecision::kBF16, Store::kAdd);
     CHECK_ERROR(out.get(), dinp, tolerance(dtype), what("dinp"));
     // fp32 sums of products of bf16 numbers: exact inputs, so as good as fp32.
     CHECK_ERROR(dweight.get(), dw, 1e-5, what("dweight"));
     CHECK_ERROR(dbias.get(), db, 1e-5, what("dbias"));
+    device.matmul_backward(Tensor(), dweight.tensor(), Tensor(), dout.tensor(), inp.tensor(), weight,
+                           MatmulPrecision::kBF16, Store::kSet);
+    for (double& sum : dw) sum -= 0.25;
+    CHECK_ERROR(dweight.get(), dw, 1e-5, what("dweight, set"));
   }
 };
 

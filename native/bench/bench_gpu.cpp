@@ -130,7 +130,7 @@ void bench_products(const Bench& bench, Backend& gpu) {
       });
       bench.run("product/" + shape + "/backward", gpu, 0, 2 * flops, 0, [&] {
         gpu.matmul_backward(dx.tensor(), dw.tensor(), db.tensor(), y.tensor(), x.tensor(), weight,
-                            MatmulPrecision::kBF16);
+                            MatmulPrecision::kBF16, Store::kAdd);
       });
     }
   }

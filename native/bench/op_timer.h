@@ -144,18 +144,18 @@ class OpTimer : public Backend {
             [&] { inner_->matmul_forward(out, inp, w, bias, epilogue, extra, precision); });
   }
   void matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp, const Weight& w,
-                       MatmulPrecision precision) override {
+                       MatmulPrecision precision, Store store) override {
     if (dinp) {
       measure("matmul dinp " + w.shape(), product(dout.rows, w), size(dinp) + size(dout) + size(w),
-              [&] { inner_->matmul_backward(dinp, Tensor(), Tensor(), dout, inp, w, precision); });
+              [&] { inner_->matmul_backward(dinp, Tensor(), Tensor(), dout, inp, w, precision, store); });
     }
     if (dweight) {
       measure("matmul dweight " + w.shape(), product(dout.rows, w), size(dout) + size(inp) + 2 * size(w),
-              [&] { inner_->matmul_backward(Tensor(), dweight, Tensor(), dout, inp, w, precision); });
+              [&] { inner_->matmul_backward(Tensor(), dweight, Tensor(), dout, inp, w, precision, store); });
     }
     if (dbias) {
       measure("matmul dbias", 0, size(dout),
-              [&] { inner_->matmul_backward(Tensor(), Tensor(), dbias, dout, inp, w, precision); });
+              [&] { inner_->matmul_backward(Tensor(), Tensor(), dbias, dout, inp, w, precision, store); });
     }
   }
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override {
@@ -186,9 +186,10 @@ class OpTimer : public Backend {
   }
   void head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte, Tensor hidden, const int64_t* rows,
                           const int32_t* targets, const float* weights, int64_t R, const Weight& wte,
-                          MatmulPrecision precision) override {
+                          MatmulPrecision precision, Store store) override {
     measure("head_cross_entropy", (dhidden ? 3 : 1) * product(R, wte), (dhidden ? 3 : 1) * size(wte), [&] {
-      inner_->head_cross_entropy(losses, dhidden, dwte, hidden, rows, targets, weights, R, wte, precision);
+      inner_->head_cross_entropy(losses, dhidden, dwte, hidden, rows, targets, weights, R, wte, precision,
+                                 store);
     });
   }
   void adamw(void* params, const void* gradients, void* m, void* v, int64_t n,

@@ -4,10 +4,10 @@
 //
 // Letters: N packed tokens (sequences laid end to end, no padding), R selected rows, C channels, NH heads,
 // HS = C / NH head size, V vocabulary, S sequences.
-// Gradients of parameters accumulate (+=); gradients of activations are overwritten unless an op says
-// otherwise. Every output row depends only on its own inputs, with a fixed order of additions: results are
-// the same bits for any thread count and whatever else is in the batch. Index lists (ids, positions, rows)
-// are host memory; tensors are memory of the backend.
+// Gradients of parameters accumulate (+=), those of weights unless Store::kSet is asked for; gradients of
+// activations are overwritten unless an op says otherwise. Every output row depends only on its own inputs,
+// with a fixed order of additions: results are the same bits for any thread count and whatever else is in the
+// batch. Index lists (ids, positions, rows) are host memory; tensors are memory of the backend.
 #pragma once
 
 #include <atomic>
@@ -55,6 +55,9 @@ enum class Epilogue : uint8_t {
 // How exact a product must be. kBF16 allows inputs rounded to bf16 with fp32 accumulation where the machine
 // is faster at it; without such hardware it is the same as kFP32. A weight of bf16 allows it by itself.
 enum class MatmulPrecision : uint8_t { kFP32, kBF16 };
+
+// What the gradient of a weight does to what is there.
+enum class Store : uint8_t { kAdd, kSet };
 
 // How one row of the head is to be sampled. All lists are per selected row.
 struct DenoiseRow {
@@ -198,10 +201,10 @@ class Backend {
   // out (M, N) = epilogue(inp (M, K) * w + bias); bias (1, N) may be null.
   virtual void matmul_forward(Tensor out, Tensor inp, const Weight& w, Tensor bias, Epilogue epilogue,
                               Tensor extra, MatmulPrecision precision) = 0;
-  // dinp (M, K) = dout * W^T, when dinp is given; dweight (in w's order) += inp^T dout; dbias (1, N) +=
-  // column sums. w must be plain.
+  // dinp (M, K) = dout * W^T, when dinp is given; dweight (in w's order) += or, with `store`, = inp^T dout;
+  // dbias (1, N) += column sums. w must be plain.
   virtual void matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,
-                               const Weight& w, MatmulPrecision precision) = 0;
+                               const Weight& w, MatmulPrecision precision, Store store) = 0;
   // dinp = dout * gelu'(inp); dinp may be dout.
   virtual void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) = 0;
 
@@ -227,11 +230,11 @@ class Backend {
                             int64_t R, const int32_t* watch, int64_t watch_count, const Weight& wte) = 0;
   // Fused projection and cross-entropy of R rows: losses[r] = -log softmax(hidden[rows[r]] *
   // wte^T)[targets[r]] (host, unweighted). When dhidden is given: dhidden[rows[r]] = weights[r] * d losses[r]
-  // (the other rows are zeroed), and dwte (V, C) += . (R, V) logits are never held in full. wte must be plain
-  // for gradients.
+  // (the other rows are zeroed), and dwte (V, C) += or, with `store`, = . (R, V) logits are never held in
+  // full. wte must be plain for gradients.
   virtual void head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte, Tensor hidden,
                                   const int64_t* rows, const int32_t* targets, const float* weights,
-                                  int64_t R, const Weight& wte, MatmulPrecision precision) = 0;
+                                  int64_t R, const Weight& wte, MatmulPrecision precision, Store store) = 0;
 
   // One AdamW step over n consecutive parameters, gradients and moments.
   virtual void adamw(void* params, const void* gradients, void* m, void* v, int64_t n,

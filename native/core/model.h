@@ -181,6 +181,8 @@ class Model {
   // Views of a parameter, or of the same place in a gradient buffer. Vectors are (1, n), wpe is (context, C).
   Tensor tensor(size_t index) const;
   Tensor gradient(size_t index) const;
+  Store begin_gradients();  // of a backward pass: what it does with those of weights
+  void settle_gradients();
   Weight weight(size_t index) const;
   Weight plain_weight(size_t index, const void* data) const;
   // fp32 words reserved for parameter `index`: its count, or what its packed form needs.
@@ -207,7 +209,7 @@ class Model {
   void block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActivations& a, bool listed,
                      MatmulPrecision precision);
   void block_backward(int32_t layer, Tensor inp, const BlockActivations& a, bool listed,
-                      MatmulPrecision precision);
+                      MatmulPrecision precision, Store store);
   const int64_t* first_rows(int64_t R);
   void check_loop(const LoopRequest& request) const;
   void check_loss_rows(const Batch& batch, const LossRows& rows);

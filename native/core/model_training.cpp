@@ -39,8 +39,9 @@ void check_adamw(const AdamWStep& step, float weight_decay) {
 
 void Model::begin_training() {
   if (training_) {
-    for (const Buffer* each : {training_->gradients.get(), training_->m.get(), training_->v.get()})
+    for (const Buffer* each : {training_->m.get(), training_->v.get()})
       backend_->zero(each->data(), each->bytes());
+    zero_gradients();
     return;
   }
   if (weights_ != Dtype::kF32) {
@@ -73,6 +74,23 @@ void Model::end_training() {
 const Model::Training& Model::require_training(const char* caller) const {
   if (!training_) bad(std::string(caller) + ": the model is not training, call begin_training first");
   return *training_;
+}
+
+// What of clear gradients a backward pass adds to becomes zeros; weights it is told to set.
+Store Model::begin_gradients() {
+  if (!training_->are_clear) return Store::kAdd;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    if (is_packable(i, parameters_[i])) continue;
+    backend_->zero(gradient(i).data, static_cast<size_t>(parameters_[i].count) * sizeof(float));
+  }
+  return Store::kSet;
+}
+
+// For what reads all gradients.
+void Model::settle_gradients() {
+  if (!training_->are_clear) return;
+  backend_->zero(training_->gradients->data(), training_->gradients->bytes());
+  training_->are_clear = false;
 }
 
 Tensor Model::gradient(size_t index) const {
@@ -125,7 +143,7 @@ void Model::loss(const Batch& batch, const LossRows& rows, const TrainingOptions
   }
   run_forward(batch, rows.rows, options.precision);
   backend_->head_cross_entropy(losses, Tensor(), Tensor(), hidden_, first_rows(R), rows.targets.data(),
-                               rows.weights.data(), R, weight(kWte), options.precision);
+                               rows.weights.data(), R, weight(kWte), options.precision, Store::kAdd);
 }
 
 void Model::loss_and_gradients(const Batch& batch, const LossRows& rows, const TrainingOptions& options,
@@ -207,8 +225,9 @@ void Model::loss_and_gradients(const Batch& batch, const LossRows& rows, const T
   backend.layernorm_forward(lnf, lnf_mean, lnf_rstd, input(L), tensor(lnf_weight), tensor(lnf_bias));
 
   const Tensor dh = listed ? w.dh_rows : w.dh, dlnf = w.dln.slice(0, R);
+  const Store store = begin_gradients();
   backend.head_cross_entropy(losses, dlnf, gradient(kWte), lnf, first_rows(R), rows.targets.data(),
-                             rows.weights.data(), R, weight(kWte), options.precision);
+                             rows.weights.data(), R, weight(kWte), options.precision, store);
   backend.zero(dh.data, static_cast<size_t>(R * C) * dtype_bytes(dtype));
   backend.layernorm_backward(dh, gradient(lnf_weight), gradient(lnf_bias), dlnf, input(L), tensor(lnf_weight),
                              lnf_mean, lnf_rstd);
@@ -217,9 +236,11 @@ void Model::loss_and_gradients(const Batch& batch, const LossRows& rows, const T
     if (options.recompute && layer < L - 1) {
       block_forward(layer, Tensor(), input(layer), activations(layer), false, options.precision);
     }
-    block_backward(layer, input(layer), activations(layer), listed && layer == L - 1, options.precision);
+    block_backward(layer, input(layer), activations(layer), listed && layer == L - 1, options.precision,
+                   store);
   }
   backend.embedding_backward(gradient(kWte), gradient(kWpe), w.dh, batch.ids.data(), batch.positions.data());
+  training_->are_clear = false;
 }
 
 // Mirror of block_forward. The workspace's dh holds the gradient of the block's output and becomes that of
@@ -227,14 +248,14 @@ void Model::loss_and_gradients(const Batch& batch, const LossRows& rows, const T
 // norm. With `listed` only the plan's rows of the output have one, in dh_rows; below the projection of
 // attention, where the rows meet again, all have.
 void Model::block_backward(int32_t layer, Tensor inp, const BlockActivations& a, bool listed,
-                           MatmulPrecision precision) {
+                           MatmulPrecision precision, Store store) {
   Workspace& w = *workspace_;
   Backend& backend = *backend_;
   const auto parameter = [&](BlockParameter which) { return block_parameter(layer, which); };
   const auto matmul_backward = [&](Tensor dinp, BlockParameter matrix, BlockParameter bias, Tensor dout,
                                    Tensor input) {
     backend.matmul_backward(dinp, gradient(parameter(matrix)), gradient(parameter(bias)), dout, input,
-                            weight(parameter(matrix)), precision);
+                            weight(parameter(matrix)), precision, store);
   };
 
   const int64_t R = a.mid.rows;
@@ -261,13 +282,17 @@ void Model::block_backward(int32_t layer, Tensor inp, const BlockActivations& a,
                              tensor(parameter(kLn1Weight)), a.ln1_mean, a.ln1_rstd);
 }
 
+// On the host a pass over all gradients costs more than to clear the few that are added to one by one; a
+// device clears all at once.
 void Model::zero_gradients() {
-  const Training& training = require_training("zero_gradients");
-  backend_->zero(training.gradients->data(), training.gradients->bytes());
+  require_training("zero_gradients");
+  training_->are_clear = true;
+  if (!backend_->host_memory()) settle_gradients();
 }
 
 double Model::gradient_sum_of_squares() {
   const Training& training = require_training("gradient_sum_of_squares");
+  settle_gradients();
   const int64_t n = static_cast<int64_t>(training.gradients->bytes() / sizeof(float));
   return backend_->sum_of_squares(training.gradients->data(), n);
 }
@@ -276,6 +301,7 @@ double Model::gradient_sum_of_squares() {
 void Model::adamw(const AdamWStep& step, float weight_decay) {
   const Training& training = require_training("adamw");
   check_adamw(step, weight_decay);
+  settle_gradients();
   const int64_t total = static_cast<int64_t>(storage_->bytes() / sizeof(float));
   for (size_t begin = 0; begin < parameters_.size();) {
     size_t end = begin + 1;
@@ -294,6 +320,7 @@ void Model::adamw(const AdamWStep& step, float weight_decay) {
 
 void Model::get_gradient(size_t index, float* out) {
   require_training("get_gradient");
+  settle_gradients();
   const Parameter& p = parameter_at(parameters_, index);
   backend_->download(out, gradient(index).data, static_cast<size_t>(p.count) * sizeof(float));
 }

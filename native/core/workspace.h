@@ -213,6 +213,9 @@ struct Model::Workspace {
 
 struct Model::Training {
   std::unique_ptr<Buffer> gradients, m, v;  // laid out like the parameters
+  // What lies in `gradients` is to be taken for zeros: the next backward pass sets weights instead of
+  // clearing them and adding to them.
+  bool are_clear = false;
 };
 
 }  // namespace dn

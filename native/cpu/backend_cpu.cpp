@@ -90,8 +90,8 @@ class CpuBackend : public Backend {
     cpu::matmul_forward(cpu_, out, inp, w, bias, epilogue, extra, precision);
   }
   void matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp, const Weight& w,
-                       MatmulPrecision precision) override {
-    cpu::matmul_backward(cpu_, dinp, dweight, dbias, dout, inp, w, precision);
+                       MatmulPrecision precision, Store store) override {
+    cpu::matmul_backward(cpu_, dinp, dweight, dbias, dout, inp, w, precision, store);
   }
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override {
     cpu::gelu_backward(cpu_, dinp, dout, inp);
@@ -114,8 +114,9 @@ class CpuBackend : public Backend {
   }
   void head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte, Tensor hidden, const int64_t* rows,
                           const int32_t* targets, const float* weights, int64_t R, const Weight& wte,
-                          MatmulPrecision precision) override {
-    cpu::head_cross_entropy(cpu_, losses, dhidden, dwte, hidden, rows, targets, weights, R, wte, precision);
+                          MatmulPrecision precision, Store store) override {
+    cpu::head_cross_entropy(cpu_, losses, dhidden, dwte, hidden, rows, targets, weights, R, wte, precision,
+                            store);
   }
   void adamw(void* params, const void* gradients, void* m, void* v, int64_t n,
              const AdamWStep& step) override {

@@ -7,6 +7,7 @@
 #include "cpu/gemm.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/gemm_chunk.h"
 #include "cpu/scratch.h"
@@ -32,8 +33,15 @@ constexpr int64_t kNearestFloats = int64_t{8} << 10;
 constexpr int64_t kPackAlone = 32768;
 // Rows a thread needs to have all of a packed B pass by for them alone: it comes from memory at 7 GB/s then.
 constexpr int64_t kOwnRows = 64;
+// So many of C (2 MB) do not stay in a core's caches until somebody reads them.
+constexpr int64_t kStreamedFloats = int64_t{512} << 10;
 // Numbers of a transposed B that every thread packs for itself (4 MB).
 constexpr int64_t kOwnB = int64_t{1} << 20;
+
+// After the last tile of a task: orders streamed stores before what other threads do next.
+void end_streams(const GemmProduct& p) {
+  if (p.stream) std::atomic_thread_fence(std::memory_order_seq_cst);
+}
 
 // Tiles [tile_begin, tile_end) of the chunk, at most a row block, against packed panels [panel_begin,
 // panel_end). next_tiles: where those begin that follow in time. after: the panel that follows, or null.
@@ -166,6 +174,7 @@ void multiply_chunk(const Cpu& cpu, const GemmChunk& chunk, const PanelGroups& g
     multiply_group(chunk, tiles * part / chunk.parts, tiles * (part + 1) / chunk.parts, groups.begin(group),
                    groups.begin(group + 1), groups.begin((group + 1) % groups.count),
                    buffers + worker * kBlockFloats);
+    end_streams(p);
   });
 }
 
@@ -240,6 +249,7 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
         }
       }
     }
+    end_streams(p);
   });
 }
 
@@ -319,6 +329,9 @@ void gemm_tn(const Cpu& cpu, float* c, int64_t c_stride, const float* a, int64_t
              int64_t b_stride, int64_t M, int64_t N, int64_t K, bool accumulate, MatmulPrecision precision) {
   GemmProduct p = plain_product(c, c_stride, a, a_stride, b, b_stride, M, N, K, accumulate);
   p.a_layout = GemmLayout::kTransposed;
+  constexpr uintptr_t kLineBytes = kLine * sizeof(float);
+  p.stream = !accumulate && M * N >= kStreamedFloats && reinterpret_cast<uintptr_t>(c) % kLineBytes == 0 &&
+             c_stride % kLine == 0;
   gemm(cpu, p, precision);
 }
 

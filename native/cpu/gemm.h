@@ -39,8 +39,9 @@ void gemm_nn(const Cpu& cpu, float* c, int64_t c_stride, const float* a, int64_t
 void gemm_nt(const Cpu& cpu, float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
              int64_t b_stride, int64_t M, int64_t N, int64_t K, bool accumulate, MatmulPrecision precision);
 
-// c (M, N) = or += a^T * b (K, N), a stored as (K, M). Head backward: dwte rows (chunk, C) += dlogits^T *
-// hidden rows (R, C), with a = dlogits (R, chunk) and the R hidden rows gathered by the caller.
+// c (M, N) = or += a^T * b (K, N), a stored as (K, M). Head backward: dwte (V, C) += dlogits^T * hidden rows
+// (R, C), with a = dlogits (R, V) and the R hidden rows gathered by the caller. A large c that is set, the
+// gradient of a weight, is not read soon and goes past the caches.
 void gemm_tn(const Cpu& cpu, float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
              int64_t b_stride, int64_t M, int64_t N, int64_t K, bool accumulate, MatmulPrecision precision);
 
@@ -67,6 +68,7 @@ struct GemmProduct {
   int64_t N = 0;
   int64_t K = 0;
   bool accumulate = false;
+  bool stream = false;              // c is written past the caches where tiles can: see GemmTile
   const float* bias = nullptr;      // (N) or null, added to every row
   bool gelu = false;                // after the bias
   float* pre = nullptr;             // (M, N) or null: the value before gelu

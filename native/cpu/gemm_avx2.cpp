@@ -110,10 +110,18 @@ void half_rows(const GemmTile& t, float* c, const float* b, float* packed, int64
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
     sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-    _mm_prefetch(reinterpret_cast<const char*>(c + r * t.c_stride), _MM_HINT_T0);
+    if (!t.stream) _mm_prefetch(reinterpret_cast<const char*>(c + r * t.c_stride), _MM_HINT_T0);
   }
   kB == B::kBf16 ? multiply_bf16<kRows>(sum, t, b, packed, lines)
                  : multiply_fp32<kRows, kB>(sum, t, b, packed, lines);
+  if (t.stream) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      _mm256_stream_ps(c + r * t.c_stride, sum[r][0]);
+      _mm256_stream_ps(c + r * t.c_stride + 8, sum[r][1]);
+    }
+    return;
+  }
   if (cols >= 16) {
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {

@@ -110,10 +110,18 @@ void tile_rows(const GemmTile& t) {
 #pragma GCC unroll 14
   for (int r = 0; r < kRows; ++r) {
     sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    prefetch_row(t.c + r * t.c_stride);
+    if (!t.stream) prefetch_row(t.c + r * t.c_stride);
   }
   prefetch_finish(t.finish);
   kB == B::kBf16 ? multiply_bf16<kRows>(sum, t) : multiply_fp32<kRows, kB>(sum, t);
+  if (t.stream) {
+#pragma GCC unroll 14
+    for (int r = 0; r < kRows; ++r) {
+      _mm512_stream_ps(t.c + r * t.c_stride, sum[r][0]);
+      _mm512_stream_ps(t.c + r * t.c_stride + 16, sum[r][1]);
+    }
+    return;
+  }
   const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
 #pragma GCC unroll 14
   for (int r = 0; r < kRows; ++r) {

@@ -93,7 +93,8 @@ void multiply_panel(const GemmChunk& chunk, int64_t block, int64_t tile_begin, i
     const int64_t share = std::min(ahead.memory.lines, (both ? 2 : 1) * ahead.share());
     chunk.kernels.tile({then.c, p.c_stride, rows, cols, block_a + begin * depth, of_panel.b, depth,
                         p.accumulate || block > 0, &ahead.memory, share, finish ? &then : nullptr,
-                        of_panel.packed, p.b_stride, of_panel.fetch, of_panel.is_bf16});
+                        of_panel.packed, p.b_stride, of_panel.fetch, of_panel.is_bf16,
+                        p.stream && !p.accumulate && chunk.blocks() == 1 && cols == kGemmPanel});
     if (of_panel.packed) of_panel = {of_panel.packed};
     --ahead_a.tiles;
     --ahead_b.tiles;

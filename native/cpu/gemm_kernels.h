@@ -75,6 +75,9 @@ struct GemmTile {
   // b is the words of a packed bf16 weight (bf16_words), from a step of the reduction on: widened on the way,
   // and to `packed` where that is given.
   bool is_bf16 = false;
+  // C is whole lines that need not stay in a cache: kernels may write them past it. Not with `accumulate` or
+  // `finish`.
+  bool stream = false;
 };
 
 struct GemmKernels {

@@ -186,7 +186,7 @@ void head_denoise(const Cpu& cpu, DenoiseStats* stats, float* watched, Tensor hi
 
 void head_cross_entropy(const Cpu& cpu, float* losses, Tensor dhidden, Tensor dwte, Tensor hidden,
                         const int64_t* rows, const int32_t* targets, const float* weights, int64_t R,
-                        const Weight& wte, MatmulPrecision precision) {
+                        const Weight& wte, MatmulPrecision precision, Store store) {
   const int64_t V = wte.N, C = wte.K;
   const bool with_gradients = static_cast<bool>(dhidden);
   check_hidden("head_cross_entropy", hidden, wte);
@@ -204,6 +204,8 @@ void head_cross_entropy(const Cpu& cpu, float* losses, Tensor dhidden, Tensor dw
       throw Error(Code::kArgument, "head_cross_entropy: gradients need a plain wte, this one is packed");
     for (int64_t n = 0; n < dhidden.rows; ++n)
       std::memset(dhidden.f32(n), 0, static_cast<size_t>(C) * sizeof(float));
+    if (R == 0 && store == Store::kSet)
+      zero(cpu, dwte.data, static_cast<size_t>(V * dwte.stride) * sizeof(float));
   }
   if (R == 0) return;
 
@@ -259,7 +261,8 @@ void head_cross_entropy(const Cpu& cpu, float* losses, Tensor dhidden, Tensor dw
 
     gemm_nn(cpu, drows, C, logits, stride, static_cast<const float*>(wte.data), C, count, C, V, false,
             precision);
-    gemm_tn(cpu, dwte.f32(), dwte.stride, logits, stride, scaled_hidden, C, V, C, count, true, precision);
+    gemm_tn(cpu, dwte.f32(), dwte.stride, logits, stride, scaled_hidden, C, V, C, count,
+            begin > 0 || store == Store::kAdd, precision);
     // In list order on one thread: a hidden row may be listed twice, and its gradients add up.
     for (int64_t i = 0; i < count; ++i) {
       float* const out = dhidden.f32(rows[begin + i]);

@@ -81,7 +81,7 @@ void matmul_forward(const Cpu& cpu, Tensor out, Tensor inp, const Weight& w, Ten
 }
 
 void matmul_backward(const Cpu& cpu, Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,
-                     const Weight& w, MatmulPrecision precision) {
+                     const Weight& w, MatmulPrecision precision, Store store) {
   const char* const op = "matmul_backward";
   const int64_t M = dout.rows;
   check_weight(op, w, false);
@@ -107,7 +107,7 @@ void matmul_backward(const Cpu& cpu, Tensor dinp, Tensor dweight, Tensor dbias, 
     const Tensor& rows = in_out ? inp : dout;  // its columns are the rows of dweight
     const Tensor& cols = in_out ? dout : inp;
     gemm_tn(cpu, dweight.f32(), dweight.stride, rows.f32(), rows.stride, cols.f32(), cols.stride, rows.cols,
-            cols.cols, M, true, precision);
+            cols.cols, M, store == Store::kAdd, precision);
   }
   if (dbias) {
     check_tensor(op, "dbias", dbias, 1, w.N);

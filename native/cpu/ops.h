@@ -32,7 +32,7 @@ void weight_row(const Weight& w, int64_t n, float* out);
 void matmul_forward(const Cpu& cpu, Tensor out, Tensor inp, const Weight& w, Tensor bias, Epilogue epilogue,
                     Tensor extra, MatmulPrecision precision);
 void matmul_backward(const Cpu& cpu, Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp,
-                     const Weight& w, MatmulPrecision precision);
+                     const Weight& w, MatmulPrecision precision, Store store = Store::kAdd);
 
 // rows.cpp: everything that works row by row or element by element
 void embedding_forward(const Cpu& cpu, Tensor out, const int32_t* ids, const int32_t* positions,
@@ -64,6 +64,6 @@ void head_denoise(const Cpu& cpu, DenoiseStats* stats, float* watched, Tensor hi
                   int64_t R, const int32_t* watch, int64_t watch_count, const Weight& wte);
 void head_cross_entropy(const Cpu& cpu, float* losses, Tensor dhidden, Tensor dwte, Tensor hidden,
                         const int64_t* rows, const int32_t* targets, const float* weights, int64_t R,
-                        const Weight& wte, MatmulPrecision precision);
+                        const Weight& wte, MatmulPrecision precision, Store store = Store::kAdd);
 
 }  // namespace dn::cpu

@@ -66,8 +66,8 @@ class ProxyBackend : public Backend {
     inner_->matmul_forward(out, inp, w, bias, epilogue, extra, precision);
   }
   void matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp, const Weight& w,
-                       MatmulPrecision precision) override {
-    inner_->matmul_backward(dinp, dweight, dbias, dout, inp, w, precision);
+                       MatmulPrecision precision, Store store) override {
+    inner_->matmul_backward(dinp, dweight, dbias, dout, inp, w, precision, store);
   }
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override {
     inner_->gelu_backward(dinp, dout, inp);
@@ -90,8 +90,9 @@ class ProxyBackend : public Backend {
   }
   void head_cross_entropy(float* losses, Tensor dhidden, Tensor dwte, Tensor hidden, const int64_t* rows,
                           const int32_t* targets, const float* weights, int64_t R, const Weight& wte,
-                          MatmulPrecision precision) override {
-    inner_->head_cross_entropy(losses, dhidden, dwte, hidden, rows, targets, weights, R, wte, precision);
+                          MatmulPrecision precision, Store store) override {
+    inner_->head_cross_entropy(losses, dhidden, dwte, hidden, rows, targets, weights, R, wte, precision,
+                               store);
   }
   void adamw(void* params, const void* gradients, void* m, void* v, int64_t n,
              const AdamWStep& step) override {

@@ -25,15 +25,15 @@ struct CrossEntropy {
 
 CrossEntropy cross_entropy(const Cpu& cpu, Problem& p, const std::vector<int64_t>& rows,
                            const std::vector<int32_t>& targets, const std::vector<float>& weights,
-                           bool gradients = true) {
+                           bool gradients = true, Store store = Store::kAdd) {
   CrossEntropy out;
   out.losses.assign(rows.size(), kNaN);
   out.dhidden.assign(p.hidden.size(), kNaN);  // must be overwritten
-  out.dwte.assign(p.wte.size(), 0.0f);
+  out.dwte.assign(p.wte.size(), store == Store::kSet ? kNaN : 0.0f);
   cpu::head_cross_entropy(cpu, out.losses.data(), gradients ? tensor(out.dhidden, p.C) : Tensor(),
                           gradients ? tensor(out.dwte, p.C) : Tensor(), p.inputs(), rows.data(),
                           targets.data(), weights.data(), static_cast<int64_t>(rows.size()), p.weight(),
-                          MatmulPrecision::kFP32);
+                          MatmulPrecision::kFP32, store);
   return out;
 }
 
@@ -169,6 +169,23 @@ DN_TEST(head_cross_entropy_has_the_same_bits_for_any_threads_and_batch) {
                               &one.dhidden[static_cast<size_t>(offset)],
                               static_cast<size_t>(p.C) * sizeof(float)) == 0,
                   label("dhidden of a row alone", isa, V));
+      }
+    }
+  }
+}
+
+// dwte that is set, also by several chunks of rows and by none, is what is added to zeros.
+DN_TEST(head_cross_entropy_sets_gradients) {
+  for (const Isa isa : instruction_sets()) {
+    for (const int64_t V : {int64_t{257}, int64_t{50257}}) {
+      if (is_left_out(isa, V)) continue;
+      Problem p(300, 11, V);
+      for (const int64_t R : {int64_t{0}, int64_t{5}, int64_t{300}}) {
+        const RowList list(R, p.N, V);
+        const CrossEntropy added = cross_entropy({2, isa}, p, list.rows, list.targets, list.weights);
+        const CrossEntropy set =
+            cross_entropy({2, isa}, p, list.rows, list.targets, list.weights, true, Store::kSet);
+        CHECK_MSG(same_bits(added.dwte, set.dwte), label("dwte", isa, V));
       }
     }
   }

@@ -2,6 +2,7 @@
 // top of what is there, long reductions, and calls that are refused.
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -111,6 +112,36 @@ DN_TEST(matmul_accumulation) {
     }
     check_product(ref, nn, label(isa, M, N, K) + " in chunks");
     CHECK(same_bits(nn, nt) && same_bits(nn, tn));
+  }
+}
+
+// The gradient of a weight is set to what it would be if it were added to zeros: small, large enough to be
+// written past the caches, with rows that do not lie for that, and over several blocks and parts.
+DN_TEST(matmul_sets_gradients) {
+  Numbers numbers(13);
+  const int64_t shapes[][3] = {{24, 40, 30},    {70, 1024, 768},   {70, 700, 1027},
+                               {900, 750, 768}, {6300, 1024, 512}, {6300, 40, 30}};
+  for (const Isa isa : isas()) {
+    for (const auto& [M, K, N] : shapes) {
+      const int64_t most = dn::test::kSanitized ? 10000000 : isa == Isa::kPortable ? 1000000000 : INT64_MAX;
+      if (M * K * N > most) continue;
+      std::vector<float> inp = numbers.vector(M * K), dout = numbers.vector(M * N);
+      const std::vector<float> w(static_cast<size_t>(K * N));
+      // One word more, so that one of the two places is not at a line.
+      std::vector<float> room(static_cast<size_t>(K * N) + 32);
+      float* const line = room.data() + (16 - reinterpret_cast<uintptr_t>(room.data()) / 4 % 16) % 16;
+      std::vector<float> added(static_cast<size_t>(K * N), 0.0f);
+      matmul_backward({2, isa}, {}, matrix(added, K, N), {}, matrix(dout, M, N), matrix(inp, M, K),
+                      weight(w, WeightOrder::kInOut, K, N), MatmulPrecision::kFP32);
+      for (float* const place : {line, line + 1}) {
+        std::fill(room.begin(), room.end(), NAN);
+        matmul_backward({2, isa}, {}, Tensor(place, Dtype::kF32, K, N), {}, matrix(dout, M, N),
+                        matrix(inp, M, K), weight(w, WeightOrder::kInOut, K, N), MatmulPrecision::kFP32,
+                        Store::kSet);
+        CHECK_MSG(std::memcmp(place, added.data(), added.size() * sizeof(float)) == 0, label(isa, M, N, K));
+        CHECK(std::isnan(place[K * N]) && (place == room.data() || std::isnan(place[-1])));
+      }
+    }
   }
 }
 

@@ -109,8 +109,15 @@ DN_TEST(training_gradients_add_up) {
   run(*model, a);
   const State first = gradients(*model);
   model->zero_gradients();
-  for (const Floats& g : gradients(*model)) CHECK(root_sum_of_squares(g) == 0);
   CHECK(model->gradient_sum_of_squares() == 0);
+  run(*model, a);
+  model->zero_gradients();
+  for (const Floats& g : gradients(*model)) CHECK(root_sum_of_squares(g) == 0);
+  run(*model, a);
+  model->zero_gradients();
+  const State before = weights(*model);
+  model->adamw(AdamWStep{0.1f}, 0);
+  check_same_bits(*model, weights(*model), before, "weight after a step along nothing");
   run(*model, b);
   const State second = gradients(*model);
   model->zero_gradients();

@@ -37,9 +37,9 @@ class RowCounter : public ProxyBackend {
     ProxyBackend::matmul_forward(out, inp, w, bias, epilogue, extra, precision);
   }
   void matmul_backward(Tensor dinp, Tensor dweight, Tensor dbias, Tensor dout, Tensor inp, const Weight& w,
-                       MatmulPrecision precision) override {
+                       MatmulPrecision precision, Store store) override {
     if (w.K == 4 * w.N) backward += dout.rows;
-    ProxyBackend::matmul_backward(dinp, dweight, dbias, dout, inp, w, precision);
+    ProxyBackend::matmul_backward(dinp, dweight, dbias, dout, inp, w, precision, store);
   }
   int64_t forward = 0, backward = 0;
 };
