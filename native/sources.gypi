@@ -120,6 +120,12 @@
     "cuda_bench_sources": [
       "native/bench/bench_gpu.cpp"
     ],
+    "amx_emulator_sources": [
+      "native/test/amx/attention_amx.cpp",
+      "native/test/amx/gemm_bf16_amx.cpp",
+      "native/test/amx/gemm_int8_amx.cpp",
+      "native/test/amx/isa.cpp"
+    ],
     "bench_sources": [
       "native/bench/bench_forward.cpp",
       "native/bench/bench_gemm.cpp",

@@ -67,7 +67,14 @@ async function runTests(program) {
 	if (passed.size !== wanted || failed) process.exit(1);
 }
 
-await runTests(`./${folder}/dn_tests`);
+const tests = `./${folder}/dn_tests`;
+await runTests(tests);
+// Kernels of AMX on tiles in plain C++, where the processor has all that they use but the tiles.
+const tiles = `./${folder}/dn_amx_emulator`;
+const findsAmx = (program) =>
+	spawnSync(program, ['no_such_test'], { cwd: root, env: { ...env, DN_ISA: 'amx' }, stdio: 'ignore' }).status === 0;
+if (!values.asan && !values.isa && existsSync(join(root, tiles)) && findsAmx(tiles) && !findsAmx(tests))
+	await runTests(tiles);
 // The CUDA kernels on the emulator, once: they have no instruction sets, and their fibers confuse the sanitizers.
 const emulator = `./${folder}/dn_cuda_emulator`;
 if (!values.asan && !values.isa && existsSync(join(root, emulator))) await runTests(emulator);

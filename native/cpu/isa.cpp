@@ -19,29 +19,6 @@
 namespace dn::cpu {
 namespace {
 
-#if defined(__x86_64__)
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-
-// AMX tiles and bf16, with AVX512_BF16 for the conversions, and leave to use the tile state. Linux grants it
-// to the process on request; threads created later inherit it.
-bool has_amx() {
-#if defined(__linux__) && defined(SYS_arch_prctl)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & (1u << 5)) == 0) return false;  // AVX512_BF16
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-#endif
-
 // Bit `bit` of register `index` (eax .. edx) of cpuid leaf 7.
 bool feature(unsigned subleaf, int index, int bit) {
 #if defined(__x86_64__)
@@ -54,6 +31,28 @@ bool feature(unsigned subleaf, int index, int bit) {
   return false;
 #endif
 }
+
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+// AMX tiles and bf16, with AVX512_BF16 for the conversions, and leave to use the tile state. Linux grants it
+// to the process on request; threads created later inherit it.
+bool has_amx() {
+  if (!feature(1, 0, 5)) return false;  // AVX512_BF16
+#if defined(DN_AMX_EMULATOR)
+  return true;  // native/test/amx: tiles in plain C++
+#elif defined(__linux__) && defined(SYS_arch_prctl)
+  if (!feature(0, 3, 22) || !feature(0, 3, 24)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -104,6 +103,9 @@ bool has_avx512_vnni() {
 }
 
 bool has_amx_int8() {
+#if defined(DN_AMX_EMULATOR)
+  return detected_isa() >= Isa::kAmx;
+#endif
   static const bool has = detected_isa() >= Isa::kAmx && feature(0, 3, 25);
   return has;
 }

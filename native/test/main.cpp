@@ -1,13 +1,14 @@
 // Runs the registered tests, or those whose name contains one of the arguments. --shard K/N, first: only
 // every N-th of them, from the K-th on (1 .. N), so that N processes share the work. --count, first:
 // prints how many there are and runs none. A test that takes long says how long. Ends with "N passed, N
-// failed".
+// failed", or at once with 2 where the machine lacks the instruction set that DN_ISA names.
 
 #include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 
+#include "cpu/isa.h"
 #include "test/check.h"
 
 int main(int argc, char** argv) {
@@ -18,6 +19,12 @@ int main(int argc, char** argv) {
       return 2;
     }
     first = 3;
+  }
+  try {
+    dn::cpu::active_isa();
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "%s\n", e.what());
+    return 2;
   }
   const bool count_only = argc > 1 && std::strcmp(argv[1], "--count") == 0;
   if (count_only) first = 2;

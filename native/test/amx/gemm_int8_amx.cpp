@@ -1,0 +1,4 @@
+// cpu/gemm_int8_amx.cpp on tiles in plain C++, which have to come first.
+// clang-format off
+#include "test/amx/tiles.h"
+#include "cpu/gemm_int8_amx.cpp"
