@@ -19,6 +19,13 @@
 namespace dn::cpu {
 namespace {
 
+// Whether the tiles of AMX are those of native/test/amx, in plain C++.
+#if defined(DN_AMX_EMULATOR)
+constexpr bool kEmulatesAmx = true;
+#else
+constexpr bool kEmulatesAmx = false;
+#endif
+
 // Bit `bit` of register `index` (eax .. edx) of cpuid leaf 7.
 bool feature(unsigned subleaf, int index, int bit) {
 #if defined(__x86_64__)
@@ -42,9 +49,8 @@ bool has_avx512() {
 // to the process on request; threads created later inherit it.
 bool has_amx() {
   if (!feature(1, 0, 5)) return false;  // AVX512_BF16
-#if defined(DN_AMX_EMULATOR)
-  return true;  // native/test/amx: tiles in plain C++
-#elif defined(__linux__) && defined(SYS_arch_prctl)
+  if (kEmulatesAmx) return true;
+#if defined(__linux__) && defined(SYS_arch_prctl)
   if (!feature(0, 3, 22) || !feature(0, 3, 24)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -103,10 +109,7 @@ bool has_avx512_vnni() {
 }
 
 bool has_amx_int8() {
-#if defined(DN_AMX_EMULATOR)
-  return detected_isa() >= Isa::kAmx;
-#endif
-  static const bool has = detected_isa() >= Isa::kAmx && feature(0, 3, 25);
+  static const bool has = detected_isa() >= Isa::kAmx && (kEmulatesAmx || feature(0, 3, 25));
   return has;
 }
 
