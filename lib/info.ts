@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 
 import { binding, bindingPath, packageRoot } from './binding.js';
+import { fromNative } from './errors.js';
 
 /** What `info` returns. */
 export interface Info {
@@ -14,6 +15,10 @@ export interface Info {
 	cpu: {
 		/** Instruction set in use: 'portable', 'avx2', 'avx512', ... */
 		isa: string;
+		/**
+		 * How products of fp32 numbers are made: 'amx-bf16x3', 'avx512-pairs' (docs/numerics.md), or as `isa` says.
+		 */
+		fp32: string;
 		/** Instructions that products with bf16 weights use: 'amx-bf16', 'avx512-bf16', or 'fp32' where weights are widened. */
 		bf16: string;
 		/** Instructions that int8 products use: 'portable', 'avx2', 'avx-vnni', 'avx512-vnni', 'amx-int8'. */
@@ -37,11 +42,24 @@ export interface Info {
 	};
 }
 
-/** Loads the addon and describes it. @throws `ERR_DN_NO_BINARY` */
+/**
+ * Loads the addon and describes it.
+ * @throws `ERR_DN_NO_BINARY`; `ERR_DN_ARGUMENT` where the environment variable DN_ISA asks for what is not there, or DN_PAIRS is
+ * neither 0 nor 1
+ */
 export function info(): Info {
 	const native = binding();
-	const { isa, bf16, int8, threads } = native.cpuInfo();
-	return { version: version(), binding: bindingPath(), cpu: { isa, bf16, int8, threads }, cuda: native.cudaInfo() };
+	try {
+		const { isa, fp32, bf16, int8, threads } = native.cpuInfo();
+		return {
+			version: version(),
+			binding: bindingPath(),
+			cpu: { isa, fp32, bf16, int8, threads },
+			cuda: native.cudaInfo(),
+		};
+	} catch (error) {
+		throw fromNative(error);
+	}
 }
 
 /** Version of this package. */

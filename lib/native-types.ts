@@ -356,7 +356,7 @@ export interface Binding {
 	writeSafetensors(path: string, tensors: NativeTensorSource[], metadata: Record<string, string>): Promise<void>;
 	/** Four 32-bit words of (seed, stream, step, index). */
 	philox(seed: bigint, stream: number, step: number, index: bigint): Uint32Array;
-	cpuInfo(): { isa: string; detected: string; bf16: string; int8: string; threads: number };
+	cpuInfo(): { isa: string; detected: string; fp32: string; bf16: string; int8: string; threads: number };
 	cudaInfo(): NativeCudaInfo;
 	/** Bytes reported to V8 with AdjustExternalMemory by live objects. */
 	externalMemory(): number;

@@ -28,6 +28,7 @@
       "native/cpu/gemm_bf16.cpp",
       "native/cpu/gemm_int8.cpp",
       "native/cpu/gemm_int8_portable.cpp",
+      "native/cpu/gemm_pairs.cpp",
       "native/cpu/gemm_portable.cpp",
       "native/cpu/head.cpp",
       "native/cpu/head_portable.cpp",
@@ -51,6 +52,7 @@
       "native/cpu/attention_avx512.cpp",
       "native/cpu/gemm_avx512.cpp",
       "native/cpu/gemm_int8_avx512.cpp",
+      "native/cpu/gemm_pairs_avx512.cpp",
       "native/cpu/head_avx512.cpp",
       "native/cpu/rows_avx512.cpp"
     ],
@@ -163,6 +165,7 @@
       "native/test/test_sampling.cpp",
       "native/test/test_sampling_filters.cpp",
       "native/test/test_scratch.cpp",
+      "native/test/test_pairs.cpp",
       "native/test/test_split.cpp",
       "native/test/test_thread_pool.cpp",
       "native/test/test_training.cpp",

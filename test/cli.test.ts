@@ -6,7 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 import test from 'ava';
-import { DiffuGPT, info, Tokenizer } from 'diffusion-native';
+import { DiffuGPT, type Info, info, Tokenizer } from 'diffusion-native';
 
 import { padding } from '../lib/cli/terminal.js';
 import { lengthMethods } from '../lib/length/method.js';
@@ -27,10 +27,12 @@ interface Ended {
 function run(
 	parameters: string[],
 	onOutput?: (text: string, kill: (signal: NodeJS.Signals) => void) => void,
+	variables: Record<string, string> = {},
 ): Promise<Ended> {
 	return new Promise((resolve, reject) => {
 		const child = spawn(process.execPath, [join(root, 'dist', 'lib', 'cli', 'main.js'), ...parameters], {
 			stdio: ['ignore', 'pipe', 'pipe'],
+			env: { ...process.env, ...variables },
 		});
 		let stdout = '';
 		let stderr = '';
@@ -71,6 +73,22 @@ test('info describes the installation, for people and as JSON', async (t) => {
 	t.true(plain.stdout.includes(expected.version) && plain.stdout.includes(expected.cpu.isa));
 	const json = await run(['info', '--json']);
 	t.deepEqual(JSON.parse(json.stdout), JSON.parse(JSON.stringify(expected)));
+});
+
+test('info says which products fp32 has, and refuses what the environment variables cannot mean', async (t) => {
+	t.regex(info().cpu.fp32, /^(portable|avx2|avx512|avx512-pairs|amx-bf16x3)$/);
+	const without = await run(['info', '--json'], undefined, { DN_PAIRS: '0' });
+	t.not((JSON.parse(without.stdout) as Info).cpu.fp32, 'avx512-pairs');
+	const portable = await run(['info', '--json'], undefined, { DN_ISA: 'portable' });
+	t.is((JSON.parse(portable.stdout) as Info).cpu.fp32, 'portable');
+	for (const [name, expected] of [
+		['DN_ISA', 'portable, avx2, avx512 or amx'],
+		['DN_PAIRS', '0 or 1'],
+	] as const) {
+		const refused = await run(['info'], undefined, { DN_ISA: '', [name]: 'yes' });
+		t.is(refused.code, 2);
+		t.is(refused.stderr, `error ERR_DN_ARGUMENT: ${name} is 'yes', expected ${expected}\n`);
+	}
 });
 
 test('generate prints what the library generates', async (t) => {

@@ -22,7 +22,7 @@ export function register(program: Command): void {
 				const lines = [
 					`diffusion-native ${version}`,
 					`addon    ${binding}`,
-					`cpu      ${cpu.isa}, bf16 by ${cpu.bf16}, int8 by ${cpu.int8}, ${cpu.threads} threads`,
+					`cpu      ${cpu.isa}, fp32 by ${cpu.fp32}, bf16 by ${cpu.bf16}, int8 by ${cpu.int8}, ${cpu.threads} threads`,
 					...cuda.devices.map(
 						({ name, memory, capability }, i) =>
 							`cuda:${i}   ${name}, ${gibibytes(memory)}, compute capability ${capability}, products by ${cuda.products}`,

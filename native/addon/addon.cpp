@@ -184,6 +184,7 @@ Napi::Value cpu_info(const Napi::CallbackInfo& info) {
   Napi::Object result = Napi::Object::New(env);
   result.Set("isa", cpu::isa_name(cpu::active_isa()));
   result.Set("detected", cpu::isa_name(cpu::detected_isa()));
+  result.Set("fp32", cpu::active_fp32());
   result.Set("bf16", cpu::active_bf16());
   result.Set("int8", cpu::active_int8());
   result.Set("threads", cpu::available_threads());

@@ -43,10 +43,17 @@ void end_streams(const GemmProduct& p) {
   if (p.stream) std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 
+// What a thread needs for B: a block that becomes packed, and a block of a panel that is scaled for pairs.
+int64_t worker_floats(const GemmProduct& p, const GemmKernels& kernels) {
+  return (p.b_layout == GemmLayout::kPanels ? 0 : kBlockFloats) +
+         (kernels.pairs ? kernels.depth * kGemmPanel : 0);
+}
+
 // Tiles [tile_begin, tile_end) of the chunk, at most a row block, against packed panels [panel_begin,
 // panel_end). next_tiles: where those begin that follow in time. after: the panel that follows, or null.
+// scaled: kernels.depth * kGemmPanel, for pairs.
 void multiply_packed(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t next_tiles,
-                     int64_t panel_begin, int64_t panel_end, const float* after) {
+                     int64_t panel_begin, int64_t panel_end, const float* after, float* scaled) {
   const GemmProduct& p = chunk.p;
   const int64_t blocks = chunk.blocks(), tiles = tile_end - tile_begin;
   const bool is_alone = chunk.tiles == 1;  // panels then follow each other as they lie
@@ -67,13 +74,14 @@ void multiply_packed(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_en
       if (next != nullptr && !is_alone) ahead_b = ahead_of(next, 1, next_depth * kGemmPanel, 0, tiles);
       PanelBlock of_panel = {b_of(block, panel)};
       of_panel.fetch = is_alone;
+      of_panel.scaled = scaled;
       multiply_panel(chunk, block, tile_begin, tile_end, panel, of_panel, ahead_a, ahead_b);
     }
   }
 }
 
 // C of tiles [tile_begin, tile_end) of the chunk and panels [panel_begin, panel_end) of a B that becomes
-// packed fp32 here. buffer: kBlockFloats. next_panel: where the next task of this thread may begin.
+// packed fp32 here. buffer: worker_floats. next_panel: where the next task of this thread may begin.
 void multiply_plain(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end, int64_t panel_begin,
                     int64_t panel_end, int64_t next_panel, float* buffer) {
   const GemmProduct& p = chunk.p;
@@ -104,9 +112,10 @@ void multiply_plain(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end
         float* const packed = buffer + (panel - panel_begin) * panel_floats;
         const bool lies = part == 0 && packs_on_the_way(p, panel);
         const bool is_read_once = tiles == 1 && p.b_layout == GemmLayout::kBf16Panels;
-        multiply_panel(chunk, block, begin, end, panel,
-                       lies ? lying_block(p, panel, k, is_read_once ? nullptr : packed) : PanelBlock{packed},
-                       ahead_a, ahead_b);
+        PanelBlock of_panel =
+            lies ? lying_block(p, panel, k, is_read_once ? nullptr : packed) : PanelBlock{packed};
+        of_panel.scaled = buffer + kBlockFloats;
+        multiply_panel(chunk, block, begin, end, panel, of_panel, ahead_a, ahead_b);
       }
     }
   }
@@ -131,7 +140,7 @@ void multiply_group(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end
   if (chunk.rows <= kFewRows) {  // the weight is read once, in the order it lies in memory
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       multiply_packed(chunk, tile_begin, tile_end, tile_begin, panel, panel + 1,
-                      panel + 1 < panel_end ? p.b + (panel + 1) * panel_floats : after);
+                      panel + 1 < panel_end ? p.b + (panel + 1) * panel_floats : after, buffer);
     }
     return;
   }
@@ -139,7 +148,7 @@ void multiply_group(const GemmChunk& chunk, int64_t tile_begin, int64_t tile_end
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = tile_begin + tiles * part / parts, end = tile_begin + tiles * (part + 1) / parts;
     multiply_packed(chunk, begin, end, part + 1 < parts ? end : tile_begin, panel_begin, panel_end,
-                    part + 1 < parts ? p.b + panel_begin * panel_floats : after);
+                    part + 1 < parts ? p.b + panel_begin * panel_floats : after, buffer);
   }
 }
 
@@ -165,15 +174,14 @@ Cut cut_chunk(const Cpu& cpu, const GemmProduct& p, const GemmKernels& kernels, 
 
 void multiply_chunk(const Cpu& cpu, const GemmChunk& chunk, const PanelGroups& groups, float* buffers) {
   const GemmProduct& p = chunk.p;
-  const int64_t tiles = chunk.tiles, blocks = chunk.blocks();
-  parallel_near(chunk.rows * p.K <= kPackAlone ? 1 : cpu.threads, tiles, [&](int64_t tile, int) {
-    for (int64_t block = 0; block < blocks; ++block) pack_a(chunk, block, tile, tile + 1);
-  });
+  const int64_t tiles = chunk.tiles;
+  parallel_near(chunk.rows * p.K <= kPackAlone ? 1 : cpu.threads, tiles,
+                [&](int64_t tile, int) { pack_a(chunk, tile); });
   parallel_near(cpu.threads, chunk.parts * groups.count, [&](int64_t task, int worker) {
     const int64_t part = task / groups.count, group = task % groups.count;
     multiply_group(chunk, tiles * part / chunk.parts, tiles * (part + 1) / chunk.parts, groups.begin(group),
                    groups.begin(group + 1), groups.begin((group + 1) % groups.count),
-                   buffers + worker * kBlockFloats);
+                   buffers + worker * worker_floats(p, chunk.kernels));
     end_streams(p);
   });
 }
@@ -181,8 +189,8 @@ void multiply_chunk(const Cpu& cpu, const GemmChunk& chunk, const PanelGroups& g
 void multiply_by_columns(const Cpu& cpu, const GemmProduct& p, const GemmKernels& kernels) {
   const int64_t row_block = block_rows(kernels);
   const int64_t most_rows = std::min(p.M, std::max(row_block, kPackedFloats / p.K / row_block * row_block));
-  const int64_t buffer_floats = p.b_layout == GemmLayout::kPanels ? 0 : cpu.threads * kBlockFloats;
-  float* const scratch = gemm_scratch(most_rows * p.K + buffer_floats);
+  const int64_t buffer_floats = cpu.threads * worker_floats(p, kernels);
+  float* const scratch = gemm_scratch(most_rows * packed_row(kernels, p.K) + buffer_floats);
   for (int64_t m = 0; m < p.M; m += most_rows) {
     const int64_t rows = std::min(most_rows, p.M - m);
     const Cut cut = cut_chunk(cpu, p, kernels, rows);
@@ -217,7 +225,8 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
   const int64_t panels = ceil_div(p.N, kGemmPanel), panel_floats = p.K * kGemmPanel;
   const int64_t b_floats = p.b_layout == GemmLayout::kPanels ? 0 : panels * panel_floats;
   const int64_t task_rows = ceil_div(block_rows(kernels), kernels.max_rows) * kernels.max_rows;
-  const int64_t tasks = ceil_div(p.M, task_rows), task_floats = ceil_div(task_rows * p.K, kLine) * kLine;
+  const int64_t tasks = ceil_div(p.M, task_rows),
+                task_floats = ceil_div(task_rows * packed_row(kernels, p.K), kLine) * kLine;
   float* const scratch = gemm_scratch(b_floats + cpu.threads * task_floats);
   if (b_floats > 0) {
     parallel(cpu.threads, panels, [&](int64_t panel, int) {
@@ -230,7 +239,7 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
     const int64_t m = p.M * task / tasks, m_end = p.M * (task + 1) / tasks;
     const GemmChunk chunk(p, kernels, m, m_end - m, scratch + b_floats + worker * task_floats);
     const int64_t tiles = chunk.tiles, blocks = chunk.blocks();
-    for (int64_t block = 0; block < blocks; ++block) pack_a(chunk, block, 0, tiles);
+    for (int64_t tile = 0; tile < tiles; ++tile) pack_a(chunk, tile);
     Ahead ahead, none;  // the rows of the next task; all of B is near
     const int64_t next = p.M * (task + cpu.threads) / tasks, uses = tiles * panels * blocks;
     if (task + cpu.threads < tasks && p.a_layout == GemmLayout::kTransposed) {
@@ -294,10 +303,12 @@ void gemm_empty(const Cpu& cpu, const GemmProduct& p) {
   }
 }
 
-void gemm_fp32(const Cpu& cpu, const GemmProduct& p) {
-  const GemmKernels& kernels = gemm_kernels(cpu.isa);
+void gemm_fp32(const Cpu& cpu, const GemmProduct& p) { gemm_fp32(cpu, p, gemm_kernels(cpu.isa)); }
+
+void gemm_fp32(const Cpu& cpu, const GemmProduct& p, const GemmKernels& kernels) {
   const int64_t many = std::max<int64_t>(kManyRows, 2 * cpu.threads * block_rows(kernels));
-  if (p.M >= many && p.K * p.N <= kSmallB && p.K <= kSmallDepth) return multiply_by_rows(cpu, p, kernels);
+  const bool by_rows = p.M >= many && p.K * p.N <= kSmallB && p.K <= kSmallDepth && !kernels.pairs;
+  if (by_rows) return multiply_by_rows(cpu, p, kernels);
   const bool is_weight = p.b_layout == GemmLayout::kPanels || p.b_layout == GemmLayout::kBf16Panels;
   if (p.K > kMostDepth && !is_weight && !p.a_rows) return multiply_by_parts(cpu, p, kernels);
   multiply_by_columns(cpu, p, kernels);
@@ -310,7 +321,8 @@ void gemm(const Cpu& cpu, const GemmProduct& p, MatmulPrecision precision) {
   const Bf16Kernels* tiles =
       has_bf16 || precision == MatmulPrecision::kBF16 ? bf16_kernels(cpu.isa) : nullptr;
   if (!tiles && !has_bf16) tiles = split_kernels(cpu.isa, p.K);
-  tiles ? gemm_bf16(cpu, p, *tiles) : gemm_fp32(cpu, p);
+  if (tiles) return gemm_bf16(cpu, p, *tiles);
+  gemm_fp32(cpu, p, !has_bf16 && pairs_pay(cpu.isa, p.K) ? pair_kernels() : gemm_kernels(cpu.isa));
 }
 
 void gemm_nn(const Cpu& cpu, float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,

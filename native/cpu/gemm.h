@@ -7,8 +7,10 @@
 // (plain, packed, or packed as bf16 that are widened on the way) takes part. With AMX, reductions of 128 and
 // more run on its tiles instead, in steps of 32 and every number as the sum of three of bf16
 // (gemm_kernels.h): as exact, and in an order of its own, which one or two rows, multiplied without tiles,
-// keep. MatmulPrecision::kBF16, and a weight packed as bf16, have the same independence, with an order of
-// their own and A rounded to bf16; where bf16_kernels has none they are fp32.
+// keep. Where additions have units of their own, fp32 products over 96 and more numbers are made in pairs
+// (gemm_kernels.h), in an order of their own, too. MatmulPrecision::kBF16, and a weight packed as bf16, have
+// the same independence, with an order of their own and A rounded to bf16; where bf16_kernels has none they
+// are fp32.
 //
 // Matrices are fp32, row-major, with a row stride in elements. Nothing here checks shapes: callers do.
 #pragma once
@@ -68,17 +70,19 @@ struct GemmProduct {
   int64_t N = 0;
   int64_t K = 0;
   bool accumulate = false;
-  bool stream = false;              // c is written past the caches where tiles can: see GemmTile
-  const float* bias = nullptr;      // (N) or null, added to every row
-  bool gelu = false;                // after the bias
-  float* pre = nullptr;             // (M, N) or null: the value before gelu
-  const float* residual = nullptr;  // (M, N) or null: added last
-  int64_t extra_stride = 0;         // of pre and residual
+  bool stream = false;               // c is written past the caches where tiles can: see GemmTile
+  const float* bias = nullptr;       // (N) or null, added to every row
+  bool gelu = false;                 // after the bias
+  float* pre = nullptr;              // (M, N) or null: the value before gelu
+  const float* residual = nullptr;   // (M, N) or null: added last
+  int64_t extra_stride = 0;          // of pre and residual
+  const float* b_squares = nullptr;  // of kPanels: see packed_squares; null: found out where they are wanted
 };
 
 void gemm(const Cpu& cpu, const GemmProduct& product, MatmulPrecision precision);
 // By the fp32 kernels, whatever else the machine has; M, N, K > 0. kBf16Panels are widened.
 void gemm_fp32(const Cpu& cpu, const GemmProduct& product);
+void gemm_fp32(const Cpu& cpu, const GemmProduct& product, const GemmKernels& kernels);
 // The same for K = 0: the sum of nothing, finished.
 void gemm_empty(const Cpu& cpu, const GemmProduct& product);
 
@@ -101,6 +105,20 @@ inline GemmFinish finish_of(const GemmProduct& p, int64_t m, int64_t n, int64_t 
 
 // The kernels of an instruction set.
 const GemmKernels& gemm_kernels(Isa isa);
+// Those that multiply in pairs (gemm_kernels.h); only where there is AVX-512.
+const GemmKernels& pair_kernels();
+// Whether they are the faster ones on this machine, limited to isa, for a reduction of K numbers.
+bool pairs_pay(Isa isa, int64_t K);
+
+// A weight packed as fp32 ends with the sums of the magnitudes of its columns in every block of kPairBlock
+// rows, (panels, blocks, kGemmPanel). Where those of the panel at n begin:
+inline int64_t packed_squares(int64_t K, int64_t N, int64_t n) {
+  const int64_t panels = (N + kGemmPanel - 1) / kGemmPanel, blocks = (K + kPairBlock - 1) / kPairBlock;
+  return (panels * K + n / kGemmPanel * blocks) * kGemmPanel;
+}
+// squares (kGemmPanel) += the sums of squares of the columns of rows (depth, kGemmPanel), four rows at a
+// time.
+void add_squares(float* squares, const float* rows, int64_t depth);
 
 // Tasks that a product is cut into, at least, so that threads end together.
 constexpr int64_t kTasksPerThread = 4;

@@ -3,6 +3,7 @@
 #include "cpu/gemm_chunk.h"
 
 #include <cstring>
+#include <optional>
 
 namespace dn::cpu {
 namespace {
@@ -31,7 +32,7 @@ Ahead ahead_of_tiles(const GemmChunk& chunk, int64_t block, int64_t tile_begin, 
                      int64_t tiles) {
   if (chunk.rows * chunk.p.K <= kNearFloats) return {};
   const int64_t rows = chunk.tile_begin(tile_end) - chunk.tile_begin(tile_begin);
-  return ahead_of(chunk.tile_a(block, tile_begin), 1, rows * chunk.depth(block), 0, tiles);
+  return ahead_of(chunk.tile_a(block, tile_begin), 1, rows * chunk.packed_depth_of(block), 0, tiles);
 }
 
 Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
@@ -43,13 +44,17 @@ Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_e
   return ahead_of(p.b + k * p.b_stride + n, depth, cols, p.b_stride, tiles);
 }
 
-void pack_a(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end) {
+void pack_a(const GemmChunk& chunk, int64_t tile) {
   const GemmProduct& p = chunk.p;
-  const int64_t k = chunk.k_begin(block), depth = chunk.depth(block);
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int64_t m = chunk.m_begin + chunk.tile_begin(tile);
-    const int64_t rows = chunk.tile_begin(tile + 1) - chunk.tile_begin(tile);
+  const int64_t m = chunk.m_begin + chunk.tile_begin(tile);
+  const int64_t rows = chunk.tile_begin(tile + 1) - chunk.tile_begin(tile);
+  for (int64_t block = 0; block < chunk.blocks(); ++block) {
+    const int64_t k = chunk.k_begin(block), depth = chunk.depth(block);
     float* const dst = chunk.tile_a(block, tile);
+    if (chunk.kernels.pairs) {
+      pack_pairs(chunk, dst, m, rows, k, depth);
+      continue;
+    }
     if (p.a_layout == GemmLayout::kTransposed) {
       chunk.kernels.copy(dst, rows, p.a + k * p.a_stride + m, p.a_stride, depth, rows);
       continue;
@@ -77,6 +82,28 @@ void pack_panels(const GemmProduct& p, const GemmKernels& kernels, int64_t panel
   }
 }
 
+namespace {
+
+// What the tiles of a block need to know of its B for products in pairs.
+struct PairColumns : PairScales {
+  float sums[pair_sums(kPairBlock) * kGemmPanel];
+
+  PairColumns(const GemmChunk& chunk, int64_t block, int64_t panel, const PanelBlock& of_panel) {
+    const GemmProduct& p = chunk.p;
+    const int64_t depth = chunk.depth(block), stride = of_panel.packed ? p.b_stride : kGemmPanel;
+    const float* squares =
+        p.b_squares ? p.b_squares + (panel * chunk.blocks() + block) * kGemmPanel : nullptr;
+    float found[kGemmPanel];
+    if (!squares) {
+      chunk.kernels.pairs->column_squares(found, of_panel.b, stride, kGemmPanel, depth);
+      squares = found;
+    }
+    for (int64_t n = 0; n < kGemmPanel; ++n) set(n, squares[n], of_panel.b + n, stride, depth);
+  }
+};
+
+}  // namespace
+
 void multiply_panel(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end,
                     int64_t panel, PanelBlock of_panel, Ahead& ahead_a, Ahead& ahead_b) {
   const GemmProduct& p = chunk.p;
@@ -84,6 +111,9 @@ void multiply_panel(const GemmChunk& chunk, int64_t block, int64_t tile_begin, i
   const bool finish = block + 1 == chunk.blocks() && has_finish(p);
   const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
   const float* const block_a = chunk.tile_a(block, 0);
+  const int64_t row_floats = chunk.packed_depth_of(block);
+  std::optional<PairColumns> columns;
+  if (chunk.kernels.pairs) columns.emplace(chunk, block, panel, of_panel);
   int64_t begin = chunk.tile_begin(tile_begin);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const int64_t end = chunk.tile_begin(tile + 1), rows = end - begin;
@@ -91,11 +121,31 @@ void multiply_panel(const GemmChunk& chunk, int64_t block, int64_t tile_begin, i
     const bool both = ahead_a.memory.lines > 0 && ahead_b.memory.lines > 0;
     Ahead& ahead = both ? (tile % 2 == 0 ? ahead_a : ahead_b) : ahead_a.memory.lines > 0 ? ahead_a : ahead_b;
     const int64_t share = std::min(ahead.memory.lines, (both ? 2 : 1) * ahead.share());
-    chunk.kernels.tile({then.c, p.c_stride, rows, cols, block_a + begin * depth, of_panel.b, depth,
-                        p.accumulate || block > 0, &ahead.memory, share, finish ? &then : nullptr,
-                        of_panel.packed, p.b_stride, of_panel.fetch, of_panel.is_bf16,
-                        p.stream && !p.accumulate && chunk.blocks() == 1 && cols == kGemmPanel});
-    if (of_panel.packed) of_panel = {of_panel.packed};
+    GemmTile t{then.c,
+               p.c_stride,
+               rows,
+               cols,
+               block_a + begin * row_floats,
+               of_panel.b,
+               depth,
+               p.accumulate || block > 0,
+               &ahead.memory,
+               share,
+               finish ? &then : nullptr,
+               of_panel.packed,
+               p.b_stride,
+               of_panel.fetch,
+               of_panel.is_bf16,
+               p.stream && !p.accumulate && chunk.blocks() == 1 && cols == kGemmPanel};
+    if (columns) {
+      t.is_first = tile == tile_begin;
+      t.b_scales = columns->scales;
+      t.b_exponents = columns->exponents;
+      t.scaled = of_panel.scaled;
+      t.b_sums = columns->sums;
+    }
+    chunk.kernels.tile(t);
+    if (float* const left = columns ? of_panel.scaled : of_panel.packed) of_panel = {left};
     --ahead_a.tiles;
     --ahead_b.tiles;
     begin = end;

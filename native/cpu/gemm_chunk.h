@@ -24,7 +24,7 @@ inline int64_t block_panels(const GemmKernels& kernels) {
 }
 
 // One row chunk [m_begin, m_begin + rows) of a product, cut into tiles of nearly equal height, and its packed
-// A: blocks of kernels.depth of the reduction, in each the tiles one after the other.
+// A: blocks of kernels.depth of the reduction, in each the tiles one after the other (packed_depth).
 struct GemmChunk {
   GemmChunk(const GemmProduct& product, const GemmKernels& table, int64_t m, int64_t count, float* a,
             int64_t row_parts = 1)
@@ -48,8 +48,10 @@ struct GemmChunk {
   int64_t blocks() const { return ceil_div(p.K, kernels.depth); }
   int64_t depth(int64_t block) const { return std::min(kernels.depth, p.K - k_begin(block)); }
   int64_t tile_begin(int64_t tile) const { return rows * tile / tiles; }
+  int64_t packed_depth_of(int64_t block) const { return packed_depth(kernels, depth(block)); }
   float* tile_a(int64_t block, int64_t tile) const {
-    return packed_a + k_begin(block) * rows + tile_begin(tile) * depth(block);
+    return packed_a + block * packed_depth(kernels, kernels.depth) * rows +
+           tile_begin(tile) * packed_depth_of(block);
   }
   // Row blocks of nearly equal size that so many tiles make: what is handled against one panel before the
   // next.
@@ -78,8 +80,24 @@ Ahead ahead_of_tiles(const GemmChunk& chunk, int64_t block, int64_t tile_begin, 
 Ahead ahead_of_panels(const GemmProduct& p, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t depth,
                       int64_t tiles);
 
-// Packs a block of tiles [tile_begin, tile_end).
-void pack_a(const GemmChunk& chunk, int64_t block, int64_t tile_begin, int64_t tile_end);
+// Numbers that a row of packed A has in all blocks of a reduction of K.
+inline int64_t packed_row(const GemmKernels& kernels, int64_t K) {
+  return K / kernels.depth * packed_depth(kernels, kernels.depth) + packed_depth(kernels, K % kernels.depth);
+}
+
+// Packs all blocks of a tile.
+void pack_a(const GemmChunk& chunk, int64_t tile);
+// Of kernels of pairs: packs [k, k + depth), a block of the reduction, of rows [m, m + rows) of A.
+void pack_pairs(const GemmChunk& chunk, float* dst, int64_t m, int64_t rows, int64_t k, int64_t depth);
+// The scales of rows or columns for products in pairs, and the exponents that undo them: powers of two that
+// bring root mean squares nearest to 1; NaN for what is not finite.
+struct PairScales {
+  alignas(64) float scales[kGemmPanel];
+  float exponents[kGemmPanel];
+
+  // Row or column i, `depth` numbers `stride` apart, from the sum of their squares.
+  void set(int64_t i, float squares, const float* numbers, int64_t stride, int64_t depth);
+};
 // Packs [k, k + depth) of panels [panel_begin, panel_end) of a B that is not packed fp32 into dst,
 // panel_floats apart.
 void pack_panels(const GemmProduct& p, const GemmKernels& kernels, int64_t panel_begin, int64_t panel_end,
@@ -97,6 +115,7 @@ struct PanelBlock {
   float* packed = nullptr;  // given: where a b that is not packed becomes so
   bool is_bf16 = false;     // b lies in kBf16Panels
   bool fetch = false;       // of the only tile, see GemmTile
+  float* scaled = nullptr;  // for kernels of pairs, see GemmTile
 };
 
 // The block of a panel as it lies in p.b, which is to be packed on the way into `packed`, or read only once.

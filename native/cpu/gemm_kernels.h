@@ -78,6 +78,46 @@ struct GemmTile {
   // C is whole lines that need not stay in a cache: kernels may write them past it. Not with `accumulate` or
   // `finish`.
   bool stream = false;
+  // For kernels of pairs. The first tile that meets a block of B (`is_first`) finds it as it is, with the
+  // scale of each column, and leaves it scaled in `scaled` (unless it fetches) and the sums of its pairs in
+  // b_sums; the others find b scaled.
+  bool is_first = false;
+  const float* b_scales = nullptr;     // (kGemmPanel)
+  const float* b_exponents = nullptr;  // (kGemmPanel)
+  float* scaled = nullptr;             // (depth, kGemmPanel)
+  float* b_sums = nullptr;             // (pair_sums(depth), kGemmPanel)
+};
+
+// --- pairs ---
+// Kernels that multiply some of the reduction in pairs, a1 b1 + a2 b2 = (a1 + b2) (a2 + b1) - a1 a2 - b1 b2.
+// In floating point that is as good as a chain of multiply-adds under two conditions. Both factors have one
+// size: in a block of kPairBlock steps every row of A and every column of B is scaled by the power of two
+// that brings its root mean square nearest to 1. And what is subtracted stays small: every second pair is (a1
+// - b2) (a2 - b1), subtracted, so that means cancel, and sums are corrected every kPairDepth steps and only
+// then added up.
+//
+// The error of an element is bounded by the norms of its row and its column instead of by the sum of |a b|
+// (docs/numerics.md): that is less than a chain's where they are dense, more where few large numbers meet in
+// pairs. A row or a column that is not finite gives NaN.
+constexpr int64_t kPairBlock = 768;
+constexpr int64_t kPairDepth = 384;
+static constexpr int64_t pair_sums(int64_t depth) { return (depth + kPairDepth - 1) / kPairDepth; }
+
+struct GemmPairs {
+  int64_t max_rows;  // as in GemmKernels
+  void (*tile)(const GemmTile& tile);
+  // squares (count): the sums of squares of `count` rows of `depth` floats, four steps at a time: what
+  // add_squares (gemm.h) gives for their transpose, bit for bit.
+  void (*row_squares)(float* squares, const float* const* rows, int64_t count, int64_t depth);
+  // The same of columns: src (depth, count), count <= kGemmPanel.
+  void (*column_squares)(float* squares, const float* src, int64_t src_stride, int64_t count, int64_t depth);
+  // dst (depth, count) = the transpose of `count` rows of `depth` floats times their scales, powers of two;
+  // after it the sums of their pairs, (pair_sums(depth), count), and `exponents`, (count).
+  void (*pack_rows)(float* dst, const float* const* rows, const float* scales, const float* exponents,
+                    int64_t count, int64_t depth);
+  // The same of columns.
+  void (*pack_columns)(float* dst, const float* src, int64_t src_stride, const float* scales,
+                       const float* exponents, int64_t count, int64_t depth);
 };
 
 struct GemmKernels {
@@ -95,12 +135,19 @@ struct GemmKernels {
                     int64_t cols);
   // sums[0 .. cols) += rows of src in ascending order
   void (*column_sums)(float* sums, const float* src, int64_t src_stride, int64_t rows, int64_t cols);
+  const GemmPairs* pairs = nullptr;  // given: `tile` is theirs
 };
+
+// Numbers of packed A that a row has in a block of the reduction.
+static inline int64_t packed_depth(const GemmKernels& kernels, int64_t depth) {
+  return kernels.pairs ? depth + pair_sums(depth) + 1 : depth;
+}
 
 extern const GemmKernels kGemmPortable;
 // On machines other than x86-64 these have no kernels (tile is null).
 extern const GemmKernels kGemmAvx2;
 extern const GemmKernels kGemmAvx512;
+extern const GemmPairs kGemmPairsAvx512;
 
 // --- bf16 ---
 // A tile is 16 rows of 64 bytes, as AMX has them. Operands are packed in steps of 32 of the reduction: A as

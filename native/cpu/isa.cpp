@@ -71,7 +71,30 @@ Isa detect() {
 #endif
 }
 
+// What DN_PAIRS says of products in pairs.
+enum class Pairs { kNever, kWhereFaster, kAlways };
+
+Pairs wanted_pairs() {
+  const char* const asked = std::getenv("DN_PAIRS");
+  if (asked == nullptr || *asked == '\0') return Pairs::kWhereFaster;
+  if (std::strcmp(asked, "0") == 0) return Pairs::kNever;
+  if (std::strcmp(asked, "1") == 0) return Pairs::kAlways;
+  throw Error(Code::kArgument, std::string("DN_PAIRS is '") + asked + "', expected 0 or 1");
+}
+
+// Zen 3 and 4, of which the latter has AVX-512.
+bool is_amd_family_19h() {
+#if defined(__x86_64__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  return (eax >> 8 & 0xf) + (eax >> 20 & 0xff) == 0x19;
+#else
+  return false;
+#endif
+}
+
 Isa choose() {
+  wanted_pairs();  // refused with the rest
   const char* const forced = std::getenv("DN_ISA");
   if (forced == nullptr || *forced == '\0') return detected_isa();
   for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
@@ -120,6 +143,15 @@ bool has_fast_bf16() {
 #else
   return false;
 #endif
+}
+
+bool has_fast_pairs() {
+  static const bool has = [] {
+    const Pairs wanted = wanted_pairs();
+    return detected_isa() >= Isa::kAvx512 &&
+           (wanted == Pairs::kWhereFaster ? is_amd_family_19h() : wanted == Pairs::kAlways);
+  }();
+  return has;
 }
 
 const char* isa_name(Isa isa) {

@@ -14,8 +14,8 @@
 namespace dn::cpu {
 namespace {
 
-static_assert(kPackRows % kGemmPanel == 0 && kPackRows % kBf16Step == 0,
-              "a piece of a packed weight is whole panels and steps");
+static_assert(kPackRows % kGemmPanel == 0 && kPackRows % kBf16Step == 0 && kPairBlock % kPackRows == 0,
+              "a piece of a packed weight is whole panels and steps, and a block whole pieces");
 
 [[noreturn]] void refuse(const char* op, const std::string& what) {
   throw Error(Code::kArgument, std::string(op) + ": " + what);
@@ -45,7 +45,19 @@ void write_panel(void* packed, Dtype to, const Weight& w, int64_t n, int64_t k, 
     if (n + kGemmPanel > w.N) std::memset(floats, 0, static_cast<size_t>(bytes));
     fill(floats, first, count);
   };
-  if (to == Dtype::kF32) return write(words + (panel * w.K + k) * kGemmPanel, 0, rows);
+  if (to == Dtype::kF32) {
+    float* const floats = words + (panel * w.K + k) * kGemmPanel;
+    write(floats, 0, rows);
+    float* const squares = words + packed_squares(w.K, w.N, n);
+    for (int64_t first = 0; first < rows;) {
+      const int64_t block = (k + first) / kPairBlock, in_block = (k + first) % kPairBlock;
+      const int64_t count = std::min(kPairBlock - in_block, rows - first);
+      if (in_block == 0) std::fill_n(squares + block * kGemmPanel, kGemmPanel, 0.0f);
+      add_squares(squares + block * kGemmPanel, floats + first * kGemmPanel, count);
+      first += count;
+    }
+    return;
+  }
   alignas(64) float piece[kPieceRows * kGemmPanel];
   for (int64_t first = 0; first < rows; first += kPieceRows) {
     const int64_t count = std::min(kPieceRows, rows - first);
@@ -74,7 +86,9 @@ void check_weight(const char* op, const Weight& w, bool may_be_packed) {
 
 int64_t packed_elements(int64_t K, int64_t N, Dtype to) {
   const int64_t panels = (N + kGemmPanel - 1) / kGemmPanel;
-  return panels * (to == Dtype::kBF16 ? 2 * bf16_panel_words(K) : K * kGemmPanel);
+  return to == Dtype::kBF16
+             ? panels * 2 * bf16_panel_words(K)
+             : packed_squares(K, N, panels * kGemmPanel);  // where those of one more would begin
 }
 
 void pack_bf16(float* words, const float* rows, int64_t depth) {
@@ -124,19 +138,20 @@ void pack_rows(const Cpu& cpu, void* packed, const Weight& whole, const float* r
       (count % kPackRows != 0 && begin + count < all))
     refuse("pack_rows", "rows [" + std::to_string(begin) + ", " + std::to_string(begin + count) + ") of " +
                             whole.shape() + ", expected multiples of " + std::to_string(kPackRows));
-  if (by_columns) {
-    Weight part = whole;
-    part.data = rows;
-    part.N = count;
-    const int64_t before = packed_elements(whole.K, begin, to) * static_cast<int64_t>(dtype_bytes(to));
-    return pack_weight(cpu, static_cast<char*>(packed) + before, part, to);
-  }
   check_form("pack_rows", whole, to);
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
-  each_panel(cpu, whole, [&](int64_t n, int64_t cols) {
-    write_panel(packed, to, whole, n, begin, count, [&](float* dst, int64_t first, int64_t some) {
-      kernels.copy(dst, kGemmPanel, rows + first * whole.N + n, whole.N, some, cols);
-    });
+  Weight part = whole;  // the columns that the rows bring: these, or some rows of all
+  if (by_columns) part.N = count;
+  each_panel(cpu, part, [&](int64_t n, int64_t cols) {
+    const int64_t panel = by_columns ? begin + n : n, depth = by_columns ? whole.K : count;
+    write_panel(packed, to, whole, panel, by_columns ? 0 : begin, depth,
+                [&](float* dst, int64_t first, int64_t some) {
+                  if (by_columns) {
+                    kernels.transpose(dst, kGemmPanel, rows + n * whole.K + first, whole.K, cols, some);
+                  } else {
+                    kernels.copy(dst, kGemmPanel, rows + first * whole.N + n, whole.N, some, cols);
+                  }
+                });
   });
 }
 

@@ -171,8 +171,8 @@ DN_TEST(split_few_rows_are_finished_as_many_are) {
   }
 }
 
-// Where parts that are left out would show: numbers of one sign, whose errors do not cancel, and rows of very
-// different size.
+// Where parts that are left out would show: numbers of one sign, whose errors do not cancel, and numbers of
+// very different size, which cost products in pairs some of their digits.
 DN_TEST(split_is_as_good_as_fp32) {
   Numbers numbers(33);
   const int64_t M = 20, N = 40, K = 768;
@@ -192,8 +192,9 @@ DN_TEST(split_is_as_good_as_fp32) {
         mean += std::fabs(out[i] - ref.exact[i]) / std::fabs(ref.exact[i]);
         naive += std::fabs(ref.naive[i] - ref.exact[i]) / std::fabs(ref.exact[i]);
       }
-      CHECK_MSG(mean <= 1.1 * naive, std::string(isa_name(isa)) + ": relative error " +
-                                         std::to_string(mean / naive) + " times that of a plain loop");
+      CHECK_MSG(mean <= (pairs_pay(isa, K) ? 2 : 1.1) * naive,
+                std::string(isa_name(isa)) + ": relative error " + std::to_string(mean / naive) +
+                    " times that of a plain loop");
       check_product(ref, out, label(isa, M, N, K));
     }
   }
