@@ -220,13 +220,13 @@ void multiply_by_parts(const Cpu& cpu, const GemmProduct& p, const GemmKernels& 
     multiply_by_columns(cpu, part_of(p, k, std::min(step, p.K - k)), kernels);
 }
 
+// Not for kernels of pairs: their B is scaled for every few tiles.
 void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernels& kernels) {
   GemmProduct p = plain;
   const int64_t panels = ceil_div(p.N, kGemmPanel), panel_floats = p.K * kGemmPanel;
   const int64_t b_floats = p.b_layout == GemmLayout::kPanels ? 0 : panels * panel_floats;
   const int64_t task_rows = ceil_div(block_rows(kernels), kernels.max_rows) * kernels.max_rows;
-  const int64_t tasks = ceil_div(p.M, task_rows),
-                task_floats = ceil_div(task_rows * packed_row(kernels, p.K), kLine) * kLine;
+  const int64_t tasks = ceil_div(p.M, task_rows), task_floats = ceil_div(task_rows * p.K, kLine) * kLine;
   float* const scratch = gemm_scratch(b_floats + cpu.threads * task_floats);
   if (b_floats > 0) {
     parallel(cpu.threads, panels, [&](int64_t panel, int) {
