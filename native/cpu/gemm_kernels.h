@@ -100,8 +100,11 @@ struct GemmTile {
 // (docs/numerics.md): that is less than a chain's where they are dense, more where few large numbers meet in
 // pairs. A row or a column that is not finite gives NaN.
 constexpr int64_t kPairBlock = 768;
-constexpr int64_t kPairDepth = 384;
-static constexpr int64_t pair_sums(int64_t depth) { return (depth + kPairDepth - 1) / kPairDepth; }
+// Steps between two corrections in a block of so many, and the corrections it has.
+static constexpr int64_t pair_depth(int64_t depth) { return depth > 384 ? 384 : 192; }
+static constexpr int64_t pair_sums(int64_t depth) {
+  return (depth + pair_depth(depth) - 1) / pair_depth(depth);
+}
 
 struct GemmPairs {
   int64_t max_rows;  // as in GemmKernels

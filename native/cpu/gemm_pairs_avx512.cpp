@@ -27,7 +27,8 @@ namespace {
 constexpr int kMaxRows = 12;
 // Steps: a pair that is added, a single one, a pair that is subtracted, a single one.
 constexpr int64_t kGroup = 6;
-static_assert(kPairDepth % kGroup == 0, "whole groups between corrections");
+static_assert(pair_depth(0) % kGroup == 0 && pair_depth(kPairBlock) % kGroup == 0,
+              "whole groups between corrections");
 
 // How a tile finds B: scaled, or as the first one, packed, packed and from memory (t.fetch), or plain and to
 // be packed.
@@ -135,9 +136,10 @@ void tile_rows(const GemmTile& t) {
 
   __m512 sum[kRows][2], total[kRows][2];
   const __m512 one = _mm512_set1_ps(1.0f);  // multiply-adds have less to do here than additions
-  for (int64_t k = 0;; k += kPairDepth) {
-    const bool is_last = k + kPairDepth >= t.depth;
-    const int64_t steps = is_last ? t.depth - k : kPairDepth;
+  const int64_t part = pair_depth(t.depth);
+  for (int64_t k = 0;; k += part) {
+    const bool is_last = k + part >= t.depth;
+    const int64_t steps = is_last ? t.depth - k : part;
     __m512 of_b[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
@@ -296,7 +298,12 @@ void column_squares(float* squares, const float* src, int64_t src_stride, int64_
 class PairWriter {
  public:
   PairWriter(float* dst, const float* scales, int64_t count, int64_t depth)
-      : dst_(dst), sums_(dst + depth * count), count_(count), left_(depth), m_(lanes(count)) {
+      : dst_(dst),
+        sums_(dst + depth * count),
+        count_(count),
+        part_(pair_depth(depth)),
+        left_(depth),
+        m_(lanes(count)) {
     scale_ = _mm512_maskz_loadu_ps(m_, scales);
     begin();
   }
@@ -323,7 +330,7 @@ class PairWriter {
 
  private:
   void begin() {
-    in_part_ = left_ < kPairDepth ? left_ : kPairDepth;
+    in_part_ = left_ < part_ ? left_ : part_;
     left_ -= in_part_;
     grouped_ = in_part_ / kGroup * kGroup;
     in_group_ = 0;
@@ -333,7 +340,8 @@ class PairWriter {
   float* dst_;
   float* sums_;
   int64_t count_;
-  int64_t left_;      // steps after this part, the steps up to a correction
+  int64_t part_;      // steps up to a correction
+  int64_t left_;      // after this part
   int64_t in_part_;   // steps still to come of this part
   int64_t grouped_;   // of them in groups
   int64_t in_group_;  // place of the next step in its group

@@ -99,8 +99,7 @@ using Shape = std::function<double(double normal, int64_t k)>;
 struct Operands {
   const char* name;
   Shape a, b;
-  double most;  // root mean square error allowed, as a multiple of a plain loop's; a reduction with one
-                // correction may have 1.4 times that
+  double most;  // root mean square error expected at most, as a multiple of a plain loop's
 };
 
 // As those of networks: what comes out of a layer norm or GELU, channels that stand out, numbers with means,
@@ -123,12 +122,12 @@ DN_TEST(pairs_are_as_exact_as_a_plain_loop) {
       {"large rows", [](double x, int64_t) { return 1e4 * x; }, small, 1.0},
       {"tiny rows", [](double x, int64_t) { return 1e-30 * x; }, small, 1.0},
       // What pairs are worst at: the two that stand out, in all rows, are one pair.
-      {"a pair of 27", [](double x, int64_t k) { return k == 138 || k == 139 ? 27 : x; }, small, 7.0},
+      {"a pair of 27", [](double x, int64_t k) { return k == 138 || k == 139 ? 27 : x; }, small, 5.0},
   };
   const int64_t M = 13, N = 70;
-  Numbers numbers(71);
   for (const Operands& kind : kinds) {
-    for (const int64_t K : {384, 768, 773, 3072}) {
+    for (const int64_t K : {192, 384, 768, 773, 3072}) {
+      Numbers numbers(static_cast<uint64_t>(71 + K));
       if (dn::test::kSanitized && K > 800) continue;
       std::vector<float> a(static_cast<size_t>(M * K)), b(static_cast<size_t>(K * N));
       for (size_t i = 0; i < a.size(); ++i)
@@ -143,7 +142,7 @@ DN_TEST(pairs_are_as_exact_as_a_plain_loop) {
                                std::to_string(pairs.worst / plain.worst) + ") times that of a plain loop, " +
                                std::to_string(pairs.of_norms * 1e6) + "e-6 of the norms";
       if (K == 768) std::printf("  %s\n", what.c_str());
-      const double most = (K <= kPairDepth ? 1.4 : 1) * kind.most;
+      const double most = (pair_sums(K) == 1 ? 1.7 : 1.3) * kind.most;
       CHECK_MSG(pairs.square <= most * plain.square, what);
       CHECK_MSG(pairs.worst <= 1.5 * most * plain.worst, what);
       CHECK_MSG(pairs.of_norms <= 1e-6, what);
