@@ -59,11 +59,14 @@ DN_TEST(matmul_pack_roundtrip) {
   }
 }
 
-// The head: gathered rows, vocabulary in chunks, plain and packed: the bits of one whole product.
+// The head: gathered rows, vocabulary in chunks, plain and packed: the bits of one whole product. Embeddings
+// of different sizes, so that what is known of a panel is not known of another.
 DN_TEST(matmul_head_chunks) {
   const int64_t rows = 50, R = 21, V = 333, C = 272;
   Numbers numbers(10);
   std::vector<float> hidden = numbers.vector(rows * C), wte = numbers.vector(V * C);
+  for (size_t i = 0; i < wte.size(); ++i)
+    wte[i] = std::ldexp(wte[i], static_cast<int>(i / (32 * C)) % 5 * 3 - 6);
   for (const Isa isa : isas()) {
     for (const MatmulPrecision precision : {MatmulPrecision::kFP32, MatmulPrecision::kBF16}) {
       const Cpu cpu{2, isa};
