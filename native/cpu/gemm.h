@@ -110,7 +110,7 @@ const GemmKernels& pair_kernels();
 // Whether they are the faster ones on this machine, limited to isa, for a reduction of K numbers.
 bool pairs_pay(Isa isa, int64_t K);
 
-// A weight packed as fp32 ends with the sums of the magnitudes of its columns in every block of kPairBlock
+// A weight packed as fp32 ends with the sums of squares of its columns in every block of kPairBlock
 // rows, (panels, blocks, kGemmPanel). Where those of the panel at n begin:
 inline int64_t packed_squares(int64_t K, int64_t N, int64_t n) {
   const int64_t panels = (N + kGemmPanel - 1) / kGemmPanel, blocks = (K + kPairBlock - 1) / kPairBlock;

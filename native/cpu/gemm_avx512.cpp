@@ -6,8 +6,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "cpu/gemm_avx512.inl"
-#include "cpu/gemm_prefetch.inl"
+#include "cpu/gemm_tile_avx512.inl"
 
 namespace dn::cpu {
 namespace {
@@ -107,32 +106,11 @@ __attribute__((always_inline)) inline void multiply_bf16(__m512 (*sum)[2], const
 template <int kRows, B kB>
 void tile_rows(const GemmTile& t) {
   __m512 sum[kRows][2];
+  ask_for_tile<kRows>(t);
 #pragma GCC unroll 14
-  for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    if (!t.stream) prefetch_row(t.c + r * t.c_stride);
-  }
-  prefetch_finish(t.finish);
+  for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   kB == B::kBf16 ? multiply_bf16<kRows>(sum, t) : multiply_fp32<kRows, kB>(sum, t);
-  if (t.stream) {
-#pragma GCC unroll 14
-    for (int r = 0; r < kRows; ++r) {
-      _mm512_stream_ps(t.c + r * t.c_stride, sum[r][0]);
-      _mm512_stream_ps(t.c + r * t.c_stride + 16, sum[r][1]);
-    }
-    return;
-  }
-  const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
-#pragma GCC unroll 14
-  for (int r = 0; r < kRows; ++r) {
-    const float* const c = t.c + r * t.c_stride;
-    if (t.accumulate) {
-      sum[r][0] = _mm512_add_ps(_mm512_maskz_loadu_ps(writer.m0, c), sum[r][0]);
-      sum[r][1] = _mm512_add_ps(_mm512_maskz_loadu_ps(writer.m1, c + 16), sum[r][1]);
-    }
-    writer.write(r, sum[r][0], sum[r][1]);
-  }
-  writer.end();
+  write_tile<kRows>(t, sum);
 }
 
 template <B kB>

@@ -92,8 +92,8 @@ struct GemmTile {
 // Kernels that multiply some of the reduction in pairs, a1 b1 + a2 b2 = (a1 + b2) (a2 + b1) - a1 a2 - b1 b2.
 // In floating point that is as good as a chain of multiply-adds under two conditions. Both factors have one
 // size: in a block of kPairBlock steps every row of A and every column of B is scaled by the power of two
-// that brings its root mean square nearest to 1. And what is subtracted stays small: every second pair is (a1
-// - b2) (a2 - b1), subtracted, so that means cancel, and sums are corrected every kPairDepth steps and only
+// that brings its root mean square nearest to 1. And what is subtracted stays small: of every second pair (a1
+// - b2) (a2 - b1) is subtracted, so that means cancel, and sums are corrected every pair_depth steps and only
 // then added up.
 //
 // The error of an element is bounded by the norms of its row and its column instead of by the sum of |a b|

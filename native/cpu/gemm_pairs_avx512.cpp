@@ -18,8 +18,7 @@
 #if defined(__x86_64__) && !defined(_MSC_VER)
 #include <immintrin.h>
 
-#include "cpu/gemm_avx512.inl"
-#include "cpu/gemm_prefetch.inl"
+#include "cpu/gemm_tile_avx512.inl"
 
 namespace dn::cpu {
 namespace {
@@ -117,11 +116,7 @@ __attribute__((always_inline)) inline void multiply_three(__m512 (*sum)[2], __m5
 
 template <int kRows, B kB>
 void tile_rows(const GemmTile& t) {
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    if (!t.stream) prefetch_row(t.c + r * t.c_stride);
-  }
-  prefetch_finish(t.finish);
+  ask_for_tile<kRows>(t);
   const float* a = t.a;
   const float* a_sums = t.a + t.depth * kRows;
   float* b_sums = t.b_sums;
@@ -192,25 +187,7 @@ void tile_rows(const GemmTile& t) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) sum[r][v] = _mm512_scalef_ps(sum[r][v], _mm512_add_ps(of_row, of_columns[v]));
   }
-  if (t.stream) {
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      _mm512_stream_ps(t.c + r * t.c_stride, sum[r][0]);
-      _mm512_stream_ps(t.c + r * t.c_stride + 16, sum[r][1]);
-    }
-    return;
-  }
-  const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    const float* const c = t.c + r * t.c_stride;
-    if (t.accumulate) {
-      sum[r][0] = _mm512_add_ps(_mm512_maskz_loadu_ps(writer.m0, c), sum[r][0]);
-      sum[r][1] = _mm512_add_ps(_mm512_maskz_loadu_ps(writer.m1, c + 16), sum[r][1]);
-    }
-    writer.write(r, sum[r][0], sum[r][1]);
-  }
-  writer.end();
+  write_tile<kRows>(t, sum);
 }
 
 template <B kB>
@@ -294,7 +271,7 @@ void column_squares(float* squares, const float* src, int64_t src_stride, int64_
 }
 
 // Writes a block of packed A step by step: the steps times the scales, then the sums of their pairs, in the
-// order in which tiles add them up, then the reciprocals.
+// order in which tiles add them up, then the exponents.
 class PairWriter {
  public:
   PairWriter(float* dst, const float* scales, int64_t count, int64_t depth)
