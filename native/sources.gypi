@@ -50,6 +50,7 @@
     ],
     "cpu_avx512_sources": [
       "native/cpu/attention_avx512.cpp",
+      "native/cpu/attention_pairs_avx512.cpp",
       "native/cpu/gemm_avx512.cpp",
       "native/cpu/gemm_int8_avx512.cpp",
       "native/cpu/gemm_pairs_avx512.cpp",
@@ -140,6 +141,7 @@
       "native/test/main.cpp",
       "native/test/test_attention.cpp",
       "native/test/test_attention_bits.cpp",
+      "native/test/test_attention_pairs.cpp",
       "native/test/test_bf16_weights.cpp",
       "native/test/test_decode.cpp",
       "native/test/test_divergence.cpp",

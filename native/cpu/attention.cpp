@@ -14,6 +14,7 @@
 #include "core/error.h"
 #include "cpu/attention_kernels.h"
 #include "cpu/attention_visibility.h"
+#include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
@@ -39,13 +40,16 @@ const AttentionKernels& kernels(const Cpu& cpu) {
   return kAttentionPortable;
 }
 
-// Tiles pay where many queries share the packing of keys: heads of whole steps, keys that are not cached, and
-// neither of the masks under which a cache gives the bits of the whole sequence at once (causal and
-// block-causal attention, one query or a few at a time).
+// Tiles and pairs pay where many queries share the packing of keys: keys that are not cached, and neither of
+// the masks under which a cache gives the bits of the whole sequence at once (causal and block-causal
+// attention, one query or a few at a time). Tiles want heads of whole steps.
 const AttentionForward& forward_kernels(const Cpu& cpu, const AttentionSequence& s, int64_t HS) {
-  const bool are_tiles = cpu.isa >= Isa::kAmx && kAttentionForwardAmx.begin && HS % kTileHead == 0;
-  const bool may_be_cached = s.k || s.mask.kind == MaskKind::kCausal || s.mask.kind == MaskKind::kBlockCausal;
-  return are_tiles && !may_be_cached ? kAttentionForwardAmx : kernels(cpu).forward;
+  if (s.k || s.mask.kind == MaskKind::kCausal || s.mask.kind == MaskKind::kBlockCausal)
+    return kernels(cpu).forward;
+  if (cpu.isa >= Isa::kAmx && kAttentionForwardAmx.begin && HS % kTileHead == 0) return kAttentionForwardAmx;
+  if (cpu.isa >= Isa::kAvx512 && has_fast_pairs() && kAttentionForwardPairs.begin && HS >= kPairHead)
+    return kAttentionForwardPairs;
+  return kernels(cpu).forward;
 }
 
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
@@ -178,7 +182,7 @@ void run_forward_task(const Cpu& cpu, const ForwardTask& task, const AttentionSe
     float* const values = cut.take(numbers(HSp * kKeyBlock) * forward.key_buffers);
     float* const scores = cut.take(forward.score_floats);
     for (ForwardTile& t : w.tiles) {
-      t.q = cut.take(numbers(all_rows * HSp));
+      t.q = cut.take(numbers(all_rows * (HSp + forward.query_extra)));
       t.acc = cut.take(all_rows * HSp);
       t.max = cut.take(all_rows);
       t.sum = cut.take(all_rows * kSumLanes);

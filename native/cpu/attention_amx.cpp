@@ -262,6 +262,7 @@ const AttentionForward kAttentionForwardAmx = {kMostPairs * kPair,
                                                kParts * sizeof(uint16_t),
                                                2,
                                                2 * (kScores + kProbabilities),
+                                               0,
                                                forward_begin,
                                                forward_block,
                                                forward_end};

@@ -5,7 +5,8 @@
 namespace dn::cpu {
 
 const AttentionKernels kAttentionAvx512 = {
-    {kVectorRows, 1, sizeof(float), 1, kVectorScores, forward_begin, forward_block, forward_end},
+    {kVectorRows, 1, sizeof(float), 1, kVectorScores, 0, forward_begin<ChainScores>,
+     forward_block<ChainScores>, forward_end},
     backward_begin,
     backward_keys,
     backward_block,

@@ -54,7 +54,7 @@ struct ForwardTile {
   int64_t HS = 0;
   int64_t HSp = 0;
   float scale = 0;          // 1 / sqrt(HS)
-  float* q = nullptr;       // (rows, HSp), scaled
+  float* q = nullptr;       // (rows, HSp), scaled; of PairScores see there
   float* acc = nullptr;     // (rows, HSp): sum of e^(score - max) v
   float* max = nullptr;     // (rows): running maximum of the visible scores, -inf at first
   float* sum = nullptr;     // (rows, kSumLanes): partial sums of e^(score - max)
@@ -92,6 +92,7 @@ struct AttentionForward {
   int64_t number_bytes;  // of a number of q, keys and values in scratch
   int64_t key_buffers;   // blocks of keys and values in scratch
   int64_t score_floats;  // of ForwardTile::scores
+  int64_t query_extra;   // numbers of a query in scratch beyond HSp
   // Loads the queries and resets the running sums.
   void (*begin)(const ForwardTile& t, const float* q, int64_t q_stride, const ForwardAhead& ahead);
   // One block of at most kKeyBlock keys. words (rows), or null.
@@ -126,6 +127,9 @@ struct AttentionKernels {
 // has no kernels (begin is null).
 constexpr int64_t kTileHead = 32;
 extern const AttentionForward kAttentionForwardAmx;
+// Scores in pairs, for heads of at least kPairHead. Likewise.
+constexpr int64_t kPairHead = 64;
+extern const AttentionForward kAttentionForwardPairs;
 
 extern const AttentionKernels kAttentionPortable;
 extern const AttentionKernels kAttentionAvx2;

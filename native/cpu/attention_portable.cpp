@@ -141,7 +141,7 @@ uint64_t annealed_word(uint64_t seed, uint32_t stream, uint32_t step, uint32_t t
 }  // namespace
 
 const AttentionKernels kAttentionPortable = {
-    {kVectorRows, 1, sizeof(float), 1, kVectorScores, forward_begin, forward_block, forward_end},
+    {kVectorRows, 1, sizeof(float), 1, kVectorScores, 0, forward_begin, forward_block, forward_end},
     backward_begin,
     backward_keys,
     backward_block,

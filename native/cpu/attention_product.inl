@@ -1,6 +1,6 @@
-// What the kernels of attention on vectors are made of: one register-blocked product, and copies of the rows
-// of a head into scratch and back, plain or transposed. Every element of a product is one chain of fma over
-// the inner index, whatever the size of the tile that holds it. Everything has internal linkage.
+// What the kernels of attention on vectors are made of: one register-blocked product, the transpose of a
+// square in registers, and copies of the rows of a head into scratch. Every element of a product is one chain
+// of fma over the inner index, whatever the size of the tile that holds it. Everything has internal linkage.
 #include "cpu/attention_kernels.h"
 #include "cpu/simd.inl"
 
@@ -151,32 +151,6 @@ static void copy_rows(float* dst, const float* src, int64_t stride, int64_t rows
     for (int64_t d = 0; d < HSp; d += kLanes) {
       const Mask lanes = d < HS ? tail(d, HS) : simd::first_lanes(0);
       simd::store(dst + r * HSp + d, simd::mul(simd::load(src + r * stride + d, lanes), s));
-    }
-  }
-}
-
-// dst (HSp, kKeyBlock) = src (count, HS) transposed, zero where there is no source.
-static void copy_transposed(float* dst, const float* src, int64_t stride, int64_t count, int64_t HS) {
-  for (int64_t j = 0; j < kKeyBlock; j += kLanes) {
-    for (int64_t d = 0; d < HS; d += kLanes) {
-      const Mask lanes = tail(d, HS);
-      Vec v[kLanes];
-      DN_UNROLL for (int i = 0; i < kLanes; ++i) {
-        v[i] = j + i < count ? simd::load(src + (j + i) * stride + d, lanes) : simd::zero();
-      }
-      transpose_lanes(v);
-      DN_UNROLL for (int i = 0; i < kLanes; ++i) simd::store(dst + (d + i) * kKeyBlock + j, v[i]);
-    }
-  }
-}
-
-// dst rows (HS) = src rows (HSp) * scale.
-static void write_rows(float* dst, int64_t stride, const float* src, int64_t rows, int64_t HS, int64_t HSp,
-                       float scale) {
-  const Vec s = simd::set1(scale);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t d = 0; d < HS; d += kLanes) {
-      simd::store(dst + r * stride + d, simd::mul(simd::load(src + r * HSp + d), s), tail(d, HS));
     }
   }
 }

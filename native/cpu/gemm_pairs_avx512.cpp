@@ -9,55 +9,24 @@
 // to a row of A, b1 b2 to a column of B: they are summed once, not for every element. What it takes to be as
 // exact as a chain of multiply-adds, gemm_kernels.h says.
 //
-// A tile is up to 12 rows of two vectors: 24 sums, the six vectors of three steps of B and two of what is
-// added fill the 32 registers. Numbers of A are broadcast by the additions themselves: a broadcast into a
-// register would cost them time.
-
 #include "cpu/gemm_kernels.h"
 
 #if defined(__x86_64__) && !defined(_MSC_VER)
 #include <immintrin.h>
 
+#include "cpu/gemm_pairs.inl"
 #include "cpu/gemm_tile_avx512.inl"
 
 namespace dn::cpu {
 namespace {
 
 constexpr int kMaxRows = 12;
-// Steps: a pair that is added, a single one, a pair that is subtracted, a single one.
-constexpr int64_t kGroup = 6;
-static_assert(pair_depth(0) % kGroup == 0 && pair_depth(kPairBlock) % kGroup == 0,
+static_assert(pair_depth(0) % kPairGroup == 0 && pair_depth(kPairBlock) % kPairGroup == 0,
               "whole groups between corrections");
 
 // How a tile finds B: scaled, or as the first one, packed, packed and from memory (t.fetch), or plain and to
 // be packed.
 enum class B { kScaled, kPacked, kFetched, kPlain };
-
-__attribute__((always_inline)) inline __m512 subtract(__m512 from, const float* a) {
-  __m512 difference;
-  asm("vsubps %2%{1to16%}, %1, %0" : "=v"(difference) : "v"(from), "m"(*a));
-  return difference;
-}
-
-// sum += (a1 + b2) (a2 + b1), or -= (a1 - b2) (a2 - b1). One piece: the compiler would move additions away
-// from what they are for and run out of registers.
-template <bool kSubtract>
-__attribute__((always_inline)) inline void multiply_pair(__m512& sum, __m512 b1, __m512 b2, const float* a1,
-                                                         const float* a2) {
-  __m512 left, right;
-  if (kSubtract) {
-    asm("vsubps %5%{1to16%}, %4, %1\n\tvsubps %6%{1to16%}, %3, %2\n\tvfnmadd231ps %1, %2, %0"
-        : "+v"(sum), "=&v"(left), "=&v"(right)
-        : "v"(b1), "v"(b2), "m"(*a1), "m"(*a2));
-  } else {
-    asm("vaddps %5%{1to16%}, %4, %1\n\tvaddps %6%{1to16%}, %3, %2\n\tvfmadd231ps %1, %2, %0"
-        : "+v"(sum), "=&v"(left), "=&v"(right)
-        : "v"(b1), "v"(b2), "m"(*a1), "m"(*a2));
-  }
-}
-__attribute__((always_inline)) inline void multiply_add(__m512& sum, __m512 b, const float* a) {
-  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
-}
 
 // Rows of B, one after the other, and what happens to them on the way.
 template <int kRows, B kB>
@@ -101,14 +70,7 @@ __attribute__((always_inline)) inline void multiply_three(__m512 (*sum)[2], __m5
   rows.next(b1);
   rows.next(b2);
   rows.next(b3);
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      multiply_pair<kSubtract>(sum[r][v], b1[v], b2[v], a + r, a + kRows + r);
-      multiply_add(sum[r][v], b3[v], a + 2 * kRows + r);
-    }
-  }
+  multiply_steps<kRows, 2, kRows, kSubtract>(sum, b1, b2, b3, a);
 #pragma GCC unroll 2
   for (int v = 0; kB != B::kScaled && v < 2; ++v)
     of_b[v] = kSubtract ? _mm512_fnmadd_ps(b2[v], b1[v], of_b[v]) : _mm512_fmadd_ps(b2[v], b1[v], of_b[v]);
@@ -127,7 +89,7 @@ void tile_rows(const GemmTile& t) {
   }
   GemmPrefetch ahead = *t.prefetch;
   int64_t lines = t.prefetch_lines;
-  const int64_t groups = t.depth / kGroup, burst = groups > 0 ? (lines + groups - 1) / groups : 0;
+  const int64_t groups = t.depth / kPairGroup, burst = groups > 0 ? (lines + groups - 1) / groups : 0;
 
   __m512 sum[kRows][2], total[kRows][2];
   const __m512 one = _mm512_set1_ps(1.0f);  // multiply-adds have less to do here than additions
@@ -138,15 +100,15 @@ void tile_rows(const GemmTile& t) {
     __m512 of_b[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    for (int64_t i = steps / kGroup; i > 0; --i) {
+    for (int64_t i = steps / kPairGroup; i > 0; --i) {
       const int64_t now = lines < burst ? lines : burst;
       if (now > 0) take_lines(&ahead, now);
       lines -= now;
       multiply_three<kRows, kB, false>(sum, of_b, a, rows);
       multiply_three<kRows, kB, true>(sum, of_b, a + 3 * kRows, rows);
-      a += kGroup * kRows;
+      a += kPairGroup * kRows;
     }
-    for (int64_t i = steps % kGroup; i > 0; --i) {
+    for (int64_t i = steps % kPairGroup; i > 0; --i) {
       __m512 b[2];
       rows.next(b);
 #pragma GCC unroll 12
@@ -292,7 +254,7 @@ class PairWriter {
     if (grouped_ > 0) {
       if (in_group_ == 1) sum_ = _mm512_fmadd_ps(before_, x, sum_);
       if (in_group_ == 4) sum_ = _mm512_fnmadd_ps(before_, x, sum_);
-      in_group_ = in_group_ == kGroup - 1 ? 0 : in_group_ + 1;
+      in_group_ = in_group_ == kPairGroup - 1 ? 0 : in_group_ + 1;
       --grouped_;
     }
     before_ = x;
@@ -309,7 +271,7 @@ class PairWriter {
   void begin() {
     in_part_ = left_ < part_ ? left_ : part_;
     left_ -= in_part_;
-    grouped_ = in_part_ / kGroup * kGroup;
+    grouped_ = in_part_ / kPairGroup * kPairGroup;
     in_group_ = 0;
     sum_ = before_ = _mm512_setzero_ps();
   }

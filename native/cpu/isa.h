@@ -21,9 +21,9 @@ bool has_amx_int8();     // beside kAmx
 // Beside kAvx512: AVX512_BF16 whose products outrun fp32's (AMD since Zen 4). Intel's do not: with AMX they
 // are not needed.
 bool has_fast_bf16();
-// Beside kAvx512: products in pairs (gemm_kernels.h) outrun others. So they do on Zen 4, whose units that add
-// are not those that multiply and add; of other processors it is not known. DN_PAIRS=0 and 1 decide it for
-// any.
+// Beside kAvx512: products and attention's scores in pairs (gemm_kernels.h) outrun others. So they do on Zen
+// 4, whose units that add are not those that multiply and add; of other processors it is not known.
+// DN_PAIRS=0 and 1 decide it for any.
 bool has_fast_pairs();
 // Name of the kernels that fp32 products of many numbers use here.
 const char* active_fp32();

@@ -54,7 +54,7 @@ DN_TEST(attention_block_sizes_and_ratios) {
     for (const MaskKind kind : {MaskKind::kBlockCausal, MaskKind::kBlockDiffusion}) {
       AttentionMask mask = mask_of(kind);
       mask.block = block;
-      for (const int64_t HS : {16, 32}) {
+      for (const int64_t HS : {16, 32, 64}) {
         Batch b(1, HS, {150, 130}, mask);
         check_against_reference(b, mask);
       }
@@ -63,7 +63,7 @@ DN_TEST(attention_block_sizes_and_ratios) {
   for (const double ratio : {0.0, 0.01, 0.99}) {
     AttentionMask mask = mask_of(MaskKind::kAnnealed);
     mask.threshold = annealing_threshold(ratio);
-    for (const int64_t HS : {16, 32}) {
+    for (const int64_t HS : {16, 32, 64}) {
       Batch b(1, HS, {150}, mask);
       check_against_reference(b, mask);
     }
@@ -83,7 +83,7 @@ DN_TEST(attention_matrix_mask_with_empty_rows) {
   AttentionMask mask = mask_of(MaskKind::kMatrix);
   mask.matrix = matrix.data();
   mask.matrix_width = T;
-  for (const int64_t HS : {20, 32}) {
+  for (const int64_t HS : {20, 32, 70}) {
     Batch b(6, HS, {T, 40}, mask);
     check_against_reference(b, mask);
     for (const Isa isa : isas()) {
@@ -129,7 +129,7 @@ DN_TEST(attention_backward_matches_finite_differences) {
 // Scores of a few hundred: the maximum must be subtracted before the exponential, and rescaling must not
 // overflow.
 DN_TEST(attention_with_large_scores) {
-  for (const int64_t HS : {16, 32}) {
+  for (const int64_t HS : {16, 32, 64}) {
     Batch b(1, HS, {130}, mask_of(MaskKind::kFull));
     for (float& x : b.qkv) x *= 20;
     const Reference r = reference(b);
@@ -176,7 +176,7 @@ DN_TEST(attention_passes_nan_on) {
 
 // Maxima that grow from one block of keys to the next, so that every block rescales what is summed.
 DN_TEST(attention_with_growing_scores) {
-  for (const int64_t HS : {16, 32}) {
+  for (const int64_t HS : {16, 32, 64}) {
     Batch b(2, HS, {300}, mask_of(MaskKind::kFull));
     const int64_t C = b.C();
     for (int64_t t = 0; t < b.N; ++t) {

@@ -23,7 +23,7 @@ using test::same_bits;
 DN_TEST(attention_bits_do_not_depend_on_threads) {
   for (const Isa isa : isas()) {
     for (const MaskKind kind : kRuleKinds) {
-      for (const int64_t HS : {20, 32}) {
+      for (const int64_t HS : {20, 32, 70}) {
         if (dn::test::kSanitized && HS == 20) continue;
         Batch one(6, HS, {1, 7, 64, 65, 200}, mask_of(kind)), other = one;
         one.forward(isa, 1);
@@ -44,7 +44,7 @@ DN_TEST(attention_bits_do_not_depend_on_threads) {
 DN_TEST(attention_bits_do_not_depend_on_the_batch) {
   for (const Isa isa : isas()) {
     for (const MaskKind kind : kRuleKinds) {
-      for (const int64_t HS : {20, 32}) {
+      for (const int64_t HS : {20, 32, 64}) {
         Batch all(2, HS, {1, 7, 64, 65, 200}, mask_of(kind));
         all.forward(isa, 2);
         all.backward(isa, 2);
@@ -117,7 +117,7 @@ DN_TEST(attention_with_a_cache_equals_full_recomputation) {
 DN_TEST(attention_of_selected_queries) {
   for (const Isa isa : isas()) {
     for (const MaskKind kind : kRuleKinds) {
-      for (const int64_t HS : {16, 32}) {
+      for (const int64_t HS : {16, 32, 64}) {
         Batch full(6, HS, {150}, mask_of(kind));
         full.forward(isa, 2);
         const int64_t C = full.C();
@@ -149,7 +149,7 @@ DN_TEST(attention_does_not_remember_keys) {
   std::vector<uint8_t> early(static_cast<size_t>(T) * T), late(early.size());
   for (int32_t i = 0; i < T * T; ++i) (i % T < 64 ? early : late)[static_cast<size_t>(i)] = 1;
   for (const Isa isa : isas()) {
-    Batch b(1, 32, {T}, mask_of(MaskKind::kMatrix));
+    Batch b(1, 64, {T}, mask_of(MaskKind::kMatrix));
     AttentionMask& mask = b.sequences[0].mask;
     mask.matrix_width = T;
     mask.matrix = early.data();
