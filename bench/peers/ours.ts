@@ -8,6 +8,15 @@ import { maskOdd, tokensOf } from './inputs.js';
 let model: DiffuGPT;
 let work: () => Promise<unknown> = async () => undefined;
 
+/**
+ * The inputs of calls that repeat the same work. No token stands at its place in two calls that follow each other: the
+ * model keeps what it knows of one that does, which is what a sampler has of it.
+ */
+function inTurns<Input>(...inputs: Input[]): () => Input {
+	let call = 0;
+	return () => inputs[call++ % inputs.length] as Input;
+}
+
 /** The sample of a forward with logits or hidden states over plain tokens. */
 async function forward(T: number, output: 'logits' | 'hidden'): Promise<number[]> {
 	const [values] = await model.forward(tokensOf(model.config.vocab, T), { output });
@@ -18,10 +27,10 @@ async function prepare(job: Job): Promise<number[]> {
 	const { vocab, maskId } = model.config;
 	switch (job.kind) {
 		case 'forward': {
-			const tokens = tokensOf(vocab, job.T);
+			const tokens = inTurns(tokensOf(vocab, job.T), tokensOf(vocab, job.T, 1));
 			let last: Float32Array[] = [];
 			work = async () => {
-				last = await model.forward(tokens, { output: job.output, reuse: last });
+				last = await model.forward(tokens(), { output: job.output, reuse: last });
 			};
 			return forward(job.T, job.output);
 		}
@@ -38,7 +47,12 @@ async function prepare(job: Job): Promise<number[]> {
 			}
 			if (stats.forwards !== 1 || same !== job.T / 2)
 				throw new Error(`${stats.forwards} forwards, ${same} of ${job.T / 2} tokens are the most probable ones`);
-			work = step;
+			// Masks move by one: otherwise they would stand where they stood. As many, of which one is at the end.
+			const other = maskOdd(tokensOf(vocab, job.T + 1, 1), maskId).subarray(1);
+			other[0] = 0;
+			other[job.T - 1] = maskId;
+			const canvas = inTurns(tokens, other);
+			work = () => model.generate({ tokens: canvas() }, { sampler: 'confidence', steps: 1, seed: 1 });
 			return forward(job.T, 'logits');
 		}
 		case 'train': {

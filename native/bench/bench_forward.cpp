@@ -1,7 +1,8 @@
 // Inference: the forward pass and what may follow it, with the cost of every op.
 // Usage: bench_forward [shape = all] [threads = 1] [repeats = 3] [dtype = fp32]. Shapes: tiny, small, 124m;
-// each at T = 256 with all logits, with a denoising step over half the rows, and with four listed rows; 124m
-// also at T = 1024. dtype: of the weights, fp32, bf16 or int8; shares are of the fp32 peak in all.
+// each at T = 256 with all logits, with a denoising step over half the rows, and with one over four listed
+// rows where no other token has changed since the one before; 124m also at T = 1024. dtype: of the weights,
+// fp32, bf16 or int8; shares are of the fp32 peak in all.
 
 #include <cstdio>
 #include <cstdlib>
@@ -44,7 +45,12 @@ void run(Model& model, OpTimer& timer, const char* shape, int64_t T, After after
   }
   std::vector<float> logits(after == After::kLogits ? static_cast<size_t>(R * config.vocab) : 0);
   std::vector<DenoiseStats> stats(static_cast<size_t>(R));
+  // Tokens that change between calls, as in a model's work: all, or those of a denoising step.
   const auto call = [&] {
+    for (int64_t t = 0; t < T; t += after == After::kFewRows ? spacing : 1) {
+      int32_t& id = batch.ids[static_cast<size_t>(t)];
+      id = (id + 1) % static_cast<int32_t>(config.vocab);
+    }
     model.forward(batch, kept);
     if (after == After::kLogits) {
       model.logits(logits.data(), rows.data(), R);

@@ -32,10 +32,17 @@ void* KvCache::k(int32_t layer) const {
 }
 void* KvCache::v(int32_t layer) const { return static_cast<char*>(k(layer)) + idx(capacity_) * row_bytes_; }
 
-// One transformer block: mid = inp + attention(LN1(inp)), out = mid + mlp(LN2(mid)). Without `out` the last
-// projection is left out: a backward pass that recomputes needs only what lies before it. With `listed`
-// everything after the keys and values is computed for the plan's rows; attention, too, unless att_rows is
-// given: a backward pass wants it of all.
+void Model::block_qkv(int32_t layer, Tensor inp, const BlockActivations& a, MatmulPrecision precision) {
+  backend_->layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, tensor(block_parameter(layer, kLn1Weight)),
+                              tensor(block_parameter(layer, kLn1Bias)));
+  backend_->matmul_forward(a.qkv, a.ln1, weight(block_parameter(layer, kAttnWeight)),
+                           tensor(block_parameter(layer, kAttnBias)), Epilogue::kNone, Tensor(), precision);
+}
+
+// One transformer block: mid = inp + attention(LN1(inp)), out = mid + mlp(LN2(mid)), from what block_qkv made
+// of LN1(inp). Without `out` the last projection is left out: a backward pass that recomputes needs only what
+// lies before it. With `listed` everything after the keys and values is computed for the plan's rows;
+// attention, too, unless att_rows is given: a backward pass wants it of all.
 void Model::block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActivations& a, bool listed,
                           MatmulPrecision precision) {
   const int64_t C = config_.channels;
@@ -43,10 +50,6 @@ void Model::block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActi
   BatchPlan& plan = workspace_->plan;
   const auto parameter = [&](BlockParameter which) { return block_parameter(layer, which); };
 
-  backend.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, tensor(parameter(kLn1Weight)),
-                            tensor(parameter(kLn1Bias)));
-  backend.matmul_forward(a.qkv, a.ln1, weight(parameter(kAttnWeight)), tensor(parameter(kAttnBias)),
-                         Epilogue::kNone, Tensor(), precision);
   for (const CacheRun& run : plan.cache_writes) {
     const Dtype dtype = backend.activation_dtype();
     const int64_t capacity = run.cache->capacity();
@@ -92,9 +95,10 @@ void Model::block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActi
                          Epilogue::kResidual, a.mid, precision);
 }
 
-// 7 C elements a token, whatever the depth. `wide` holds qkv and att, then fc; q and the gathered input of
-// the last block live where mid and ln2 will be. rows_held: N or R, whichever is more: a list may repeat
-// rows.
+// 11 C elements a token, whatever the depth. fc has memory of its own: where cores lie on two dies, what one
+// wrote and the other read, as keys are, costs the first one when it writes there again. q and the gathered
+// input of the last block live where mid and ln2 will be. rows_held: N or R, whichever is more: a list may
+// repeat rows.
 size_t Model::lay_out_inference(Carver carver, int64_t N, int64_t rows_held, InferenceActivations* to) const {
   const Dtype dtype = backend_->activation_dtype();
   const int64_t C = config_.channels;
@@ -102,22 +106,20 @@ size_t Model::lay_out_inference(Carver carver, int64_t N, int64_t rows_held, Inf
   to->h = carver.take(dtype, rows_held, C);
   a.mid = carver.take(dtype, rows_held, C);
   to->ln = carver.take(dtype, rows_held, C);
-  Carver narrow = carver;
-  a.qkv = narrow.take(dtype, N, 3 * C);
-  a.att = narrow.take(dtype, rows_held, C);
+  a.qkv = carver.take(dtype, N, 3 * C);
+  a.att = carver.take(dtype, rows_held, C);
   a.fc = carver.take(dtype, rows_held, 4 * C);
-  const size_t bytes = std::max(narrow.used(), carver.used());
   to->h = to->h.slice(0, N);
   a.mid = a.mid.slice(0, N);
   a.att = a.att.slice(0, N);
   a.fc = a.fc.slice(0, N);
   a.ln1 = a.ln2 = to->ln.slice(0, N);
-  return bytes;
+  return carver.used();
 }
 
 // The blocks and the last layer norm, from the embedded tokens in `t.h`; returns the hidden states of the R
 // rows.
-Tensor Model::run_blocks(InferenceActivations t, int64_t R, MatmulPrecision precision) {
+Tensor Model::run_blocks(InferenceActivations t, int64_t R, MatmulPrecision precision, Tensor first_qkv) {
   const BatchPlan& plan = workspace_->plan;
   BlockActivations& a = t.block;
   Tensor h = t.h;
@@ -129,7 +131,14 @@ Tensor Model::run_blocks(InferenceActivations t, int64_t R, MatmulPrecision prec
       a.q = a.mid;
       a.inp_rows = a.ln2 = Tensor(t.ln.data, t.ln.dtype, R, config_.channels);
     }
-    block_forward(layer, out, h, a, listed, precision);
+    if (layer == 0 && first_qkv) {
+      BlockActivations first = a;
+      first.qkv = first_qkv;
+      block_forward(layer, out, h, first, listed, precision);
+    } else {
+      block_qkv(layer, h, a, precision);
+      block_forward(layer, out, h, a, listed, precision);
+    }
     h = out;
   }
   t.ln.rows = R;
@@ -145,17 +154,20 @@ void Model::run_forward(const Batch& batch, const std::vector<int64_t>& rows, Ma
   const BatchPlan& plan = workspace_->plan;
   const int64_t N = plan.N, R = plan.R, rows_held = std::max(N, R);
 
+  const bool keeps_first = keeps_first_block(N, precision);
   InferenceActivations t;
   const size_t bytes = lay_out_inference(Carver(nullptr), N, rows_held, &t);
   require_memory(
-      *backend_, workspace_->arena.growth(bytes) + backend_->step_bytes(step_shape(0, false)),
+      *backend_,
+      workspace_->arena.growth(bytes) + backend_->step_bytes(step_shape(0, false)) +
+          (keeps_first ? first_block_growth(N) : 0),
       "a forward pass over " + str(N) + " tokens in " + str(plan.all.sequences.size()) + " sequences",
       "lower the batch size or the sequence length");
   workspace_->arena.reserve(*backend_, bytes, "the activations of a forward pass");
   lay_out_inference(Carver(workspace_->arena.data()), N, rows_held, &t);
 
   backend_->embedding_forward(t.h, batch.ids.data(), batch.positions.data(), weight(kWte), tensor(kWpe));
-  hidden_ = run_blocks(t, R, precision);
+  hidden_ = run_blocks(t, R, precision, keeps_first ? first_block_qkv(batch, t) : Tensor());
 }
 
 StepShape Model::step_shape(int64_t R, bool training) const {

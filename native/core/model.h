@@ -204,8 +204,17 @@ class Model {
   void plan_batch(const Batch& batch, const std::vector<int64_t>& rows);
   // Cuts the activations of a forward pass out of memory; returns their bytes.
   size_t lay_out_inference(Carver carver, int64_t N, int64_t rows_held, InferenceActivations* to) const;
-  Tensor run_blocks(InferenceActivations t, int64_t R, MatmulPrecision precision);
+  // first_qkv: of the first block, or null: computed.
+  Tensor run_blocks(InferenceActivations t, int64_t R, MatmulPrecision precision, Tensor first_qkv);
   void run_forward(const Batch& batch, const std::vector<int64_t>& rows, MatmulPrecision precision);
+  // Whether a forward over N tokens keeps the first block's queries, keys and values for the next one; the
+  // bytes that takes beyond what is held; and they themselves, computed where they are not known.
+  bool keeps_first_block(int64_t N, MatmulPrecision precision) const;
+  size_t first_block_growth(int64_t N) const;
+  Tensor first_block_qkv(const Batch& batch, const InferenceActivations& t);
+  void forget_first_block();  // when a weight changes
+  // Layer norm and the product that give a.qkv; then the rest of the block.
+  void block_qkv(int32_t layer, Tensor inp, const BlockActivations& a, MatmulPrecision precision);
   void block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActivations& a, bool listed,
                      MatmulPrecision precision);
   void block_backward(int32_t layer, Tensor inp, const BlockActivations& a, bool listed,

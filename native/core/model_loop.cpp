@@ -121,7 +121,7 @@ void Model::denoise_steps(const LoopRequest& request, LoopLog* log) {
   loop->begin(request, shape, workspace_->arena.data());
   loop->run(request.steps, [&] {
     loop->embed(t.h, weight(kWte), tensor(kWpe));
-    loop->decide(run_blocks(t, shape.R, MatmulPrecision::kFP32), weight(kWte));
+    loop->decide(run_blocks(t, shape.R, MatmulPrecision::kFP32, Tensor()), weight(kWte));
   });
   loop->finish(log);
 }

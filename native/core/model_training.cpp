@@ -59,6 +59,8 @@ void Model::begin_training() {
   training->v = alloc_for(*backend_, storage_->bytes(), "AdamW's second moments");
   unpack();
   training_ = std::move(training);
+  forget_first_block();
+  workspace_->first.memory.release();
 }
 
 void Model::end_training() {
@@ -218,6 +220,7 @@ void Model::loss_and_gradients(const Batch& batch, const LossRows& rows, const T
 
   backend.embedding_forward(input(0), batch.ids.data(), batch.positions.data(), weight(kWte), tensor(kWpe));
   for (int32_t layer = 0; layer < L; ++layer) {
+    block_qkv(layer, input(layer), activations(layer), options.precision);
     block_forward(layer, input(layer + 1), input(layer), activations(layer), listed && layer == L - 1,
                   options.precision);
   }
@@ -234,6 +237,7 @@ void Model::loss_and_gradients(const Batch& batch, const LossRows& rows, const T
   for (int32_t layer = L - 1; layer >= 0; --layer) {
     // The last block's activations are still there.
     if (options.recompute && layer < L - 1) {
+      block_qkv(layer, input(layer), activations(layer), options.precision);
       block_forward(layer, Tensor(), input(layer), activations(layer), false, options.precision);
     }
     block_backward(layer, input(layer), activations(layer), listed && layer == L - 1, options.precision,

@@ -205,7 +205,8 @@ Model::Memory Model::memory() const {
   if (training_) {
     memory.training = training_->gradients->bytes() + training_->m->bytes() + training_->v->bytes();
   }
-  memory.workspace = workspace_->arena.bytes() + workspace_->logits.bytes();
+  memory.workspace =
+      workspace_->arena.bytes() + workspace_->logits.bytes() + workspace_->first.memory.bytes();
   return memory;
 }
 

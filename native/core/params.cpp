@@ -88,6 +88,7 @@ void Model::get_parameter(size_t index, float* out) {
 
 void Model::set_parameter(size_t index, const float* values) {
   const Parameter& p = parameter_at(parameters_, index);
+  forget_first_block();
   const size_t bytes = static_cast<size_t>(p.count) * sizeof(float);
   if (is_int8(index)) {
     set_int8_columns(index, 0, weight_n(index, p), values);
@@ -108,6 +109,7 @@ void Model::set_parameter(size_t index, const float* values) {
 // matrices that are quantised, or packed on a device, need all of themselves.
 void Model::set_parameter(size_t index, const ReadValues& read) {
   const Parameter& p = parameter_at(parameters_, index);
+  forget_first_block();
   constexpr int64_t kChunk = int64_t{1} << 18;  // elements at a time
   const bool quantised = is_int8(index) && index == kWte;
   const bool packed = packed_ && is_packable(index, p) && !is_int8(index);
@@ -195,6 +197,7 @@ void Model::get_int8(size_t index, int8_t* values, float* scales) {
 
 void Model::set_int8(size_t index, const int8_t* values, const float* scales) {
   int8_columns(index);
+  forget_first_block();
   // Only read: the matrix type serves both directions.
   const Int8Matrix matrix = int8_matrix(index, const_cast<int8_t*>(values), const_cast<float*>(scales));
   if (is_int8(index)) return backend_->pack_int8(tensor(index).data, matrix, 0);

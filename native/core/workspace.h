@@ -1,6 +1,7 @@
 // What the model's source files share: where a parameter stands in the table, the memory of a step and the
 // plan of a batch. Private to
-// native/core/{batch_plan,model,model_loop,model_training,parameter_file,parameter_table,params}.cpp.
+// native/core/{batch_plan,model,model_first_block,model_loop,model_training,parameter_file,parameter_table,
+// params}.cpp.
 #pragma once
 
 #include <cstdint>
@@ -198,10 +199,18 @@ struct Model::InferenceActivations {
   BlockActivations block;
 };
 
+// What the last forward left of the first block (model_first_block.cpp).
+struct FirstBlock {
+  Arena memory;                         // (N, 3C) queries, keys and values
+  std::vector<int32_t> ids, positions;  // (N) of the tokens they belong to; empty: none
+  std::vector<RowRun> changed;          // of the forward that is being computed
+};
+
 struct Model::Workspace {
   Arena arena;   // activations and their gradients
   Arena logits;  // a block of logits on backends that do not share the host's memory
   BatchPlan plan;
+  FirstBlock first;                      // inference
   std::vector<int64_t> kept_rows;        // 0 .. R - 1
   std::vector<uint8_t> seen;             // (N) marks of check_loss_rows
   std::vector<BlockActivations> blocks;  // training: one a layer, or one for all with recompute
