@@ -35,8 +35,11 @@ void* KvCache::v(int32_t layer) const { return static_cast<char*>(k(layer)) + id
 void Model::block_qkv(int32_t layer, Tensor inp, const BlockActivations& a, MatmulPrecision precision) {
   backend_->layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, tensor(block_parameter(layer, kLn1Weight)),
                               tensor(block_parameter(layer, kLn1Bias)));
-  backend_->matmul_forward(a.qkv, a.ln1, weight(block_parameter(layer, kAttnWeight)),
-                           tensor(block_parameter(layer, kAttnBias)), Epilogue::kNone, Tensor(), precision);
+  Weight w = weight(block_parameter(layer, kAttnWeight));
+  // The heads of one sequence are what threads share.
+  if (workspace_->plan.all.sequences.size() == 1 && inp.rows > 1) w.column_parts = 3;
+  backend_->matmul_forward(a.qkv, a.ln1, w, tensor(block_parameter(layer, kAttnBias)), Epilogue::kNone,
+                           Tensor(), precision);
 }
 
 // One transformer block: mid = inp + attention(LN1(inp)), out = mid + mlp(LN2(mid)), from what block_qkv made

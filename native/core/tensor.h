@@ -67,6 +67,9 @@ struct Weight {
   bool packed = false;
   int64_t K = 0;
   int64_t N = 0;
+  // Columns lie in so many equal parts, of which whoever reads the result takes the same share of each: a
+  // head's queries, keys and values. A hint, which changes no result.
+  int64_t column_parts = 1;
 
   std::string shape() const { return "(" + std::to_string(K) + ", " + std::to_string(N) + ")"; }
 };

@@ -68,11 +68,11 @@ Workspace& workspace() {
   return w;
 }
 
-// parallel() for tasks that may run out of memory: they must not throw inside the pool.
+// parallel(), or parallel_near(), for tasks that may run out of memory: they must not throw inside the pool.
 template <typename F>
-void run_tasks(const Cpu& cpu, const char* op, int64_t tasks, F f) {
+void run_tasks(const Cpu& cpu, const char* op, int64_t tasks, bool near, F f) {
   std::atomic<bool> out_of_memory{false};
-  parallel(cpu.threads, tasks, [&](int64_t task, int) {
+  const auto run = [&](int64_t task, int) {
     try {
       f(task);
     } catch (const std::bad_alloc&) {
@@ -80,7 +80,8 @@ void run_tasks(const Cpu& cpu, const char* op, int64_t tasks, F f) {
     } catch (const Error&) {  // of a scratch block
       out_of_memory = true;
     }
-  });
+  };
+  near ? parallel_near(cpu.threads, tasks, run) : parallel(cpu.threads, tasks, run);
   if (out_of_memory)
     throw Error(Code::kOutOfMemory, std::string(op) + ": no memory for the scratch of a task");
 }
@@ -314,7 +315,10 @@ void attention_forward(const Cpu& cpu, Tensor out, Tensor lse, Tensor q, Tensor 
   static thread_local std::vector<ForwardTask> plan;
   plan_forward(cpu, sequences, S, query_positions, NH, C / NH, &plan);
   const ForwardTask* const tasks = plan.data();
-  run_tasks(cpu, op, static_cast<int64_t>(plan.size()), [&, tasks](int64_t i) {
+  // Of equal tasks every thread takes a share of the heads, as it did of their queries, keys and values
+  // (Weight::column_parts).
+  const bool are_equal = plan.empty() || plan.front().cost == plan.back().cost;
+  run_tasks(cpu, op, static_cast<int64_t>(plan.size()), are_equal, [&, tasks](int64_t i) {
     run_forward_task(cpu, tasks[i], sequences[tasks[i].sequence], query_positions, out, lse, q, kv, NH);
   });
 }
@@ -349,7 +353,7 @@ void attention_backward(const Cpu& cpu, Tensor dqkv, Tensor dout, Tensor qkv, Te
   const AttentionKernels& k = kernels(cpu);
   const int64_t longest = S > 0 ? sequences[order[0]].k_len : 0;
   const int64_t group = heads_together(cpu, longest, C / NH, NH, S), groups = blocks_of(NH, group);
-  run_tasks(cpu, op, S * groups, [&](int64_t i) {
+  run_tasks(cpu, op, S * groups, false, [&](int64_t i) {
     const AttentionSequence& sequence = sequences[order[static_cast<size_t>(i / groups)]];
     if (sequence.k_len == 0) return;
     const int64_t head = i % groups * group, end = std::min(NH, head + group);

@@ -166,8 +166,9 @@ Cut cut_chunk(const Cpu& cpu, const GemmProduct& p, const GemmKernels& kernels, 
   const int64_t most = block_panels(kernels), wanted = kTasksPerThread * cpu.threads;
   const bool may_own = p.b_layout != GemmLayout::kTransposed || p.K * p.N <= kOwnB;
   const int64_t owners = may_own ? std::min<int64_t>(cpu.threads, rows / kOwnRows) : 1;
-  if (owners > 1) return {owners, PanelGroups(p.N, most, cpu.threads, ceil_div(wanted, owners))};
-  const PanelGroups groups(p.N, most, cpu.threads, wanted);
+  const PanelGroups groups(p, most, cpu.threads, wanted);
+  if (owners > 1 && groups.parts == 1)
+    return {owners, PanelGroups(p, most, cpu.threads, ceil_div(wanted, owners))};
   const int64_t spare = cpu.threads > 1 && groups.count < wanted ? wanted / groups.count : 1;
   return {std::clamp<int64_t>(spare, 1, ceil_div(ceil_div(rows, kernels.max_rows), 4)), groups};
 }
@@ -180,7 +181,7 @@ void multiply_chunk(const Cpu& cpu, const GemmChunk& chunk, const PanelGroups& g
   parallel_near(cpu.threads, chunk.parts * groups.count, [&](int64_t task, int worker) {
     const int64_t part = task / groups.count, group = task % groups.count;
     multiply_group(chunk, tiles * part / chunk.parts, tiles * (part + 1) / chunk.parts, groups.begin(group),
-                   groups.begin(group + 1), groups.begin((group + 1) % groups.count),
+                   groups.end(group), groups.begin((group + 1) % groups.count),
                    buffers + worker * worker_floats(p, chunk.kernels));
     end_streams(p);
   });

@@ -70,6 +70,7 @@ struct GemmProduct {
   int64_t N = 0;
   int64_t K = 0;
   bool accumulate = false;
+  int64_t column_parts = 1;          // of C: see Weight
   bool stream = false;               // c is written past the caches where tiles can: see GemmTile
   const float* bias = nullptr;       // (N) or null, added to every row
   bool gelu = false;                 // after the bias
@@ -123,19 +124,34 @@ void add_squares(float* squares, const float* rows, int64_t depth);
 // Tasks that a product is cut into, at least, so that threads end together.
 constexpr int64_t kTasksPerThread = 4;
 
-// The panels of a weight cut into `count` groups of nearly equal size, as many for every thread.
+// The panels of a weight cut into `count` groups of nearly equal size, as many for every thread; with
+// `parts` of the columns, a thread's follow each other and are the same share of every part.
 struct PanelGroups {
   int64_t panels;
+  int64_t parts;
+  int64_t shares;  // threads
   int64_t count;
 
-  // N columns, at most `most` panels a group, at least `wanted` groups where there are as many panels.
-  PanelGroups(int64_t N, int64_t most, int64_t threads, int64_t wanted)
-      : panels((N + kGemmPanel - 1) / kGemmPanel) {
-    const int64_t needed = std::max(wanted, (panels + most - 1) / most);
-    count = std::min(panels, (needed + threads - 1) / threads * threads);
+  // Of p's N columns, at most `most` panels a group, at least `wanted` groups where there are as many panels.
+  PanelGroups(const GemmProduct& p, int64_t most, int64_t threads, int64_t wanted)
+      : panels((p.N + kGemmPanel - 1) / kGemmPanel),
+        parts(threads > 1 && p.N % (p.column_parts * threads * kGemmPanel) == 0 ? p.column_parts : 1),
+        shares(threads) {
+    const int64_t needed = std::max(wanted, (panels + most - 1) / most), together = parts * threads;
+    count = std::min(panels, (needed + together - 1) / together * together);
+    if (parts > 1) count = std::min(count, panels / together * together);
   }
-  // First panel of a group; from `count` on, `panels`.
-  int64_t begin(int64_t group) const { return panels * std::min(group, count) / count; }
+  int64_t begin(int64_t group) const {
+    if (parts == 1) return panels * group / count;
+    const int64_t own = count / (parts * shares);  // groups of a thread in a part
+    const int64_t share = group / (parts * own), part = group / own % parts;
+    return panels / parts * part + panels / parts * (share * own + group % own) / (shares * own);
+  }
+  int64_t end(int64_t group) const {
+    if (parts == 1) return panels * (group + 1) / count;
+    const int64_t own = count / (parts * shares), share = group / (parts * own), part = group / own % parts;
+    return panels / parts * part + panels / parts * (share * own + group % own + 1) / (shares * own);
+  }
 };
 
 // Scratch memory of the calling thread, 64-byte aligned, valid until its next request; grows and is kept, so

@@ -188,7 +188,7 @@ void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t owners, uint16_t* bu
   const GemmProduct& p = x.p;
   pack_a(cpu, x);
   const int64_t wanted = kTasksPerThread * cpu.threads, pairs = ceil_div(x.strips(), 2);
-  const PanelGroups groups(p.N, kAnyPanels, cpu.threads, ceil_div(wanted, owners));
+  const PanelGroups groups(p, kAnyPanels, cpu.threads, ceil_div(wanted, owners));
   const int64_t least = std::min(owners, pairs);  // the last chunk may be low
   const int64_t parts = cpu.threads > 1 ? std::clamp<int64_t>(ceil_div(wanted, groups.count), least,
                                                               std::max(least, ceil_div(pairs, 2)))
@@ -203,7 +203,7 @@ void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t owners, uint16_t* bu
                   end = std::min(x.strips(), pairs * (part + 1) / parts * 2);
     uint16_t* const own = buffers + worker * worker_numbers;
     x.kernels.begin();
-    multiply(x, begin, end, groups.begin(group), groups.begin(group + 1), own);
+    multiply(x, begin, end, groups.begin(group), groups.end(group), own);
     x.kernels.end();
   });
 }
@@ -239,10 +239,10 @@ void multiply_stream(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& ke
       reinterpret_cast<uint16_t*>(gemm_scratch((ring_numbers * cpu.threads + a_numbers) / 2));
   const Chunk x = {p, kernels, 0, p.K, p.K, 0, p.M, rings + ring_numbers * cpu.threads};
   pack_a(cpu, x);
-  const PanelGroups groups(p.N, kAnyPanels, cpu.threads, kTasksPerThread * cpu.threads);
+  const PanelGroups groups(p, kAnyPanels, cpu.threads, kTasksPerThread * cpu.threads);
   parallel_near(cpu.threads, groups.count, [&](int64_t group, int worker) {
     kernels.begin();
-    multiply_panels(x, groups.begin(group), groups.begin(group + 1), rings + worker * ring_numbers);
+    multiply_panels(x, groups.begin(group), groups.end(group), rings + worker * ring_numbers);
     kernels.end();
   });
 }
@@ -253,10 +253,10 @@ void multiply_few(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kerne
   float* const a = gemm_scratch(p.M * 3 * p.K);
   for (int64_t m = 0; m < p.M; ++m)
     few.parts_of_row(a + m * 3 * p.K, p.K, p.a_rows ? p.a_rows[m] : p.a + m * p.a_stride, p.K);
-  const PanelGroups groups(p.N, kAnyPanels, cpu.threads, kTasksPerThread * cpu.threads);
+  const PanelGroups groups(p, kAnyPanels, cpu.threads, kTasksPerThread * cpu.threads);
   parallel_near(cpu.threads, groups.count, [&](int64_t group, int) {
     kernels.begin();
-    for (int64_t panel = groups.begin(group); panel < groups.begin(group + 1); ++panel) {
+    for (int64_t panel = groups.begin(group); panel < groups.end(group); ++panel) {
       const int64_t n = panel * kGemmPanel, cols = std::min(kGemmPanel, p.N - n);
       const GemmFinish then = finish_of(p, 0, n, p.M, cols);
       few.rows({then.c, p.c_stride, p.M, cols, a, p.K, p.b + panel * p.K * kGemmPanel, p.K, p.accumulate,

@@ -130,11 +130,12 @@ void multiply_chunk(const Cpu& cpu, const Chunk& chunk) {
                   for (int64_t r = task * kPackRows; r < end; ++r) quantise_row(chunk, r);
                 });
 
-  // Every thread has rows of its own, where there are enough, and all panels for them: C is then written by
-  // the thread that will read it. Parts are equal in rows, of AMX in whole tiles.
-  const PanelGroups groups(p.N, kGroup, cpu.threads, kTasksPerThread * cpu.threads);
+  // Every thread has rows of its own, where there are enough, and all panels for them, or a share of every
+  // part of the columns: C is then written by the thread that will read it. Parts are equal in rows, of AMX
+  // in whole tiles.
+  const PanelGroups groups(p, kGroup, cpu.threads, kTasksPerThread * cpu.threads);
   const int64_t tall = chunk.kernels.max_rows, tiles = ceil_div(chunk.rows, tall);
-  const int64_t row_parts = std::clamp<int64_t>(cpu.threads, 1, ceil_div(tiles, 4));
+  const int64_t row_parts = groups.parts > 1 ? 1 : std::clamp<int64_t>(cpu.threads, 1, ceil_div(tiles, 4));
   const int64_t block = std::max<int64_t>(1, kRowBytes / chunk.stride / tall) * tall;
   const auto part_begin = [&](int64_t part) {
     return chunk.kernels.begin ? std::min(chunk.rows, tiles * part / row_parts * tall)
@@ -145,7 +146,7 @@ void multiply_chunk(const Cpu& cpu, const Chunk& chunk) {
     const int64_t row_end = part_begin(part + 1);
     if (chunk.kernels.begin) chunk.kernels.begin();
     for (int64_t r = part_begin(part); r < row_end; r += block) {
-      for (int64_t panel = groups.begin(group); panel < groups.begin(group + 1); ++panel) {
+      for (int64_t panel = groups.begin(group); panel < groups.end(group); ++panel) {
         multiply_panel(chunk, r, std::min(row_end, r + block), panel);
       }
     }

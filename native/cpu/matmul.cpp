@@ -79,6 +79,7 @@ void matmul_forward(const Cpu& cpu, Tensor out, Tensor inp, const Weight& w, Ten
   if (epilogue == Epilogue::kGelu && extra) p.pre = extra.f32();
   if (epilogue == Epilogue::kResidual) p.residual = extra.f32();
   p.extra_stride = extra.stride;
+  p.column_parts = w.column_parts;
   multiply(cpu, p, w, 0, precision);
 }
 

@@ -44,6 +44,7 @@ void check_product(int64_t M, int64_t N, int64_t K, WeightOrder order, uint64_t 
       p.M = M;
       p.N = N;
       p.K = K;
+      p.column_parts = threads == 2 ? 3 : 1;  // where 3 parts are whole panels for two threads
       gemm_int8({threads, Isa::kPortable}, p, packed.data(), *kernels);
       bool gaps = true;
       for (int64_t m = 0; m < M; ++m) {

@@ -179,6 +179,70 @@ DN_TEST(matmul_long_reductions) {
   }
 }
 
+// Groups of panels: each panel in one of them, and with parts of the columns for every thread the same share
+// of each part.
+DN_TEST(matmul_groups_of_panels) {
+  for (const int64_t panels : {1, 2, 5, 12, 36, 72, 73, 96}) {
+    for (const int64_t threads : {1, 2, 3, 4, 8}) {
+      for (const int64_t parts : {1, 2, 3}) {
+        for (const int64_t wanted : {1, 4, 8, 40}) {
+          GemmProduct p;
+          p.N = panels * kGemmPanel;
+          p.column_parts = parts;
+          const PanelGroups groups(p, 4, threads, wanted);
+          const std::string what = std::to_string(panels) + " panels, " + std::to_string(threads) +
+                                   " threads, " + std::to_string(parts) + " parts";
+          CHECK(groups.parts == (threads > 1 && panels % (parts * threads) == 0 ? parts : 1));
+          std::vector<int64_t> of_thread(static_cast<size_t>(panels), -1);
+          for (int64_t group = 0; group < groups.count; ++group) {
+            CHECK_MSG(groups.begin(group) < groups.end(group), what + ": an empty group");
+            for (int64_t panel = groups.begin(group); panel < groups.end(group); ++panel) {
+              CHECK_MSG(of_thread[static_cast<size_t>(panel)] == -1, what + ": a panel twice");
+              of_thread[static_cast<size_t>(panel)] = group * threads / groups.count;
+            }
+          }
+          for (int64_t panel = 0; panel < panels; ++panel) {
+            const int64_t thread = of_thread[static_cast<size_t>(panel)], part = panels / groups.parts;
+            CHECK_MSG(thread >= 0, what + ": a panel is missing");
+            if (groups.parts > 1)
+              CHECK_MSG(thread == panel % part * threads / part, what + ": another share");
+          }
+        }
+      }
+    }
+  }
+}
+
+DN_TEST(matmul_column_parts_change_no_bit) {
+  Numbers numbers(19);
+  const int64_t K = 200, N = 3 * 2 * 3 * kGemmPanel;  // for 2 and for 3 threads
+  std::vector<float> b = numbers.vector(K * N), bias = numbers.vector(N);
+  for (const int64_t M : {1, 17, 150}) {
+    std::vector<float> a = numbers.vector(M * K), whole(static_cast<size_t>(M * N)), parts(whole.size());
+    for (const Isa isa : isas()) {
+      for (const MatmulPrecision precision : {MatmulPrecision::kFP32, MatmulPrecision::kBF16}) {
+        for (const int threads : {2, 3}) {
+          for (const bool packed : {false, true}) {
+            std::vector<float> room(static_cast<size_t>(packed_elements(K, N, Dtype::kF32)));
+            Weight w = weight(b, WeightOrder::kInOut, K, N);
+            if (packed) {
+              pack_weight({1, isa}, room.data(), w, Dtype::kF32);
+              w = weight(room, WeightOrder::kInOut, K, N, true);
+            }
+            matmul_forward({threads, isa}, matrix(whole, M, N), matrix(a, M, K), w, matrix(bias, 1, N),
+                           Epilogue::kNone, {}, precision);
+            w.column_parts = 3;
+            std::fill(parts.begin(), parts.end(), 7.0f);
+            matmul_forward({threads, isa}, matrix(parts, M, N), matrix(a, M, K), w, matrix(bias, 1, N),
+                           Epilogue::kNone, {}, precision);
+            CHECK_MSG(same_bits(whole, parts), std::string(isa_name(isa)) + " M " + std::to_string(M));
+          }
+        }
+      }
+    }
+  }
+}
+
 DN_TEST(matmul_bad_shapes) {
   std::vector<float> v(64);
   const Weight w = weight(v, WeightOrder::kInOut, 4, 8);
