@@ -47,7 +47,7 @@ async function prepare(job: Job): Promise<number[]> {
 			}
 			if (stats.forwards !== 1 || same !== job.T / 2)
 				throw new Error(`${stats.forwards} forwards, ${same} of ${job.T / 2} tokens are the most probable ones`);
-			// Masks move by one: otherwise they would stand where they stood. As many, of which one is at the end.
+			// Masks move by one: otherwise they would stand where they stood. As many, of which one, the last, does.
 			const other = maskOdd(tokensOf(vocab, job.T + 1, 1), maskId).subarray(1);
 			other[0] = 0;
 			other[job.T - 1] = maskId;

@@ -1,5 +1,5 @@
 // Inference: the network's forward pass, caches and the head on the rows it kept. The block is written once
-// (block_forward); training calls it with other memory (model_training.cpp).
+// (block_qkv, block_forward); training calls it with other memory (model_training.cpp).
 
 #include "core/model.h"
 
@@ -36,7 +36,7 @@ void Model::block_qkv(int32_t layer, Tensor inp, const BlockActivations& a, Matm
   backend_->layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, tensor(block_parameter(layer, kLn1Weight)),
                               tensor(block_parameter(layer, kLn1Bias)));
   Weight w = weight(block_parameter(layer, kAttnWeight));
-  // The heads of one sequence are what threads share.
+  // The heads of one sequence are what threads share; of one row they share nothing.
   if (workspace_->plan.all.sequences.size() == 1 && inp.rows > 1) w.column_parts = 3;
   backend_->matmul_forward(a.qkv, a.ln1, w, tensor(block_parameter(layer, kAttnBias)), Epilogue::kNone,
                            Tensor(), precision);
@@ -98,10 +98,10 @@ void Model::block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActi
                          Epilogue::kResidual, a.mid, precision);
 }
 
-// 11 C elements a token, whatever the depth. fc has memory of its own: where cores lie on two dies, what one
-// wrote and the other read, as keys are, costs the first one when it writes there again. q and the gathered
-// input of the last block live where mid and ln2 will be. rows_held: N or R, whichever is more: a list may
-// repeat rows.
+// 11 C elements a token of the host's memory, 7 C of a device's, whatever the depth. There fc lies where qkv
+// and att were; here it has a place of its own: where cores lie on two dies, what one wrote and the other
+// read, as keys are, costs the first one when it writes there again. q and the gathered input of the last
+// block live where mid and ln2 will be. rows_held: N or R, whichever is more: a list may repeat rows.
 size_t Model::lay_out_inference(Carver carver, int64_t N, int64_t rows_held, InferenceActivations* to) const {
   const Dtype dtype = backend_->activation_dtype();
   const int64_t C = config_.channels;
@@ -109,15 +109,17 @@ size_t Model::lay_out_inference(Carver carver, int64_t N, int64_t rows_held, Inf
   to->h = carver.take(dtype, rows_held, C);
   a.mid = carver.take(dtype, rows_held, C);
   to->ln = carver.take(dtype, rows_held, C);
-  a.qkv = carver.take(dtype, N, 3 * C);
-  a.att = carver.take(dtype, rows_held, C);
-  a.fc = carver.take(dtype, rows_held, 4 * C);
+  Carver narrow = carver;
+  a.qkv = narrow.take(dtype, N, 3 * C);
+  a.att = narrow.take(dtype, rows_held, C);
+  Carver wide = backend_->host_memory() ? narrow : carver;
+  a.fc = wide.take(dtype, rows_held, 4 * C);
   to->h = to->h.slice(0, N);
   a.mid = a.mid.slice(0, N);
   a.att = a.att.slice(0, N);
   a.fc = a.fc.slice(0, N);
   a.ln1 = a.ln2 = to->ln.slice(0, N);
-  return carver.used();
+  return std::max(narrow.used(), wide.used());
 }
 
 // The blocks and the last layer norm, from the embedded tokens in `t.h`; returns the hidden states of the R
@@ -157,20 +159,18 @@ void Model::run_forward(const Batch& batch, const std::vector<int64_t>& rows, Ma
   const BatchPlan& plan = workspace_->plan;
   const int64_t N = plan.N, R = plan.R, rows_held = std::max(N, R);
 
-  const bool keeps_first = keeps_first_block(N, precision);
   InferenceActivations t;
   const size_t bytes = lay_out_inference(Carver(nullptr), N, rows_held, &t);
   require_memory(
-      *backend_,
-      workspace_->arena.growth(bytes) + backend_->step_bytes(step_shape(0, false)) +
-          (keeps_first ? first_block_growth(N) : 0),
+      *backend_, workspace_->arena.growth(bytes) + backend_->step_bytes(step_shape(0, false)),
       "a forward pass over " + str(N) + " tokens in " + str(plan.all.sequences.size()) + " sequences",
       "lower the batch size or the sequence length");
   workspace_->arena.reserve(*backend_, bytes, "the activations of a forward pass");
   lay_out_inference(Carver(workspace_->arena.data()), N, rows_held, &t);
 
   backend_->embedding_forward(t.h, batch.ids.data(), batch.positions.data(), weight(kWte), tensor(kWpe));
-  hidden_ = run_blocks(t, R, precision, keeps_first ? first_block_qkv(batch, t) : Tensor());
+  hidden_ =
+      run_blocks(t, R, precision, keeps_first_block(N, precision) ? first_block_qkv(batch, t) : Tensor());
 }
 
 StepShape Model::step_shape(int64_t R, bool training) const {

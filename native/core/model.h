@@ -207,10 +207,9 @@ class Model {
   // first_qkv: of the first block, or null: computed.
   Tensor run_blocks(InferenceActivations t, int64_t R, MatmulPrecision precision, Tensor first_qkv);
   void run_forward(const Batch& batch, const std::vector<int64_t>& rows, MatmulPrecision precision);
-  // Whether a forward over N tokens keeps the first block's queries, keys and values for the next one; the
-  // bytes that takes beyond what is held; and they themselves, computed where they are not known.
+  // Whether a forward over N tokens keeps the first block's queries, keys and values for the next one; and
+  // they themselves, computed where they are not known. Null: there is no memory to keep them in.
   bool keeps_first_block(int64_t N, MatmulPrecision precision) const;
-  size_t first_block_growth(int64_t N) const;
   Tensor first_block_qkv(const Batch& batch, const InferenceActivations& t);
   void forget_first_block();  // when a weight changes
   // Layer norm and the product that give a.qkv; then the rest of the block.

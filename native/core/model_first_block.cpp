@@ -23,17 +23,21 @@ bool Model::keeps_first_block(int64_t N, MatmulPrecision precision) const {
          bytes_of(N, config_.channels) <= kMostBytes;
 }
 
-size_t Model::first_block_growth(int64_t N) const {
-  return workspace_->first.memory.growth(bytes_of(N, config_.channels));
-}
-
 void Model::forget_first_block() { workspace_->first.ids.clear(); }
 
 Tensor Model::first_block_qkv(const Batch& batch, const InferenceActivations& t) {
   FirstBlock& first = workspace_->first;
   const int64_t N = t.h.rows, C = config_.channels;
-  if (first.memory.growth(bytes_of(N, C)) > 0) first.ids.clear();
-  first.memory.reserve(*backend_, bytes_of(N, C), "queries, keys and values of the first block");
+  if (const size_t growth = first.memory.growth(bytes_of(N, C)); growth > 0) {
+    first.ids.clear();
+    if (growth > backend_->free_bytes()) return Tensor();
+    try {
+      first.memory.reserve(*backend_, bytes_of(N, C), "queries, keys and values of the first block");
+    } catch (const Error& error) {
+      if (error.code() != Code::kOutOfMemory) throw;
+      return Tensor();  // done without
+    }
+  }
   const Tensor kept(first.memory.data(), Dtype::kF32, N, 3 * C);
 
   const int64_t known = static_cast<int64_t>(first.ids.size());
@@ -48,26 +52,28 @@ Tensor Model::first_block_qkv(const Batch& batch, const InferenceActivations& t)
     ++count;
   }
   first.ids.clear();  // until they are computed
-  if (count > 0) {
-    const Tensor ln = t.block.ln1.slice(0, count), computed = count == N ? kept : t.block.qkv.slice(0, count);
+  // What is computed lies together: input, layer norm and result where the block's own will be.
+  BlockActivations a = t.block;
+  Tensor inp = t.h;
+  if (count < N) {
+    for (Tensor* each : {&a.mid, &a.ln1, &a.qkv}) *each = each->slice(0, count);
+    inp = a.mid;
+  } else {
+    a.qkv = kept;
+  }
+  const auto copy_runs = [&](bool back) {
     int64_t row = 0;
     for (const RowRun& run : changed) {
-      backend_->layernorm_forward(ln.slice(row, run.count), Tensor(), Tensor(), t.h.slice(run.row, run.count),
-                                  tensor(block_parameter(0, kLn1Weight)),
-                                  tensor(block_parameter(0, kLn1Bias)));
+      back ? backend_->copy(kept.slice(run.row, run.count), a.qkv.slice(row, run.count))
+           : backend_->copy(inp.slice(row, run.count), t.h.slice(run.row, run.count));
       row += run.count;
     }
-    backend_->matmul_forward(computed, ln, weight(block_parameter(0, kAttnWeight)),
-                             tensor(block_parameter(0, kAttnBias)), Epilogue::kNone, Tensor(),
-                             MatmulPrecision::kFP32);
-    row = 0;
-    for (const RowRun& run : changed) {
-      if (count < N) backend_->copy(kept.slice(run.row, run.count), computed.slice(row, run.count));
-      row += run.count;
-    }
-  }
-  first.ids = batch.ids;
+  };
+  if (count < N) copy_runs(false);
+  if (count > 0) block_qkv(0, inp, a, MatmulPrecision::kFP32);
+  if (count < N) copy_runs(true);
   first.positions = batch.positions;
+  first.ids = batch.ids;  // last: what they are compared with is there
   return kept;
 }
 

@@ -199,7 +199,7 @@ struct Model::InferenceActivations {
   BlockActivations block;
 };
 
-// What the last forward left of the first block (model_first_block.cpp).
+// What the last forward that keeps it left of the first block (model_first_block.cpp).
 struct FirstBlock {
   Arena memory;                         // (N, 3C) queries, keys and values
   std::vector<int32_t> ids, positions;  // (N) of the tokens they belong to; empty: none

@@ -131,7 +131,11 @@ int64_t heads_together(const Cpu& cpu, int64_t T, int64_t HS, int64_t NH, int64_
 // keeps all threads busy. Heads of long sequences go one by one, except where a task would be dominated by
 // what heads can share: words of costly masks, or (few queries against a cache) the memory pages of the key
 // rows.
-void plan_forward(const Cpu& cpu, const AttentionSequence* sequences, int64_t S, const int32_t* positions,
+//
+// Returns whether tasks are in the order of heads, each thread to begin with a share of them, as it did when
+// their queries, keys and values were made (Weight::column_parts): those of one sequence whose queries all
+// see as many keys.
+bool plan_forward(const Cpu& cpu, const AttentionSequence* sequences, int64_t S, const int32_t* positions,
                   int64_t NH, int64_t HS, std::vector<ForwardTask>* tasks) {
   const auto block_of = [&](const AttentionSequence& s, int64_t halvings) {
     return std::max(forward_kernels(cpu, s, HS).most_rows >> halvings, kMinQueryBlock);
@@ -162,8 +166,12 @@ void plan_forward(const Cpu& cpu, const AttentionSequence* sequences, int64_t S,
       }
     }
   }
-  std::stable_sort(tasks->begin(), tasks->end(),
-                   [](const ForwardTask& a, const ForwardTask& b) { return a.cost > b.cost; });
+  const bool by_heads = S == 1 && sequences[0].mask.kind != MaskKind::kCausal &&
+                        sequences[0].mask.kind != MaskKind::kBlockCausal;
+  std::stable_sort(tasks->begin(), tasks->end(), [=](const ForwardTask& a, const ForwardTask& b) {
+    return by_heads ? a.head < b.head : a.cost > b.cost;
+  });
+  return by_heads;
 }
 
 void run_forward_task(const Cpu& cpu, const ForwardTask& task, const AttentionSequence& sequence,
@@ -313,12 +321,9 @@ void attention_forward(const Cpu& cpu, Tensor out, Tensor lse, Tensor q, Tensor 
   for (int64_t s = 0; s < S; ++s) require_sequence(op, sequences[s], s, q.rows, kv ? kv.rows : 0);
 
   static thread_local std::vector<ForwardTask> plan;
-  plan_forward(cpu, sequences, S, query_positions, NH, C / NH, &plan);
+  const bool near = plan_forward(cpu, sequences, S, query_positions, NH, C / NH, &plan);
   const ForwardTask* const tasks = plan.data();
-  // Of equal tasks every thread takes a share of the heads, as it did of their queries, keys and values
-  // (Weight::column_parts).
-  const bool are_equal = plan.empty() || plan.front().cost == plan.back().cost;
-  run_tasks(cpu, op, static_cast<int64_t>(plan.size()), are_equal, [&, tasks](int64_t i) {
+  run_tasks(cpu, op, static_cast<int64_t>(plan.size()), near, [&, tasks](int64_t i) {
     run_forward_task(cpu, tasks[i], sequences[tasks[i].sequence], query_positions, out, lse, q, kv, NH);
   });
 }

@@ -54,7 +54,7 @@ struct ForwardTile {
   int64_t HS = 0;
   int64_t HSp = 0;
   float scale = 0;          // 1 / sqrt(HS)
-  float* q = nullptr;       // (rows, HSp), scaled; of PairScores see there
+  float* q = nullptr;       // (rows, HSp), scaled; in pairs in groups, see PairScores
   float* acc = nullptr;     // (rows, HSp): sum of e^(score - max) v
   float* max = nullptr;     // (rows): running maximum of the visible scores, -inf at first
   float* sum = nullptr;     // (rows, kSumLanes): partial sums of e^(score - max)

@@ -5,7 +5,8 @@
 // A query, and a key, is scaled by the power of two that brings its root mean square nearest to 1. The
 // products of a key's own pairs are subtracted and its scale is undone in one fma; the scale of a query goes
 // into the unit of its scores, with 1 / sqrt(HS) and the base of the exponentials. A score depends on its
-// query and key alone. A query or a key that is not finite gives NaN, as do keys beyond 2^120.
+// query and key alone. A query or a key that is not finite, or whose root mean square is beyond 2^118 (in
+// heads of 64; half of it in heads of twice the size), gives NaN.
 #include "cpu/attention_kernels.h"
 
 #if defined(__x86_64__) && !defined(_MSC_VER)
@@ -83,7 +84,10 @@ static Scales scales_of(const Rows& rows) {
   const Vec one = simd::set1(1.0f), mean = simd::mul(squares, simd::set1(1.0f / static_cast<float>(rows.HS)));
   const Vec half = simd::mul(simd::add(_mm512_getexp_ps(mean), one), simd::set1(0.5f));
   Vec exponent = _mm512_roundscale_ps(half, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  exponent = simd::max(simd::set1(-126.0f), simd::min(simd::set1(126.0f), simd::add(exponent, before)));
+  exponent = simd::max(simd::set1(-126.0f), simd::add(exponent, before));
+  // Sums of up to 2 HS are multiplied by 2^exponent: what could overflow is as good as infinite.
+  const int most_exponent = 126 - (64 - __builtin_clzll(2 * static_cast<unsigned long long>(rows.HS)));
+  finite &= static_cast<Mask>(~simd::less(simd::set1(static_cast<float>(most_exponent)), exponent));
   exponent = simd::select(simd::less(none, squares) & finite, exponent, none);
   const Vec scale = _mm512_scalef_ps(one, simd::sub(none, exponent));
   return {simd::select(finite, scale, simd::set1(__builtin_nanf(""))), exponent};
@@ -91,7 +95,8 @@ static Scales scales_of(const Rows& rows) {
 
 // dst (HS, kLanes), `stride` floats from step to step = the transpose of the rows times their scales, zeros
 // for rows that are not there. What a step has beyond `stride` lanes the next one takes, and after the last
-// one whoever comes next. Returns the sums of the products of the rows' pairs, as multiply_steps has them.
+// one whoever comes next. Returns the sums of the products of the rows' pairs, in the order in which
+// multiply_steps adds them up: against zeros a score is exactly 0.
 static Vec pack(float* dst, int64_t stride, const Rows& rows, Vec scale) {
   alignas(64) float scales[kLanes];
   simd::store(scales, scale);
@@ -108,13 +113,13 @@ static Vec pack(float* dst, int64_t stride, const Rows& rows, Vec scale) {
       if (d + i < rows.HS) simd::store(dst + (d + i) * stride, v[i]);
     }
   }
-  Vec added = simd::zero(), subtracted = simd::zero();
+  Vec sums = simd::zero();
   for (int64_t d = 0; d + kPairGroup <= rows.HS; d += kPairGroup) {
     const float* const step = dst + d * stride;
-    added = simd::fma(simd::load(step), simd::load(step + stride), added);
-    subtracted = simd::fma(simd::load(step + 3 * stride), simd::load(step + 4 * stride), subtracted);
+    sums = simd::fma(simd::load(step), simd::load(step + stride), sums);
+    sums = simd::fnma(simd::load(step + 3 * stride), simd::load(step + 4 * stride), sums);
   }
-  return simd::sub(added, subtracted);
+  return sums;
 }
 
 // Queries lie in groups of kTileRows: (HS, kTileRows), the sums of their pairs, their units.

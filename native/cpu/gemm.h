@@ -129,28 +129,26 @@ constexpr int64_t kTasksPerThread = 4;
 struct PanelGroups {
   int64_t panels;
   int64_t parts;
-  int64_t shares;  // threads
+  int64_t shares;  // threads, of each part
   int64_t count;
 
   // Of p's N columns, at most `most` panels a group, at least `wanted` groups where there are as many panels.
   PanelGroups(const GemmProduct& p, int64_t most, int64_t threads, int64_t wanted)
       : panels((p.N + kGemmPanel - 1) / kGemmPanel),
         parts(threads > 1 && p.N % (p.column_parts * threads * kGemmPanel) == 0 ? p.column_parts : 1),
-        shares(threads) {
+        shares(parts > 1 ? threads : 1) {
     const int64_t needed = std::max(wanted, (panels + most - 1) / most), together = parts * threads;
     count = std::min(panels, (needed + together - 1) / together * together);
-    if (parts > 1) count = std::min(count, panels / together * together);
   }
-  int64_t begin(int64_t group) const {
-    if (parts == 1) return panels * group / count;
-    const int64_t own = count / (parts * shares);  // groups of a thread in a part
+  // Panels [begin, end) of a group.
+  int64_t begin(int64_t group) const { return place(group, 0); }
+  int64_t end(int64_t group) const { return place(group, 1); }
+
+ private:
+  int64_t place(int64_t group, int64_t after) const {
+    const int64_t own = count / (parts * shares);  // groups of a share in a part
     const int64_t share = group / (parts * own), part = group / own % parts;
-    return panels / parts * part + panels / parts * (share * own + group % own) / (shares * own);
-  }
-  int64_t end(int64_t group) const {
-    if (parts == 1) return panels * (group + 1) / count;
-    const int64_t own = count / (parts * shares), share = group / (parts * own), part = group / own % parts;
-    return panels / parts * part + panels / parts * (share * own + group % own + 1) / (shares * own);
+    return panels / parts * part + panels / parts * (share * own + group % own + after) / (shares * own);
   }
 };
 

@@ -182,13 +182,17 @@ void multiply_lying(const Chunk& x, int64_t strip_begin, int64_t strip_end, int6
   }
 }
 
-// owners: parts of the rows that threads meet by themselves, at least.
-void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t owners, uint16_t* buffers,
+// row_owners: parts of the rows that threads meet by themselves, at least, unless they have columns of their
+// own.
+void multiply_chunk(const Cpu& cpu, const Chunk& x, int64_t row_owners, uint16_t* buffers,
                     int64_t worker_numbers) {
   const GemmProduct& p = x.p;
   pack_a(cpu, x);
   const int64_t wanted = kTasksPerThread * cpu.threads, pairs = ceil_div(x.strips(), 2);
-  const PanelGroups groups(p, kAnyPanels, cpu.threads, ceil_div(wanted, owners));
+  const PanelGroups shared(p, kAnyPanels, cpu.threads, wanted);
+  const int64_t owners = shared.parts > 1 ? 1 : row_owners;
+  const PanelGroups groups =
+      owners == 1 ? shared : PanelGroups(p, kAnyPanels, cpu.threads, ceil_div(wanted, owners));
   const int64_t least = std::min(owners, pairs);  // the last chunk may be low
   const int64_t parts = cpu.threads > 1 ? std::clamp<int64_t>(ceil_div(wanted, groups.count), least,
                                                               std::max(least, ceil_div(pairs, 2)))
@@ -283,7 +287,11 @@ const Bf16Kernels* split_kernels(Isa isa, int64_t K) {
   return isa >= Isa::kAmx && kGemmFp32Amx.tile && K >= kSplitDepth ? &kGemmFp32Amx : nullptr;
 }
 
-void gemm_bf16(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels) {
+void gemm_bf16(const Cpu& cpu, const GemmProduct& product, const Bf16Kernels& kernels) {
+  GemmProduct p = product;
+  // All rows for a share of the columns: only where neither A in parts nor a B to be packed fills the caches.
+  const bool lies = p.b_layout == GemmLayout::kBf16Panels;
+  if (!lies || &kernels != &kGemmBf16Avx512) p.column_parts = 1;
   if (kernels.parts == 3 && p.b_layout == GemmLayout::kPanels && p.K % kBf16Step == 0) {
     if (p.M <= kSplitRowsAvx512.max_rows) return multiply_few(cpu, p, kernels);
     if (p.M <= kStreamRows) return multiply_stream(cpu, p, kernels);
@@ -294,7 +302,6 @@ void gemm_bf16(const Cpu& cpu, const GemmProduct& p, const Bf16Kernels& kernels)
   const int64_t near_rows = kPackedA / (block_depth * number_bytes) / 32 * 32;
   // With owners every one of them packs all of B, if it is to be packed: numbers of one part multiply so fast
   // that it would show, and rows that one chunk holds do not need it.
-  const bool lies = p.b_layout == GemmLayout::kBf16Panels;
   const int64_t owners = (kernels.parts == 1 && !lies) || p.M <= near_rows
                              ? 1
                              : std::clamp<int64_t>(p.M / kOwnRows, 1, cpu.threads);

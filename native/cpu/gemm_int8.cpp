@@ -200,7 +200,9 @@ void int8_column(const void* packed, int64_t K, int64_t n, float* out) {
   for (int64_t k = 0; k < K; ++k) out[k] = static_cast<float>(values[place(k, n % kGemmPanel)]) * scale;
 }
 
-void gemm_int8(const Cpu& cpu, const GemmProduct& p, const void* packed, const Int8Kernels& kernels) {
+void gemm_int8(const Cpu& cpu, const GemmProduct& product, const void* packed, const Int8Kernels& kernels) {
+  GemmProduct p = product;
+  if (kernels.begin) p.column_parts = 1;  // AMX has whole tiles of rows for every thread
   if (p.M <= 0 || p.N <= 0) return;
   if (p.K <= 0) return gemm_empty(cpu, p);
   const int64_t stride = row_stride(p.K);

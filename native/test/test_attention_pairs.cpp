@@ -174,6 +174,8 @@ DN_TEST(attention_in_pairs_has_the_same_bits_for_any_rows) {
 DN_TEST(attention_in_pairs_scales_exactly) {
   if (!has_pairs()) return;
   Head head(100, 64);
+  std::fill_n(head.q(7), 64, 0.0f);
+  std::fill_n(head.k(41), 64, 0.0f);
   const Result want = in_pairs(head);
   for (const int power : {1, 2, 17, 38, 45, 61, 100, 115, -1, -17, -38, -45, -61, -100, -115}) {
     Head moved = head;
@@ -205,10 +207,22 @@ DN_TEST(attention_in_pairs_of_zeros_and_of_what_is_not_finite) {
   };
   const auto numbers = +[](float x) { return std::isfinite(x); };
   const auto nans = +[](float x) { return std::isnan(x); };
+  // Scores of zeros are exactly 0: all keys of a query the same, and a key of zeros beside large queries and
+  // small keys what it is beside others.
   Head zeros(70, 64);
   std::fill_n(zeros.q(5), 64, 0.0f);
   for (int64_t t = 60; t < 70; ++t) std::fill_n(zeros.k(t), 64, 0.0f);
-  CHECK(error_of(in_pairs(zeros), zeros) < 2e-7);
+  const Result of_zeros = in_pairs(zeros);
+  CHECK(error_of(of_zeros, zeros) < 2e-7);
+  CHECK(std::fabs(of_zeros.lse[5] - std::log(70.0)) < 1e-6);
+  Head uneven = zeros;
+  for (int64_t t = 0; t < 70; ++t) {
+    for (int64_t d = 0; d < 64; ++d) {
+      uneven.q(t)[d] = std::ldexp(uneven.q(t)[d], 30);
+      uneven.k(t)[d] = std::ldexp(uneven.k(t)[d], -30);
+    }
+  }
+  CHECK(same_bits(in_pairs(uneven).out, of_zeros.out));
   for (const float bad : {kNan, std::numeric_limits<float>::infinity()}) {
     for (const int64_t d : {0, 2, 7, 63}) {
       Head query(70, 64), key = query;
@@ -226,38 +240,91 @@ DN_TEST(attention_in_pairs_of_zeros_and_of_what_is_not_finite) {
   }
 }
 
-// Keys from a cache, and masks that make a cache exact, stay with chains.
+// What could overflow is NaN, never a number or a key that is left out.
+DN_TEST(attention_in_pairs_of_the_largest_numbers) {
+  if (!has_pairs()) return;
+  for (const double sign : {1.0, -1.0}) {
+    for (const int64_t first : {0, 3}) {  // a pair that is added, and one that is subtracted
+      for (const int power : {100, 112, 116, 119, 122, 126, 127}) {
+        Head head(20, 64);
+        for (int64_t t = 0; t < 20; ++t) {
+          for (int64_t d = 0; d < 64; ++d) head.q(t)[d] = std::ldexp(head.q(t)[d], -power);
+        }
+        std::fill_n(head.k(9), 64, 0.0f);
+        head.k(9)[first] = static_cast<float>(std::ldexp(1, power));
+        head.k(9)[first + 1] = static_cast<float>(std::ldexp(sign, power));
+        const Result got = in_pairs(head);
+        const bool is_nan =
+            std::all_of(got.out.begin(), got.out.end(), [](float x) { return std::isnan(x); });
+        CHECK_MSG((power > 112 && is_nan) || error_of(got, head) < 2e-7,
+                  "a key of 2^" + std::to_string(power) + ": error " + std::to_string(error_of(got, head)));
+      }
+    }
+  }
+}
+
+// Rows in the same twelve, or sixteen, that are huge, tiny, zero or not finite change no bit of a query.
+DN_TEST(attention_in_pairs_does_not_look_at_neighbours) {
+  if (!has_pairs()) return;
+  Head head(64, 64);
+  const Result want = in_pairs(head);
+  for (const float factor : {1e30f, 1e-30f, 0.0f, kNan}) {
+    Head other = head;
+    for (int64_t t = 1; t < 64; t += 2) {
+      for (int64_t d = 0; d < 64; ++d) other.q(t)[d] *= factor;
+    }
+    const Result got = in_pairs(other);
+    for (int64_t t = 0; t < 64; t += 2) {
+      CHECK_MSG(
+          std::equal(got.out.begin() + t * 64, got.out.begin() + (t + 1) * 64, want.out.begin() + t * 64),
+          "query " + std::to_string(t) + " beside others times " + std::to_string(factor));
+    }
+  }
+}
+
+// Masks of every kind, and keys from a cache: those under which a cache is exact, and a cache, stay with
+// chains.
 DN_TEST(attention_takes_pairs_where_keys_are_not_cached) {
   if (!has_pairs() || !has_fast_pairs()) return;
-  for (const MaskKind kind : kRuleKinds) {
-    Batch b(1, 64, {100}, mask_of(kind));
+  std::vector<uint8_t> matrix(100 * 100, 1);
+  std::vector<MaskKind> kinds(std::begin(kRuleKinds), std::end(kRuleKinds));
+  kinds.push_back(MaskKind::kMatrix);
+  for (const MaskKind kind : kinds) {
+    AttentionMask mask = mask_of(kind);
+    mask.matrix = matrix.data();
+    mask.matrix_width = 100;
+    Batch b(1, 64, {100}, mask);
+    b.forward(Isa::kAvx512, 1);
     Head head(100, 64);
     head.qkv = b.qkv;
-    b.forward(Isa::kAvx512, 1);
+    // The last query sees all keys but of the annealed mask, block diffusion's clean half of them.
+    const std::vector<float> last(b.out.end() - 64, b.out.end());
+    const bool sees_all = kind != MaskKind::kAnnealed && kind != MaskKind::kBlockDiffusion;
     const bool stays = kind == MaskKind::kCausal || kind == MaskKind::kBlockCausal;
-    if (kind == MaskKind::kFull) CHECK(same_bits(b.out, in_pairs(head).out));
-    if (stays) {
-      // One query against the keys it sees, as if they were a cache.
-      AttentionSequence s;
-      s.q_end = 1;
-      s.k_len = 100;
-      std::vector<float> k, v, out(64, kNan);
-      for (int64_t t = 0; t < 100; ++t) {
-        k.insert(k.end(), head.k(t), head.k(t) + 64);
-        v.insert(v.end(), head.v(t), head.v(t) + 64);
-      }
-      s.k = k.data();
-      s.v = v.data();
-      s.mask = mask_of(kind);
-      const int32_t last = 99;
-      attention_forward({1, Isa::kAvx512}, Tensor(out.data(), Dtype::kF32, 1, 64), Tensor(),
-                        b.qkv_tensor().columns(0, 64).slice(99, 1), Tensor(), &s, 1, &last, 1);
-      CHECK(same_bits(out, std::vector<float>(b.out.end() - 64, b.out.end())));
-      CHECK(same_bits(out, [&] {
-        const Result chains = attend(kAttentionAvx512.forward, head, 99, 1);
-        return chains.out;
-      }()));
+    const AttentionForward& taken = stays ? kAttentionAvx512.forward : kAttentionForwardPairs;
+    const AttentionForward& other = stays ? kAttentionForwardPairs : kAttentionAvx512.forward;
+    if (sees_all) {
+      CHECK_MSG(same_bits(last, attend(taken, head, 99, 1).out),
+                "mask " + std::to_string(static_cast<int>(kind)));
+      CHECK(!same_bits(last, attend(other, head, 99, 1).out));
     }
+
+    AttentionSequence s;
+    s.q_end = 1;
+    s.k_len = 100;
+    std::vector<float> k, v, out(64, kNan);
+    for (int64_t t = 0; t < 100; ++t) {
+      k.insert(k.end(), head.k(t), head.k(t) + 64);
+      v.insert(v.end(), head.v(t), head.v(t) + 64);
+    }
+    s.k = k.data();
+    s.v = v.data();
+    s.mask = mask;
+    s.mask.half = 50;
+    const int32_t position = 99;
+    attention_forward({1, Isa::kAvx512}, Tensor(out.data(), Dtype::kF32, 1, 64), Tensor(),
+                      b.qkv_tensor().columns(0, 64).slice(99, 1), Tensor(), &s, 1, &position, 1);
+    if (sees_all) CHECK(same_bits(out, attend(kAttentionAvx512.forward, head, 99, 1).out));
   }
 }
 

@@ -182,17 +182,18 @@ DN_TEST(matmul_long_reductions) {
 // Groups of panels: each panel in one of them, and with parts of the columns for every thread the same share
 // of each part.
 DN_TEST(matmul_groups_of_panels) {
-  for (const int64_t panels : {1, 2, 5, 12, 36, 72, 73, 96}) {
+  for (const int64_t columns : {1, 33, 64, 150, 384, 1152, 2304, 2336, 2300, 3072}) {
+    const int64_t panels = (columns + kGemmPanel - 1) / kGemmPanel;
     for (const int64_t threads : {1, 2, 3, 4, 8}) {
       for (const int64_t parts : {1, 2, 3}) {
         for (const int64_t wanted : {1, 4, 8, 40}) {
           GemmProduct p;
-          p.N = panels * kGemmPanel;
+          p.N = columns;
           p.column_parts = parts;
           const PanelGroups groups(p, 4, threads, wanted);
           const std::string what = std::to_string(panels) + " panels, " + std::to_string(threads) +
                                    " threads, " + std::to_string(parts) + " parts";
-          CHECK(groups.parts == (threads > 1 && panels % (parts * threads) == 0 ? parts : 1));
+          CHECK(groups.parts == (threads > 1 && columns % (kGemmPanel * parts * threads) == 0 ? parts : 1));
           std::vector<int64_t> of_thread(static_cast<size_t>(panels), -1);
           for (int64_t group = 0; group < groups.count; ++group) {
             CHECK_MSG(groups.begin(group) < groups.end(group), what + ": an empty group");
@@ -222,12 +223,14 @@ DN_TEST(matmul_column_parts_change_no_bit) {
     for (const Isa isa : isas()) {
       for (const MatmulPrecision precision : {MatmulPrecision::kFP32, MatmulPrecision::kBF16}) {
         for (const int threads : {2, 3}) {
-          for (const bool packed : {false, true}) {
+          for (const int held : {0, 1, 2}) {  // plain, packed as fp32, as bf16
+            const Dtype dtype = held == 2 ? Dtype::kBF16 : Dtype::kF32;
             std::vector<float> room(static_cast<size_t>(packed_elements(K, N, Dtype::kF32)));
             Weight w = weight(b, WeightOrder::kInOut, K, N);
-            if (packed) {
-              pack_weight({1, isa}, room.data(), w, Dtype::kF32);
+            if (held > 0) {
+              pack_weight({1, isa}, room.data(), w, dtype);
               w = weight(room, WeightOrder::kInOut, K, N, true);
+              w.dtype = dtype;
             }
             matmul_forward({threads, isa}, matrix(whole, M, N), matrix(a, M, K), w, matrix(bias, 1, N),
                            Epilogue::kNone, {}, precision);
