@@ -17,10 +17,14 @@ namespace {
 
 constexpr int64_t kRowBytes = int64_t{512} << 10;  // quantised rows handled against a group: a share of L2
 constexpr int64_t kMostBytes = int64_t{8} << 20;   // quantised rows kept at a time
-constexpr int64_t kGroup = 4;                      // panels of a task, at most
-constexpr int64_t kPackAlone = 16384;              // fewer numbers are quantised by the caller alone
-constexpr int64_t kPackRows = 8;                   // rows that a task quantises
-constexpr int64_t kFewRows = 4;                    // of A: AMX tiles would be mostly empty
+// Panels of a task, at most: one where it takes long, so that threads end together; more where they share
+// rows that come from memory, a task begins and ends with the tiles of AMX, or one tile waits for its
+// weights.
+constexpr int64_t kShortGroup = 1;
+constexpr int64_t kGroup = 4;
+constexpr int64_t kPackAlone = 16384;  // fewer numbers are quantised by the caller alone
+constexpr int64_t kPackRows = 8;       // rows that a task quantises
+constexpr int64_t kFewRows = 4;        // of A: AMX tiles would be mostly empty
 
 constexpr int64_t kLine = 64;            // bytes of a cache line
 constexpr int64_t kFarthest = 32 << 10;  // bytes ahead: beyond, requests lie too long before they are used
@@ -133,10 +137,13 @@ void multiply_chunk(const Cpu& cpu, const Chunk& chunk) {
   // Every thread has rows of its own, where there are enough, and all panels for them, or a share of every
   // part of the columns: C is then written by the thread that will read it. Parts are equal in rows, of AMX
   // in whole tiles.
-  const PanelGroups groups(p, kGroup, cpu.threads, kTasksPerThread * cpu.threads);
   const int64_t tall = chunk.kernels.max_rows, tiles = ceil_div(chunk.rows, tall);
-  const int64_t row_parts = groups.parts > 1 ? 1 : std::clamp<int64_t>(cpu.threads, 1, ceil_div(tiles, 4));
   const int64_t block = std::max<int64_t>(1, kRowBytes / chunk.stride / tall) * tall;
+  const int64_t wanted = kTasksPerThread * cpu.threads;
+  const PanelGroups together(p, kGroup, cpu.threads, wanted);
+  const int64_t row_parts = together.parts > 1 ? 1 : std::clamp<int64_t>(cpu.threads, 1, ceil_div(tiles, 4));
+  const bool is_short = tiles > 1 && !chunk.kernels.begin && ceil_div(chunk.rows, row_parts) <= block;
+  const PanelGroups groups = is_short ? PanelGroups(p, kShortGroup, cpu.threads, wanted) : together;
   const auto part_begin = [&](int64_t part) {
     return chunk.kernels.begin ? std::min(chunk.rows, tiles * part / row_parts * tall)
                                : chunk.rows * part / row_parts;
