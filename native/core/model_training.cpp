@@ -59,8 +59,7 @@ void Model::begin_training() {
   training->v = alloc_for(*backend_, storage_->bytes(), "AdamW's second moments");
   unpack();
   training_ = std::move(training);
-  forget_first_block();
-  workspace_->first.memory.release();
+  workspace_->first.memory.release();  // and with it what was known
 }
 
 void Model::end_training() {
