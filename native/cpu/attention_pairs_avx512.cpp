@@ -56,6 +56,7 @@ struct Scales {
   Vec exponent;  // of two, that undoes it
 };
 
+// What PairScales (gemm_chunk.h) finds for one row after the other, for all of them at once.
 static Scales scales_of(const Rows& rows) {
   const Vec infinity = simd::set1(simd::kInfinity), none = simd::zero();
   Vec squares = squares_of<false>(rows, nullptr), before = none;
