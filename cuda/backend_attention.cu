@@ -48,7 +48,7 @@ AttentionCall CudaBackend::plan_attention(const char* op, const AttentionSequenc
     const AttentionSequence& sequence = sequences[s];
     if (sequence.q_begin < 0 || sequence.q_end < sequence.q_begin || sequence.q_end > rows ||
         sequence.k_len < 0 ||
-        (backward && (sequence.k || sequence.k_len != sequence.q_end - sequence.q_begin ||
+        (backward && (sequence.cache || sequence.k_len != sequence.q_end - sequence.q_begin ||
                       sequence.kv_begin != sequence.q_begin))) {
       throw Error(Code::kArgument, std::string(op) + ": sequence " + std::to_string(s) + " has query rows [" +
                                        std::to_string(sequence.q_begin) + ", " +
@@ -62,8 +62,7 @@ AttentionCall CudaBackend::plan_attention(const char* op, const AttentionSequenc
     item.q_begin = sequence.q_begin;
     item.q_end = sequence.q_end;
     item.kv_begin = sequence.kv_begin;
-    item.k = sequence.k;
-    item.v = sequence.v;
+    item.cache = sequence.cache;
     item.k_len = static_cast<int32_t>(sequence.k_len);
     item.first_tile = static_cast<int32_t>(query_tiles.size());
     item.mask.kind = sequence.mask.kind;
@@ -128,10 +127,13 @@ AttentionCall CudaBackend::plan_attention(const char* op, const AttentionSequenc
   call.tile_spans = tile_spans_ = spans_.take<Spans>(call.query_tile_count);
   call.spans_known = known && tile_spans_ == spans_before;
   call.query_rows = rows;
-  call.cache_stride = C;
   call.NH = static_cast<int32_t>(NH);
   call.HS = static_cast<int32_t>(C / NH);
   return call;
+}
+
+void CudaBackend::kv_cache_write(void* cache, int64_t position, Tensor kv, int64_t) {
+  copy(Tensor(cache, dtype_, position + kv.rows, kv.cols).slice(position, kv.rows), kv);
 }
 
 void CudaBackend::attention_forward(Tensor out, Tensor lse, Tensor q, Tensor kv,

@@ -156,6 +156,10 @@ class CudaBackend : public Backend {
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override;
 
   // backend_attention.cu
+  size_t kv_cache_bytes(int64_t capacity, int64_t C) const override {
+    return 2 * static_cast<size_t>(capacity * C) * dtype_bytes(dtype_);
+  }
+  void kv_cache_write(void* cache, int64_t position, Tensor kv, int64_t NH) override;
   void attention_forward(Tensor out, Tensor lse, Tensor q, Tensor kv, const AttentionSequence* sequences,
                          int64_t S, const int32_t* query_positions, int64_t NH) override;
   void attention_backward(Tensor dqkv, Tensor dout, Tensor qkv, Tensor out, Tensor lse,

@@ -190,7 +190,6 @@ void CudaLoop::begin(const LoopRequest& request, const StepShape& rounded, const
   a.tile_spans = at<Spans>(layout.spans);
   a.query_tile_count = tiles_;
   a.query_rows = shape_.N;
-  a.cache_stride = shape_.C;
   a.NH = static_cast<int32_t>(shape_.NH);
   a.HS = static_cast<int32_t>(shape_.C / shape_.NH);
   all_queries_ = a;

@@ -71,8 +71,10 @@ DN_TEST(cuda_attention_cache_and_query_subset) {
   for (const Dtype dtype : {Dtype::kBF16, Dtype::kF32}) {
     Backend& device = backend(dtype);
     const int64_t HS = 32, C = HS, keys = 90;
-    Array k(device, dtype, keys, C, random_values(keys * C, 3)),
-        v(device, dtype, keys, C, random_values(keys * C, 4));
+    Array kv(device, dtype, keys, 2 * C, random_values(keys * 2 * C, 3));
+    const std::unique_ptr<Buffer> cache = device.alloc(device.kv_cache_bytes(keys, C));
+    device.kv_cache_write(cache->data(), 0, kv.tensor().slice(0, 70), 1);
+    device.kv_cache_write(cache->data(), 70, kv.tensor().slice(70, keys - 70), 1);
     const std::vector<int32_t> positions{80, 3, 41, 0, 1};
     const int64_t Nq = 5;
     Array qkv(device, dtype, Nq, 3 * C, random_values(Nq * 3 * C, 5)), out(device, dtype, Nq, C);
@@ -80,8 +82,7 @@ DN_TEST(cuda_attention_cache_and_query_subset) {
     cached.q_begin = 0;
     cached.q_end = 3;
     cached.k_len = keys;
-    cached.k = k.data();
-    cached.v = v.data();
+    cached.cache = cache->data();
     cached.mask = mask_of(MaskKind::kCausal);
     plain.q_begin = plain.kv_begin = 3;
     plain.q_end = 5;
@@ -100,7 +101,7 @@ DN_TEST(cuda_attention_cache_and_query_subset) {
         double score = 0;
         for (int64_t d = 0; d < C; ++d)
           score += static_cast<double>(qkv.host()[idx(n * 3 * C + d)]) *
-                   static_cast<double>(in_cache ? k.host()[idx(j * C + d)]
+                   static_cast<double>(in_cache ? kv.host()[idx(j * 2 * C + d)]
                                                 : qkv.host()[idx((3 + j) * 3 * C + C + d)]);
         sum += w[idx(j)] = std::exp(score / std::sqrt(static_cast<double>(HS)));
       }
@@ -108,7 +109,7 @@ DN_TEST(cuda_attention_cache_and_query_subset) {
         for (int64_t d = 0; d < C; ++d)
           expected[idx(n * C + d)] +=
               w[idx(j)] / sum *
-              static_cast<double>(in_cache ? v.host()[idx(j * C + d)]
+              static_cast<double>(in_cache ? kv.host()[idx(j * 2 * C + C + d)]
                                            : qkv.host()[idx((3 + j) * 3 * C + 2 * C + d)]);
       }
     }

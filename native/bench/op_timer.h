@@ -161,6 +161,12 @@ class OpTimer : public Backend {
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override {
     measure("gelu_backward", 0, 3 * size(inp), [&] { inner_->gelu_backward(dinp, dout, inp); });
   }
+  size_t kv_cache_bytes(int64_t capacity, int64_t C) const override {
+    return inner_->kv_cache_bytes(capacity, C);
+  }
+  void kv_cache_write(void* cache, int64_t position, Tensor kv, int64_t NH) override {
+    measure("kv_cache_write", 0, 2 * size(kv), [&] { inner_->kv_cache_write(cache, position, kv, NH); });
+  }
   void attention_forward(Tensor out, Tensor lse, Tensor q, Tensor kv, const AttentionSequence* sequences,
                          int64_t S, const int32_t* query_positions, int64_t NH) override {
     measure("attention_forward", 4 * pairs(sequences, S) * static_cast<double>(q.cols),

@@ -34,15 +34,14 @@ class Buffer {
 
 // One sequence of an attention call. Its queries are the packed rows [q_begin, q_end) of the query tensor, at
 // positions query_positions[q_begin..q_end) inside the sequence; its keys are k_len rows at positions 0 ..
-// k_len - 1, found in the packed qkv (k, v null: rows kv_begin + 0 .. k_len - 1) or in a cache (k, v:
-// row-major (k_len, C)).
+// k_len - 1, found in the packed qkv (cache null: rows kv_begin + 0 .. k_len - 1) or in a layer's cache,
+// where kv_cache_write left them.
 struct AttentionSequence {
   int64_t q_begin = 0;
   int64_t q_end = 0;
   int64_t kv_begin = 0;
   int64_t k_len = 0;
-  void* k = nullptr;
-  void* v = nullptr;
+  const void* cache = nullptr;
   AttentionMask mask;
 };
 
@@ -207,6 +206,11 @@ class Backend {
                                const Weight& w, MatmulPrecision precision, Store store) = 0;
   // dinp = dout * gelu'(inp); dinp may be dout.
   virtual void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) = 0;
+
+  // A layer's cache of keys and values, in an order that is the backend's own: its bytes for so many
+  // positions of C channels, and rows [position, position + kv.rows) of it = kv, (n, 2C) = [k | v].
+  virtual size_t kv_cache_bytes(int64_t capacity, int64_t C) const = 0;
+  virtual void kv_cache_write(void* cache, int64_t position, Tensor kv, int64_t NH) = 0;
 
   // out (Nq, C): for every query and head, softmax over its visible keys of q . k / sqrt(HS), times v. A
   // query that sees no key writes zeros. lse (Nq, NH), may be null: log-sum-exp of the scaled scores (0 where

@@ -47,9 +47,7 @@ void BatchPlan::clear() {
 
 void QueryPlan::use_layer(int32_t layer) {
   for (size_t s = 0; s < sequences.size(); ++s) {
-    if (!caches[s]) continue;
-    sequences[s].k = caches[s]->k(layer);
-    sequences[s].v = caches[s]->v(layer);
+    if (caches[s]) sequences[s].cache = caches[s]->layer(layer);
   }
 }
 
@@ -119,8 +117,8 @@ void Model::plan_batch(const Batch& batch, const std::vector<int64_t>& rows) {
     a.k_len = length;
     a.mask = sequence.mask;
     if (const KvCache* cache = sequence.cache) {
-      const size_t expected = 2 * idx(config_.layers) * idx(cache->capacity()) * idx(config_.channels) *
-                              dtype_bytes(backend_->activation_dtype());
+      const size_t expected =
+          idx(config_.layers) * backend_->kv_cache_bytes(cache->capacity(), config_.channels);
       if (cache->bytes() != expected) {
         bad(where + ": its key-value cache has " + std::to_string(cache->bytes()) +
             " bytes, one of this model's shape and " + str(cache->capacity()) + " positions has " +

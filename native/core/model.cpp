@@ -14,23 +14,20 @@
 namespace dn {
 
 KvCache::KvCache(Backend& backend, const ModelConfig& config, int32_t capacity)
-    : capacity_(capacity),
-      channels_(config.channels),
-      row_bytes_(static_cast<size_t>(config.channels) * dtype_bytes(backend.activation_dtype())) {
+    : capacity_(capacity), layer_bytes_(0) {
   check_config(config);
   if (capacity < 1 || capacity > config.context) {
     bad("key-value cache: capacity is " + str(capacity) + ", expected 1 to the context, " +
         str(config.context));
   }
-  buffer_ = alloc_for(backend, 2 * idx(config.layers) * idx(capacity) * row_bytes_,
+  layer_bytes_ = backend.kv_cache_bytes(capacity, config.channels);
+  buffer_ = alloc_for(backend, idx(config.layers) * layer_bytes_,
                       "a key-value cache of " + str(capacity) + " positions");
 }
 
-// A layer's keys lie before its values.
-void* KvCache::k(int32_t layer) const {
-  return static_cast<char*>(buffer_->data()) + 2 * idx(layer) * idx(capacity_) * row_bytes_;
+void* KvCache::layer(int32_t layer) const {
+  return static_cast<char*>(buffer_->data()) + idx(layer) * layer_bytes_;
 }
-void* KvCache::v(int32_t layer) const { return static_cast<char*>(k(layer)) + idx(capacity_) * row_bytes_; }
 
 void Model::block_qkv(int32_t layer, Tensor inp, const BlockActivations& a, MatmulPrecision precision) {
   backend_->layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, inp, tensor(block_parameter(layer, kLn1Weight)),
@@ -54,12 +51,8 @@ void Model::block_forward(int32_t layer, Tensor out, Tensor inp, const BlockActi
   const auto parameter = [&](BlockParameter which) { return block_parameter(layer, which); };
 
   for (const CacheRun& run : plan.cache_writes) {
-    const Dtype dtype = backend.activation_dtype();
-    const int64_t capacity = run.cache->capacity();
-    backend.copy(Tensor(run.cache->k(layer), dtype, capacity, C).slice(run.position, run.count),
-                 a.qkv.columns(C, C).slice(run.row, run.count));
-    backend.copy(Tensor(run.cache->v(layer), dtype, capacity, C).slice(run.position, run.count),
-                 a.qkv.columns(2 * C, C).slice(run.row, run.count));
+    backend.kv_cache_write(run.cache->layer(layer), run.position,
+                           a.qkv.columns(C, 2 * C).slice(run.row, run.count), config_.heads);
   }
 
   Tensor q = a.qkv.columns(0, C);

@@ -35,21 +35,19 @@ struct Parameter {
 
 std::vector<Parameter> make_parameter_table(const ModelConfig& config);
 
-// Keys and values of one sequence for every layer: (layers, capacity, C) each. Forwarding tokens at positions
-// p overwrites rows p; attention then reads rows [0, k_len). Autoregressive decoding appends, block-wise
-// decoding overwrites a block in place.
+// Keys and values of one sequence for every layer, as the backend lays them out. Forwarding tokens at
+// positions p overwrites rows p; attention then reads rows [0, k_len). Autoregressive decoding appends,
+// block-wise decoding overwrites a block in place.
 class KvCache {
  public:
   KvCache(Backend& backend, const ModelConfig& config, int32_t capacity);
   int32_t capacity() const { return capacity_; }
-  void* k(int32_t layer) const;
-  void* v(int32_t layer) const;
+  void* layer(int32_t layer) const;
   size_t bytes() const { return buffer_->bytes(); }
 
  private:
   int32_t capacity_;
-  int32_t channels_;
-  size_t row_bytes_;
+  size_t layer_bytes_;
   std::unique_ptr<Buffer> buffer_;
 };
 

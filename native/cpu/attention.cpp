@@ -15,6 +15,7 @@
 #include "cpu/attention_kernels.h"
 #include "cpu/attention_visibility.h"
 #include "cpu/isa.h"
+#include "cpu/kv_cache.h"
 #include "cpu/ops.h"
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
@@ -44,7 +45,7 @@ const AttentionKernels& kernels(const Cpu& cpu) {
 // the masks under which a cache gives the bits of the whole sequence at once (causal and block-causal
 // attention, one query or a few at a time). Tiles want heads of whole steps.
 const AttentionForward& forward_kernels(const Cpu& cpu, const AttentionSequence& s, int64_t HS) {
-  if (s.k || s.mask.kind == MaskKind::kCausal || s.mask.kind == MaskKind::kBlockCausal)
+  if (s.cache || s.mask.kind == MaskKind::kCausal || s.mask.kind == MaskKind::kBlockCausal)
     return kernels(cpu).forward;
   if (cpu.isa >= Isa::kAmx && kAttentionForwardAmx.begin && HS % kTileHead == 0) return kAttentionForwardAmx;
   if (cpu.isa >= Isa::kAvx512 && has_fast_pairs() && kAttentionForwardPairs.begin && HS >= kPairHead)
@@ -96,9 +97,8 @@ void require_sequence(const char* op, const AttentionSequence& s, int64_t index,
   require(s.q_begin >= 0 && s.q_begin <= s.q_end && s.q_end <= queries, op,
           name + " has queries [" + std::to_string(s.q_begin) + ", " + std::to_string(s.q_end) + ") of " +
               std::to_string(queries) + " rows");
-  require(s.k_len >= 0 && (s.k != nullptr) == (s.v != nullptr), op,
-          name + " has an invalid cache or key count");
-  require(s.k || (s.kv_begin >= 0 && s.kv_begin + s.k_len <= keys), op,
+  require(s.k_len >= 0, op, name + " has " + std::to_string(s.k_len) + " keys");
+  require(s.cache || (s.kv_begin >= 0 && s.kv_begin + s.k_len <= keys), op,
           name + " has keys [" + std::to_string(s.kv_begin) + ", " + std::to_string(s.kv_begin + s.k_len) +
               ") of " + std::to_string(keys) + " rows");
 }
@@ -202,18 +202,13 @@ void run_forward_task(const Cpu& cpu, const ForwardTask& task, const AttentionSe
     }
   });
   w.packed = PackedKeys();
-  const float* k = static_cast<const float*>(sequence.k);
-  const float* v = static_cast<const float*>(sequence.v);
-  int64_t kv_stride = C;
-  if (!k) {
-    k = kv.f32(sequence.kv_begin);
-    v = k + C;
-    kv_stride = kv.stride;
-  }
+  const float* const cache = static_cast<const float*>(sequence.cache);
   const int64_t key_end = w.visibility.key_end();
   const auto keys_of = [&](int64_t h, int64_t k0) {
-    const int64_t offset = k0 * kv_stride + (task.head + h) * HS;
-    return KeyRows{k + offset, v + offset, kv_stride, std::clamp<int64_t>(sequence.k_len - k0, 0, kKeyBlock)};
+    const int64_t head = task.head + h, count = std::clamp<int64_t>(sequence.k_len - k0, 0, kKeyBlock);
+    if (cache) return cached_keys(cache, k0, count, head, NH, HS);
+    const float* const k = kv.f32(sequence.kv_begin + k0) + head * HS;
+    return KeyRows{k, k + C, kv.stride, count};
   };
   // The n-th block from (h, k0) on, in the order of the loops below; without keys when there is none.
   const auto keys_after = [&](int64_t h, int64_t k0, int64_t n) {
@@ -347,7 +342,7 @@ void attention_backward(const Cpu& cpu, Tensor dqkv, Tensor dout, Tensor qkv, Te
   for (int64_t s = 0; s < S; ++s) {
     const AttentionSequence& sequence = sequences[s];
     require_sequence(op, sequence, s, out.rows, out.rows);
-    require(!sequence.k && sequence.kv_begin == sequence.q_begin &&
+    require(!sequence.cache && sequence.kv_begin == sequence.q_begin &&
                 sequence.k_len == sequence.q_end - sequence.q_begin,
             op, "the queries and keys of sequence " + std::to_string(s) + " must be the same tokens");
     order[static_cast<size_t>(s)] = s;

@@ -44,17 +44,22 @@ struct ChainScores {
   static void load_queries(const ForwardTile& t, const float* q, int64_t q_stride) {
     copy_rows(t.q, q, q_stride, t.rows, t.HS, t.HSp, t.scale * kLog2E);
   }
-  ChainScores(const ForwardTile& tile, const KeyRows& keys) : t(tile) {
-    copy_transposed(t.keys, keys.k, keys.stride, keys.count, t.HS);
+  ChainScores(const ForwardTile& tile, const KeyRows& keys)
+      : t(tile), transposed(keys.transposed ? keys.k : nullptr) {
+    if (!transposed) copy_transposed(t.keys, keys.k, keys.stride, keys.count, t.HS);
   }
   void multiply(int64_t first, int64_t rows, int64_t columns) const {
-    product<Start::kZero>(
-        {t.scores, kKeyBlock, t.q + first * t.HSp, t.HSp, 1, t.keys, kKeyBlock, t.HS, nullptr}, rows,
-        columns);
+    Product p = {t.scores, kKeyBlock, t.q + first * t.HSp, t.HSp, 1, t.keys, kKeyBlock, t.HS, nullptr};
+    if (!transposed) return product<Start::kZero>(p, rows, columns);
+    p.b = transposed;
+    p.b_stride = kKeyGroup;
+    p.b_group = t.HS * kKeyGroup;
+    product<Start::kZero, true>(p, rows, columns);
   }
   const float* units(int64_t) const { return nullptr; }
 
   const ForwardTile& t;
+  const float* transposed;  // as KeyRows says, or null
 };
 
 static void backward_begin(const BackwardTile& t, const float* q, int64_t stride, const float* dout,

@@ -91,9 +91,9 @@ static void forward_block(const ForwardTile& t, const KeyRows& keys, const uint6
   const int64_t count = keys.count, columns = round_up_lanes(count);
   const uint64_t all = count == kKeyBlock ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
   const Scores scores(t, keys);
-  // Few queries read the values once and where they are; otherwise a compact copy avoids conflicts in the
-  // cache.
-  const bool in_place = t.rows <= kTileRows && t.HS == t.HSp;
+  // Few queries read the values once and where they are; otherwise a compact copy, unless they are compact,
+  // avoids conflicts in the cache.
+  const bool in_place = (t.rows <= kTileRows || keys.stride == t.HS) && t.HS == t.HSp;
   const float* const values = in_place ? keys.v : t.values;
   const int64_t values_stride = in_place ? keys.stride : t.HSp;
   if (!in_place) copy_rows(t.values, keys.v, keys.stride, count, t.HS, t.HSp, 1.0f);

@@ -15,7 +15,8 @@
 namespace dn::cpu {
 
 constexpr int64_t kKeyBlock = 64;
-constexpr int64_t kHeadPad = 16;  // head rows in scratch are padded with zeros to a multiple of this: HSp
+constexpr int64_t kKeyGroup = 16;  // keys that are transposed together in a cache
+constexpr int64_t kHeadPad = 16;   // head rows in scratch are padded with zeros to a multiple of this: HSp
 constexpr int64_t kSumLanes = 16;
 constexpr int64_t kMaxQueryBlock = 1024;  // most_rows of any kernels
 constexpr int64_t kFewQueries = 4;        // up to here a task waits for memory rather than for arithmetic
@@ -24,12 +25,14 @@ constexpr int64_t kScoreRows = 16;        // queries whose scores the vector ker
 constexpr int64_t kVectorRows = 264;
 constexpr int64_t kVectorScores = kScoreRows * kKeyBlock;
 
-// A block of keys and values of one head: `count` rows of HS floats each, `stride` floats apart.
+// A block of keys and values of one head: `count` rows of HS floats each, `stride` floats apart; or keys
+// that are transposed already, (kKeyBlock / kKeyGroup, HS, kKeyGroup), of which the first `count` are there.
 struct KeyRows {
   const float* k = nullptr;
   const float* v = nullptr;
   int64_t stride = 0;
   int64_t count = 0;
+  bool transposed = false;
 };
 
 // What a kernel asks the caches for, or packs, while it computes, spread over its work. Rows of a head lie

@@ -16,10 +16,16 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 bool sees(const uint64_t* words, int64_t row, int64_t key) { return !words || (words[row] >> key & 1) != 0; }
 
-float dot(const float* a, const float* b, int64_t n) {
+// b_step: between two numbers of b.
+float dot(const float* a, const float* b, int64_t n, int64_t b_step = 1) {
   float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i * b_step];
   return sum;
+}
+
+float score(const float* q, const KeyRows& keys, int64_t j, int64_t HS) {
+  if (!keys.transposed) return dot(q, keys.k + j * keys.stride, HS);
+  return dot(q, keys.k + j / kKeyGroup * HS * kKeyGroup + j % kKeyGroup, HS, kKeyGroup);
 }
 
 void forward_begin(const ForwardTile& t, const float* q, int64_t q_stride, const ForwardAhead&) {
@@ -40,7 +46,7 @@ void forward_block(const ForwardTile& t, const KeyRows& keys, const uint64_t* wo
     float max = t.max[r];
     for (int64_t j = 0; j < keys.count; ++j) {
       if (!sees(words, r, j)) continue;
-      scores[j] = dot(t.q + r * t.HSp, keys.k + j * keys.stride, t.HS);
+      scores[j] = score(t.q + r * t.HSp, keys, j, t.HS);
       if (!(scores[j] <= max)) max = scores[j];  // NaN, too, which then reaches the sum
     }
     if (max == kMinusInfinity) continue;  // nothing visible so far

@@ -32,14 +32,23 @@ struct Product {
   int64_t b_stride;
   int64_t n;
   const float* factors;  // (rows), for kScale
+  int64_t b_group = 0;   // in groups: floats between (n, kKeyGroup) columns of b and the next ones
 };
 
+// Where column c of b in groups begins.
+inline const float* column_in_groups(const Product& p, int64_t c) {
+  return p.b + c / kKeyGroup * p.b_group + c % kKeyGroup;
+}
+
 // c[r][0 .. V * kLanes) for R rows.
-template <int R, int V, Start kStart>
+template <int R, int V, Start kStart, bool kGroups>
 static inline void tile_product(const Product& p, int64_t row, int64_t col) {
   const int64_t c_stride = p.c_stride, a_row = p.a_row, a_i = p.a_i, b_stride = p.b_stride;
   float* const c = p.c + row * c_stride + col;
-  const float* b = p.b + col;
+  const float* b[kGroups ? V : 1] = {p.b + col};
+  if constexpr (kGroups) {
+    DN_UNROLL for (int v = 0; v < V; ++v) b[v] = column_in_groups(p, col + v * kLanes);
+  }
   // Every third row has a pointer: the two after it are within reach of one index register.
   const float* a[(R + 2) / 3];
   DN_UNROLL for (int i = 0; i < (R + 2) / 3; ++i) a[i] = p.a + (row + 3 * i) * a_row;
@@ -57,13 +66,13 @@ static inline void tile_product(const Product& p, int64_t row, int64_t col) {
   }
   for (int64_t i = 0; i < p.n; ++i) {
     Vec bv[V];
-    DN_UNROLL for (int v = 0; v < V; ++v) bv[v] = simd::load(b + v * kLanes);
+    DN_UNROLL for (int v = 0; v < V; ++v) bv[v] = simd::load(kGroups ? b[v] : b[0] + v * kLanes);
     DN_UNROLL for (int r = 0; r < R; ++r) {
       const Vec ar = simd::set1(a[r / 3][r % 3 * a_row]);
       DN_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = simd::fma(ar, bv[v], sum[r][v]);
     }
     DN_UNROLL for (int j = 0; j < (R + 2) / 3; ++j) a[j] += a_i;
-    b += b_stride;
+    DN_UNROLL for (int v = 0; v < (kGroups ? V : 1); ++v) b[v] += b_stride;
   }
   DN_UNROLL for (int r = 0; r < R; ++r) {
     DN_UNROLL for (int v = 0; v < V; ++v) simd::store(c + r * c_stride + v * kLanes, sum[r][v]);
@@ -71,24 +80,25 @@ static inline void tile_product(const Product& p, int64_t row, int64_t col) {
 }
 
 // All rows of a strip V vectors wide, in the largest tiles that fit.
-template <int R, int V, Start kStart>
+template <int R, int V, Start kStart, bool kGroups>
 static inline void strip_product(const Product& p, int64_t row, int64_t rows, int64_t col) {
-  for (; row + R <= rows; row += R) tile_product<R, V, kStart>(p, row, col);
+  for (; row + R <= rows; row += R) tile_product<R, V, kStart, kGroups>(p, row, col);
   if constexpr (R > 1) {
     constexpr int kNext = R == 12 ? 8 : R == 6 ? 4 : R / 2;
-    if (row < rows) strip_product<kNext, V, kStart>(p, row, rows, col);
+    if (row < rows) strip_product<kNext, V, kStart, kGroups>(p, row, rows, col);
   }
 }
 
-template <Start kStart>
+template <Start kStart, bool kGroups = false>
 static void product(const Product& p, int64_t rows, int64_t cols) {
   int64_t col = 0;
   // One row alone: more columns at once, to have enough independent sums in flight.
   if (rows == 1) {
-    for (; col + 4 * kLanes <= cols; col += 4 * kLanes) tile_product<1, 4, kStart>(p, 0, col);
+    for (; col + 4 * kLanes <= cols; col += 4 * kLanes) tile_product<1, 4, kStart, kGroups>(p, 0, col);
   }
-  for (; col + 2 * kLanes <= cols; col += 2 * kLanes) strip_product<kTileRows, 2, kStart>(p, 0, rows, col);
-  for (; col < cols; col += kLanes) strip_product<kTileRows, 1, kStart>(p, 0, rows, col);
+  for (; col + 2 * kLanes <= cols; col += 2 * kLanes)
+    strip_product<kTileRows, 2, kStart, kGroups>(p, 0, rows, col);
+  for (; col < cols; col += kLanes) strip_product<kTileRows, 1, kStart, kGroups>(p, 0, rows, col);
 }
 
 #if defined(__AVX512F__)

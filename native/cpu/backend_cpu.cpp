@@ -9,6 +9,7 @@
 #include "core/pages.h"
 #include "cpu/gemm_int8.h"
 #include "cpu/isa.h"
+#include "cpu/kv_cache.h"
 #include "cpu/ops.h"
 #include "cpu/thread_pool.h"
 
@@ -95,6 +96,12 @@ class CpuBackend : public Backend {
   }
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override {
     cpu::gelu_backward(cpu_, dinp, dout, inp);
+  }
+  size_t kv_cache_bytes(int64_t capacity, int64_t C) const override {
+    return static_cast<size_t>(cpu::kv_cache_floats(capacity, C)) * sizeof(float);
+  }
+  void kv_cache_write(void* cache, int64_t position, Tensor kv, int64_t NH) override {
+    cpu::kv_cache_write(cpu_, static_cast<float*>(cache), position, kv, NH);
   }
   void attention_forward(Tensor out, Tensor lse, Tensor q, Tensor kv, const AttentionSequence* sequences,
                          int64_t S, const int32_t* query_positions, int64_t NH) override {

@@ -57,6 +57,9 @@ void attention_backward(const Cpu& cpu, Tensor dqkv, Tensor dout, Tensor qkv, Te
                         const AttentionSequence* sequences, int64_t S, const int32_t* query_positions,
                         int64_t NH);
 
+// kv_cache.cpp: rows [position, position + kv.rows) of a layer's cache = kv
+void kv_cache_write(const Cpu& cpu, float* cache, int64_t position, Tensor kv, int64_t NH);
+
 // head.cpp
 void head_logits(const Cpu& cpu, Tensor logits, Tensor hidden, const int64_t* rows, int64_t R,
                  const Weight& wte);

@@ -11,6 +11,7 @@
 
 #include "core/backend.h"
 #include "core/rng.h"
+#include "cpu/kv_cache.h"
 #include "cpu/ops.h"
 #include "test/instruction_sets.h"
 
@@ -31,6 +32,16 @@ inline std::vector<float> random_values(int64_t n, uint64_t seed) {
     x[static_cast<size_t>(i)] = static_cast<float>(sum);
   }
   return x;
+}
+
+// A cache that holds the rows of kv (n, 2C), written in pieces of one row and more; the rest is NaN.
+inline std::vector<float> cache_of(Tensor kv, int64_t NH) {
+  std::vector<float> cache(static_cast<size_t>(kv_cache_floats(kv.rows, kv.cols / 2)), kNan);
+  for (int64_t t = 0, n = 1; t < kv.rows; t += n, n = n % 29 + 7) {
+    n = std::min(n, kv.rows - t);
+    kv_cache_write({1, Isa::kPortable}, cache.data(), t, kv.slice(t, n), NH);
+  }
+  return cache;
 }
 
 // A packed batch of self-attention, and what comes out of it.

@@ -72,6 +72,12 @@ class ProxyBackend : public Backend {
   void gelu_backward(Tensor dinp, Tensor dout, Tensor inp) override {
     inner_->gelu_backward(dinp, dout, inp);
   }
+  size_t kv_cache_bytes(int64_t capacity, int64_t C) const override {
+    return inner_->kv_cache_bytes(capacity, C);
+  }
+  void kv_cache_write(void* cache, int64_t position, Tensor kv, int64_t NH) override {
+    inner_->kv_cache_write(cache, position, kv, NH);
+  }
   void attention_forward(Tensor out, Tensor lse, Tensor q, Tensor kv, const AttentionSequence* sequences,
                          int64_t S, const int32_t* query_positions, int64_t NH) override {
     inner_->attention_forward(out, lse, q, kv, sequences, S, query_positions, NH);

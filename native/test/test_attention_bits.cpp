@@ -77,21 +77,14 @@ DN_TEST(attention_with_a_cache_equals_full_recomputation) {
         Batch full(3, HS, {200}, mask_of(kind));
         full.forward(isa, 2);
         const int64_t C = full.C();
-        std::vector<float> k(static_cast<size_t>(200 * C)), v(k.size());
-        for (int64_t t = 0; t < 200; ++t) {
-          std::memcpy(&k[static_cast<size_t>(t * C)], &full.qkv[static_cast<size_t>(t * 3 * C + C)],
-                      C * sizeof(float));
-          std::memcpy(&v[static_cast<size_t>(t * C)], &full.qkv[static_cast<size_t>(t * 3 * C + 2 * C)],
-                      C * sizeof(float));
-        }
+        const std::vector<float> cache = cache_of(full.qkv_tensor().columns(C, 2 * C), 3);
         for (const int64_t q : {0, 4, 62, 63, 64, 99, 127, 128, 199}) {
           for (const int64_t count : {1, 3, 40}) {
             if (q + 1 < count) continue;
             AttentionSequence s;
             s.q_end = count;
             s.k_len = kind == MaskKind::kCausal ? q + 1 : std::min<int64_t>(200, (q / 5 + 1) * 5);
-            s.k = k.data();
-            s.v = v.data();
+            s.cache = cache.data();
             s.mask = mask_of(kind);
             const int64_t first = q + 1 - count;
             std::vector<float> out(static_cast<size_t>(count * C), kNan),
@@ -177,8 +170,9 @@ DN_TEST(attention_takes_tiles_where_keys_are_not_cached) {
     AttentionSequence s;
     s.q_end = 40;
     s.k_len = 20;
-    s.k = vectors.qkv.data() + 40 * 3 * vectors.C();
-    s.v = vectors.qkv.data() + 70 * 3 * vectors.C();
+    const std::vector<float> cache =
+        cache_of(vectors.qkv_tensor().columns(vectors.C(), 2 * vectors.C()).slice(40, 20), 2);
+    s.cache = cache.data();
     s.mask = mask_of(kind);
     s.mask.half = 10;
     std::vector<float> out[2];

@@ -41,7 +41,7 @@ DN_TEST(model_cached_decoding_equals_recomputation) {
   append_sequence(whole, numbers, 12, naive.config.vocab, mask_of(MaskKind::kCausal));
   const std::vector<float> expected = forward_logits(*model, whole);
   KvCache cache(model->backend(), naive.config, 12);
-  CHECK(cache.capacity() == 12 && cache.bytes() == 2u * 2 * 12 * 20 * sizeof(float));
+  CHECK(cache.capacity() == 12 && cache.bytes() == 2u * model->backend().kv_cache_bytes(12, 20));
   // A prompt of 4, then tokens one by one.
   for (int32_t begin = 0, end = 4; begin < 12; begin = end++) {
     const std::vector<float> part = forward_logits(*model, cached_part(whole, begin, end, &cache));
