@@ -31,6 +31,8 @@ constexpr int64_t kMaskedHeadQueries = 1056;
 // Rows of q, k and v (or of their gradients) that the heads of a task share, at most: half of L2. A task of
 // several heads finishes whole rows of memory while they are near, and makes the words of a mask once.
 constexpr int64_t kTaskFloats = int64_t{256} << 10;
+// Tasks a thread, at least, as long as queries can be cut: each packs all keys of its head anew.
+constexpr int64_t kTasksOfThread = 3;
 
 const AttentionKernels& kernels(const Cpu& cpu) {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -145,7 +147,7 @@ bool plan_forward(const Cpu& cpu, const AttentionSequence* sequences, int64_t S,
     count = 0;
     for (int64_t s = 0; s < S; ++s)
       count += blocks_of(sequences[s].q_end - sequences[s].q_begin, block_of(sequences[s], halvings));
-    if (kMaxQueryBlock >> halvings <= kMinQueryBlock || count * NH >= 4 * cpu.threads) break;
+    if (kMaxQueryBlock >> halvings <= kMinQueryBlock || count * NH >= kTasksOfThread * cpu.threads) break;
   }
   tasks->clear();
   for (int64_t s = 0; s < S; ++s) {
