@@ -106,21 +106,21 @@ static constexpr int64_t pair_sums(int64_t depth) {
   return (depth + pair_depth(depth) - 1) / pair_depth(depth);
 }
 
+constexpr int64_t kTurnedRows = 16;
+
 struct GemmPairs {
   int64_t max_rows;  // as in GemmKernels
   void (*tile)(const GemmTile& tile);
-  // squares (count): the sums of squares of `count` rows of `depth` floats, four steps at a time: what
-  // add_squares (gemm.h) gives for their transpose, bit for bit.
-  void (*row_squares)(float* squares, const float* const* rows, int64_t count, int64_t depth);
-  // The same of columns: src (depth, count), count <= kGemmPanel.
+  // steps (depth, kTurnedRows), whole squares of them, = the transpose of `count` rows of `depth` floats,
+  // zero beyond; squares (count) = the sums of their squares, four steps at a time: what add_squares (gemm.h)
+  // gives for steps, bit for bit.
+  void (*turn_rows)(float* steps, float* squares, const float* const* rows, int64_t count, int64_t depth);
+  // Such squares of src (depth, count), count <= kGemmPanel.
   void (*column_squares)(float* squares, const float* src, int64_t src_stride, int64_t count, int64_t depth);
-  // dst (depth, count) = the transpose of `count` rows of `depth` floats times their scales, powers of two;
-  // after it the sums of their pairs, (pair_sums(depth), count), and `exponents`, (count).
-  void (*pack_rows)(float* dst, const float* const* rows, const float* scales, const float* exponents,
-                    int64_t count, int64_t depth);
-  // The same of columns.
-  void (*pack_columns)(float* dst, const float* src, int64_t src_stride, const float* scales,
-                       const float* exponents, int64_t count, int64_t depth);
+  // dst (depth, count) = the columns of src times their scales, powers of two; after it the sums of their
+  // pairs, (pair_sums(depth), count), and `exponents`, (count).
+  void (*pack_steps)(float* dst, const float* src, int64_t src_stride, const float* scales,
+                     const float* exponents, int64_t count, int64_t depth);
 };
 
 struct GemmKernels {

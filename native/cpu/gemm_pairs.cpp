@@ -90,13 +90,14 @@ void pack_pairs(const GemmChunk& chunk, float* dst, int64_t m, int64_t rows, int
     const float* const src = p.a + k * p.a_stride + m;
     pairs.column_squares(squares, src, p.a_stride, rows, depth);
     for (int64_t r = 0; r < rows; ++r) of.set(r, squares[r], src + r, p.a_stride, depth);
-    return pairs.pack_columns(dst, src, p.a_stride, of.scales, of.exponents, rows, depth);
+    return pairs.pack_steps(dst, src, p.a_stride, of.scales, of.exponents, rows, depth);
   }
   const float* src[kGemmPanel] = {};
   for (int64_t r = 0; r < rows; ++r) src[r] = (p.a_rows ? p.a_rows[m + r] : p.a + (m + r) * p.a_stride) + k;
-  pairs.row_squares(squares, src, rows, depth);
+  alignas(64) float steps[kPairBlock * kTurnedRows];
+  pairs.turn_rows(steps, squares, src, rows, depth);
   for (int64_t r = 0; r < rows; ++r) of.set(r, squares[r], src[r], 1, depth);
-  pairs.pack_rows(dst, src, of.scales, of.exponents, rows, depth);
+  pairs.pack_steps(dst, steps, kTurnedRows, of.scales, of.exponents, rows, depth);
 }
 
 }  // namespace dn::cpu

@@ -199,7 +199,7 @@ __attribute__((always_inline)) inline void load_square(__m512i* block, const flo
   transpose_16x16(block);
 }
 
-void row_squares(float* squares, const float* const* rows, int64_t count, int64_t depth) {
+void turn_rows(float* steps, float* squares, const float* const* rows, int64_t count, int64_t depth) {
   Squares sum;
   __m512i block[16];
   for (int64_t k = 0; k < depth; k += 16) {
@@ -209,6 +209,8 @@ void row_squares(float* squares, const float* const* rows, int64_t count, int64_
       sum.add(_mm512_castsi512_ps(block[i]), _mm512_castsi512_ps(block[i + 1]),
               _mm512_castsi512_ps(block[i + 2]), _mm512_castsi512_ps(block[i + 3]));
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(steps + (k + i) * kTurnedRows, block[i]);
   }
   _mm512_mask_storeu_ps(squares, lanes(count), sum.sum());
 }
@@ -232,85 +234,52 @@ void column_squares(float* squares, const float* src, int64_t src_stride, int64_
   if (count > 16) _mm512_mask_storeu_ps(squares + 16, m[1], sum[1].sum());
 }
 
-// Writes a block of packed A step by step: the steps times the scales, then the sums of their pairs, in the
-// order in which tiles add them up, then the exponents.
-class PairWriter {
- public:
-  PairWriter(float* dst, const float* scales, int64_t count, int64_t depth)
-      : dst_(dst),
-        sums_(dst + depth * count),
-        count_(count),
-        part_(pair_depth(depth)),
-        left_(depth),
-        m_(lanes(count)) {
-    scale_ = _mm512_maskz_loadu_ps(m_, scales);
-    begin();
+// Steps of A on their way.
+struct Steps {
+  const float* from;
+  int64_t stride;
+  float* to;
+  int64_t count;
+  __mmask16 m;
+  __m512 scale;
+
+  __attribute__((always_inline)) __m512 next() {
+    const __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, from), scale);
+    _mm512_mask_storeu_ps(to, m, x);
+    from += stride;
+    to += count;
+    return x;
   }
-
-  __attribute__((always_inline)) void step(__m512 numbers) {
-    const __m512 x = _mm512_mul_ps(numbers, scale_);
-    _mm512_mask_storeu_ps(dst_, m_, x);
-    dst_ += count_;
-    if (grouped_ > 0) {
-      if (in_group_ == 1) sum_ = _mm512_fmadd_ps(before_, x, sum_);
-      if (in_group_ == 4) sum_ = _mm512_fnmadd_ps(before_, x, sum_);
-      in_group_ = in_group_ == kPairGroup - 1 ? 0 : in_group_ + 1;
-      --grouped_;
-    }
-    before_ = x;
-    if (--in_part_ > 0) return;
-    _mm512_mask_storeu_ps(sums_, m_, sum_);
-    sums_ += count_;
-    begin();
-  }
-
-  // After the last step.
-  void end(const float* exponents) { _mm512_mask_storeu_ps(sums_, m_, _mm512_maskz_loadu_ps(m_, exponents)); }
-
- private:
-  void begin() {
-    in_part_ = left_ < part_ ? left_ : part_;
-    left_ -= in_part_;
-    grouped_ = in_part_ / kPairGroup * kPairGroup;
-    in_group_ = 0;
-    sum_ = before_ = _mm512_setzero_ps();
-  }
-
-  float* dst_;
-  float* sums_;
-  int64_t count_;
-  int64_t part_;      // steps up to a correction
-  int64_t left_;      // after this part
-  int64_t in_part_;   // steps still to come of this part
-  int64_t grouped_;   // of them in groups
-  int64_t in_group_;  // place of the next step in its group
-  __mmask16 m_;
-  __m512 scale_, sum_, before_;
 };
 
-void pack_rows(float* dst, const float* const* rows, const float* scales, const float* exponents,
-               int64_t count, int64_t depth) {
-  PairWriter writer(dst, scales, count, depth);
-  __m512i block[16];
-  for (int64_t k = 0; k < depth; k += 16) {
-    const int64_t width = depth - k < 16 ? depth - k : 16;
-    load_square(block, rows, count, k, depth);
-    for (int64_t i = 0; i < width; ++i) writer.step(_mm512_castsi512_ps(block[i]));
-  }
-  writer.end(exponents);
-}
-
-void pack_columns(float* dst, const float* src, int64_t src_stride, const float* scales,
-                  const float* exponents, int64_t count, int64_t depth) {
-  PairWriter writer(dst, scales, count, depth);
+void pack_steps(float* dst, const float* src, int64_t src_stride, const float* scales, const float* exponents,
+                int64_t count, int64_t depth) {
   const __mmask16 m = lanes(count);
-  for (int64_t k = 0; k < depth; ++k) writer.step(_mm512_maskz_loadu_ps(m, src + k * src_stride));
-  writer.end(exponents);
+  Steps steps = {src, src_stride, dst, count, m, _mm512_maskz_loadu_ps(m, scales)};
+  float* sums = dst + depth * count;
+  const int64_t part = pair_depth(depth);
+  for (int64_t k = 0; k < depth; k += part) {
+    const int64_t in_part = depth - k < part ? depth - k : part;
+    // In the order in which tiles add them up.
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = in_part / kPairGroup; i > 0; --i) {
+      const __m512 a1 = steps.next(), a2 = steps.next();
+      sum = _mm512_fmadd_ps(a1, a2, sum);
+      steps.next();
+      const __m512 s1 = steps.next(), s2 = steps.next();
+      sum = _mm512_fnmadd_ps(s1, s2, sum);
+      steps.next();
+    }
+    for (int64_t i = in_part % kPairGroup; i > 0; --i) steps.next();
+    _mm512_mask_storeu_ps(sums, m, sum);
+    sums += count;
+  }
+  _mm512_mask_storeu_ps(sums, m, _mm512_maskz_loadu_ps(m, exponents));
 }
 
 }  // namespace
 
-const GemmPairs kGemmPairsAvx512 = {kMaxRows, tile, row_squares, column_squares, pack_rows, pack_columns};
+const GemmPairs kGemmPairsAvx512 = {kMaxRows, tile, turn_rows, column_squares, pack_steps};
 
 }  // namespace dn::cpu
 
