@@ -171,6 +171,7 @@
       "native/test/test_sampling.cpp",
       "native/test/test_sampling_filters.cpp",
       "native/test/test_scratch.cpp",
+      "native/test/test_pair_panels.cpp",
       "native/test/test_pairs.cpp",
       "native/test/test_split.cpp",
       "native/test/test_thread_pool.cpp",

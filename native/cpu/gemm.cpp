@@ -263,6 +263,42 @@ void multiply_by_rows(const Cpu& cpu, const GemmProduct& plain, const GemmKernel
   });
 }
 
+bool lies_scaled(const GemmProduct& p) {
+  if (!p.b_pairs || !pairs_pay(Isa::kAvx512, p.K)) return false;
+  const int64_t blocks = ceil_div(p.K, kPairBlock) * ceil_div(p.N, kGemmPanel);
+  return std::any_of(p.b_pairs, p.b_pairs + blocks, is_scaled);
+}
+
+// With kernels that multiply otherwise, a weight that was packed for pairs: some panels at a time, as they
+// were.
+void gemm_unscaled(const Cpu& cpu, const GemmProduct& whole, MatmulPrecision precision) {
+  constexpr int64_t kColumns = 64 * kGemmPanel;
+  static thread_local Scratch scratch;
+  const int64_t blocks = ceil_div(whole.K, kPairBlock);
+  float* const panels =
+      scratch.reserve(std::min(kColumns, ceil_div(whole.N, kGemmPanel) * kGemmPanel) * whole.K);
+  for (int64_t n = 0; n < whole.N; n += kColumns) {
+    GemmProduct p = whole;
+    p.N = std::min(kColumns, whole.N - n);
+    p.c += n;
+    if (p.bias) p.bias += n;
+    if (p.pre) p.pre += n;
+    if (p.residual) p.residual += n;
+    p.b = panels;
+    p.b_pairs = nullptr;
+    std::copy_n(whole.b + n * whole.K, ceil_div(p.N, kGemmPanel) * kGemmPanel * whole.K, panels);
+    parallel(cpu.threads, ceil_div(p.N, kGemmPanel), [&](int64_t panel, int) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const PairPanel& pairs = whole.b_pairs[(n / kGemmPanel + panel) * blocks + block];
+        if (!is_scaled(pairs)) continue;
+        unscale_rows(pairs, panels + (panel * whole.K + block * kPairBlock) * kGemmPanel,
+                     std::min(kPairBlock, whole.K - block * kPairBlock));
+      }
+    });
+    gemm(cpu, p, precision);
+  }
+}
+
 GemmProduct plain_product(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
                           int64_t b_stride, int64_t M, int64_t N, int64_t K, bool accumulate) {
   GemmProduct p;
@@ -322,8 +358,10 @@ void gemm(const Cpu& cpu, const GemmProduct& p, MatmulPrecision precision) {
   const Bf16Kernels* tiles =
       has_bf16 || precision == MatmulPrecision::kBF16 ? bf16_kernels(cpu.isa) : nullptr;
   if (!tiles && !has_bf16) tiles = split_kernels(cpu.isa, p.K);
+  const bool in_pairs = !tiles && !has_bf16 && pairs_pay(cpu.isa, p.K);
+  if (!in_pairs && lies_scaled(p)) return gemm_unscaled(cpu, p, precision);
   if (tiles) return gemm_bf16(cpu, p, *tiles);
-  gemm_fp32(cpu, p, !has_bf16 && pairs_pay(cpu.isa, p.K) ? pair_kernels() : gemm_kernels(cpu.isa));
+  gemm_fp32(cpu, p, in_pairs ? pair_kernels() : gemm_kernels(cpu.isa));
 }
 
 void gemm_nn(const Cpu& cpu, float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,

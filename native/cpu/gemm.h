@@ -70,14 +70,14 @@ struct GemmProduct {
   int64_t N = 0;
   int64_t K = 0;
   bool accumulate = false;
-  int64_t column_parts = 1;          // of C: see Weight
-  bool stream = false;               // c is written past the caches where tiles can: see GemmTile
-  const float* bias = nullptr;       // (N) or null, added to every row
-  bool gelu = false;                 // after the bias
-  float* pre = nullptr;              // (M, N) or null: the value before gelu
-  const float* residual = nullptr;   // (M, N) or null: added last
-  int64_t extra_stride = 0;          // of pre and residual
-  const float* b_squares = nullptr;  // of kPanels: see packed_squares; null: found out where they are wanted
+  int64_t column_parts = 1;            // of C: see Weight
+  bool stream = false;                 // c is written past the caches where tiles can: see GemmTile
+  const float* bias = nullptr;         // (N) or null, added to every row
+  bool gelu = false;                   // after the bias
+  float* pre = nullptr;                // (M, N) or null: the value before gelu
+  const float* residual = nullptr;     // (M, N) or null: added last
+  int64_t extra_stride = 0;            // of pre and residual
+  const PairPanel* b_pairs = nullptr;  // of kPanels: see packed_pairs; null: no block of b is scaled
 };
 
 void gemm(const Cpu& cpu, const GemmProduct& product, MatmulPrecision precision);
@@ -111,15 +111,24 @@ const GemmKernels& pair_kernels();
 // Whether they are the faster ones on this machine, limited to isa, for a reduction of K numbers.
 bool pairs_pay(Isa isa, int64_t K);
 
-// A weight packed as fp32 ends with the sums of squares of its columns in every block of kPairBlock
-// rows, (panels, blocks, kGemmPanel). Where those of the panel at n begin:
-inline int64_t packed_squares(int64_t K, int64_t N, int64_t n) {
+// Whether a weight of K rows is to be packed for them.
+bool packs_for_pairs(Isa isa, int64_t K);
+
+// Where the PairPanels of a (K, N) weight packed as fp32, (panels, blocks), begin for the panel at n, in
+// numbers.
+inline int64_t packed_pairs(int64_t K, int64_t N, int64_t n) {
   const int64_t panels = (N + kGemmPanel - 1) / kGemmPanel, blocks = (K + kPairBlock - 1) / kPairBlock;
-  return (panels * K + n / kGemmPanel * blocks) * kGemmPanel;
+  return panels * K * kGemmPanel + n / kGemmPanel * blocks * kPairPanelFloats;
 }
-// squares (kGemmPanel) += the sums of squares of the columns of rows (depth, kGemmPanel), four rows at a
-// time.
-void add_squares(float* squares, const float* rows, int64_t depth);
+inline const PairPanel* pair_panels(const float* packed, int64_t K, int64_t N, int64_t n) {
+  return reinterpret_cast<const PairPanel*>(packed + packed_pairs(K, N, n));
+}
+inline bool is_scaled(const PairPanel& pairs) { return pairs.form[0] == kScaledForm; }
+// Scales a block (depth, kGemmPanel) of a panel where that can be undone, and undoes it.
+void scale_block(PairPanel* pairs, float* block, int64_t depth);
+void unscale_block(PairPanel* pairs, float* block, int64_t depth);
+// numbers (count, kGemmPanel) of a scaled block as they were.
+void unscale_rows(const PairPanel& pairs, float* numbers, int64_t count);
 
 // Tasks that a product is cut into, at least, so that threads end together.
 constexpr int64_t kTasksPerThread = 4;

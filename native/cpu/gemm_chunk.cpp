@@ -86,18 +86,22 @@ namespace {
 
 // What the tiles of a block need to know of its B for products in pairs.
 struct PairColumns : PairScales {
-  float sums[pair_sums(kPairBlock) * kGemmPanel];
+  float sums[kMostPairSums * kGemmPanel];
+  bool is_scaled = false;  // b is
 
   PairColumns(const GemmChunk& chunk, int64_t block, int64_t panel, const PanelBlock& of_panel) {
     const GemmProduct& p = chunk.p;
-    const int64_t depth = chunk.depth(block), stride = of_panel.packed ? p.b_stride : kGemmPanel;
-    const float* squares =
-        p.b_squares ? p.b_squares + (panel * chunk.blocks() + block) * kGemmPanel : nullptr;
-    float found[kGemmPanel];
-    if (!squares) {
-      chunk.kernels.pairs->column_squares(found, of_panel.b, stride, kGemmPanel, depth);
-      squares = found;
+    const PairPanel* const known = p.b_pairs ? p.b_pairs + panel * chunk.blocks() + block : nullptr;
+    if (known && cpu::is_scaled(*known)) {
+      is_scaled = true;
+      std::fill_n(scales, kGemmPanel, 1.0f);
+      std::copy_n(known->exponents, kGemmPanel, exponents);
+      std::copy_n(known->sums, kMostPairSums * kGemmPanel, sums);
+      return;
     }
+    const int64_t depth = chunk.depth(block), stride = of_panel.packed ? p.b_stride : kGemmPanel;
+    float squares[kGemmPanel];
+    chunk.kernels.pairs->column_squares(squares, of_panel.b, stride, kGemmPanel, depth);
     for (int64_t n = 0; n < kGemmPanel; ++n) set(n, squares[n], of_panel.b + n, stride, depth);
   }
 };
@@ -138,14 +142,15 @@ void multiply_panel(const GemmChunk& chunk, int64_t block, int64_t tile_begin, i
                of_panel.is_bf16,
                p.stream && !p.accumulate && chunk.blocks() == 1 && cols == kGemmPanel};
     if (columns) {
-      t.is_first = tile == tile_begin;
+      t.is_first = tile == tile_begin && (!columns->is_scaled || of_panel.fetch);
       t.b_scales = columns->scales;
       t.b_exponents = columns->exponents;
       t.scaled = of_panel.scaled;
       t.b_sums = columns->sums;
     }
     chunk.kernels.tile(t);
-    if (float* const left = columns ? of_panel.scaled : of_panel.packed) of_panel = {left};
+    float* const left = !columns ? of_panel.packed : columns->is_scaled ? nullptr : of_panel.scaled;
+    if (left) of_panel = {left};
     --ahead_a.tiles;
     --ahead_b.tiles;
     begin = end;

@@ -106,14 +106,28 @@ static constexpr int64_t pair_sums(int64_t depth) {
   return (depth + pair_depth(depth) - 1) / pair_depth(depth);
 }
 
+// A weight packed as fp32 ends with one of these for every panel and block of kPairBlock rows. Where pairs
+// pay (packs_for_pairs) the numbers of the block are held times the scales of their columns, so that no
+// product has to scale them, except where one of them would not come back as it was.
+constexpr int64_t kMostPairSums = 2;
+static_assert(pair_sums(kPairBlock) <= kMostPairSums && pair_sums(384) <= kMostPairSums,
+              "room for all corrections of a block");
+struct PairPanel {
+  float exponents[kGemmPanel] = {};             // of the powers of two that undo the scales
+  float sums[kMostPairSums * kGemmPanel] = {};  // of the pairs of the scaled columns
+  float form[16] = {};                          // [0]: kScaledForm, where the block is scaled
+};
+constexpr float kScaledForm = 0x1.5ca1edp+99f;
+constexpr int64_t kPairPanelFloats = static_cast<int64_t>(sizeof(PairPanel) / sizeof(float));
+
 constexpr int64_t kTurnedRows = 16;
 
 struct GemmPairs {
   int64_t max_rows;  // as in GemmKernels
   void (*tile)(const GemmTile& tile);
   // steps (depth, kTurnedRows), whole squares of them, = the transpose of `count` rows of `depth` floats,
-  // zero beyond; squares (count) = the sums of their squares, four steps at a time: what add_squares (gemm.h)
-  // gives for steps, bit for bit.
+  // zero beyond; squares (count) = the sums of their squares, four steps at a time, added up one after the
+  // other.
   void (*turn_rows)(float* steps, float* squares, const float* const* rows, int64_t count, int64_t depth);
   // Such squares of src (depth, count), count <= kGemmPanel.
   void (*column_squares)(float* squares, const float* src, int64_t src_stride, int64_t count, int64_t depth);
@@ -121,6 +135,9 @@ struct GemmPairs {
   // pairs, (pair_sums(depth), count), and `exponents`, (count).
   void (*pack_steps)(float* dst, const float* src, int64_t src_stride, const float* scales,
                      const float* exponents, int64_t count, int64_t depth);
+  // block (depth, kGemmPanel) times the scales of its columns, in place, and the sums of their pairs; false,
+  // and nothing is done, where a number times the scale and its reciprocal is another one.
+  bool (*scale_block)(float* block, float* sums, const float* scales, const float* factors, int64_t depth);
 };
 
 struct GemmKernels {

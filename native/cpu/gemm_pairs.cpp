@@ -39,15 +39,7 @@ const char* active_fp32() {
   return pairs_pay(isa, INT64_MAX) ? "avx512-pairs" : isa_name(isa);
 }
 
-void add_squares(float* squares, const float* rows, int64_t depth) {
-  static constexpr float kNone[kGemmPanel] = {};
-  for (int64_t k = 0; k < depth; k += 4) {
-    const float* x[4];
-    for (int64_t i = 0; i < 4; ++i) x[i] = k + i < depth ? rows + (k + i) * kGemmPanel : kNone;
-    for (int64_t n = 0; n < kGemmPanel; ++n)
-      squares[n] += (x[0][n] * x[0][n] + x[1][n] * x[1][n]) + (x[2][n] * x[2][n] + x[3][n] * x[3][n]);
-  }
-}
+bool packs_for_pairs(Isa isa, int64_t K) { return pairs_pay(isa, K) && !split_kernels(isa, K); }
 
 void PairScales::set(int64_t i, float squares, const float* numbers, int64_t stride, int64_t depth) {
   int before = 0;  // exponent that numbers are brought to before they are squared
@@ -79,6 +71,44 @@ void PairScales::set(int64_t i, float squares, const float* numbers, int64_t str
   const int exponent = std::clamp((e >> 1) + before, -126, 126);
   scales[i] = bits_float(static_cast<uint32_t>(127 - exponent) << 23);
   exponents[i] = static_cast<float>(exponent);
+}
+
+namespace {
+
+// 2^exponent of each column.
+void factors_of(float* factors, const float* exponents) {
+  for (int64_t n = 0; n < kGemmPanel; ++n)
+    factors[n] = bits_float(static_cast<uint32_t>(127 + static_cast<int>(exponents[n])) << 23);
+}
+
+}  // namespace
+
+void scale_block(PairPanel* pairs, float* block, int64_t depth) {
+  const GemmPairs& kernels = kGemmPairsAvx512;
+  float squares[kGemmPanel], factors[kGemmPanel];
+  PairScales of;
+  kernels.column_squares(squares, block, kGemmPanel, kGemmPanel, depth);
+  for (int64_t n = 0; n < kGemmPanel; ++n) {
+    of.set(n, squares[n], block + n, kGemmPanel, depth);
+    if (std::isnan(of.exponents[n])) return;
+  }
+  factors_of(factors, of.exponents);
+  if (!kernels.scale_block(block, pairs->sums, of.scales, factors, depth)) return;
+  std::copy_n(of.exponents, kGemmPanel, pairs->exponents);
+  pairs->form[0] = kScaledForm;
+}
+
+void unscale_rows(const PairPanel& pairs, float* numbers, int64_t count) {
+  float factors[kGemmPanel];
+  factors_of(factors, pairs.exponents);
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t n = 0; n < kGemmPanel; ++n) numbers[k * kGemmPanel + n] *= factors[n];
+  }
+}
+
+void unscale_block(PairPanel* pairs, float* block, int64_t depth) {
+  if (is_scaled(*pairs)) unscale_rows(*pairs, block, depth);
+  *pairs = PairPanel();
 }
 
 void pack_pairs(const GemmChunk& chunk, float* dst, int64_t m, int64_t rows, int64_t k, int64_t depth) {

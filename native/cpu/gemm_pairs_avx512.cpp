@@ -176,7 +176,7 @@ void tile(const GemmTile& t) {
   t.is_first ? tile_of<B::kPacked>(t) : tile_of<B::kScaled>(t);
 }
 
-// The sums of squares of up to 16 numbers a step, as add_squares has them.
+// The sums of squares of up to 16 numbers a step, in the order that all layouts have.
 class Squares {
  public:
   __attribute__((always_inline)) void add(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -277,9 +277,49 @@ void pack_steps(float* dst, const float* src, int64_t src_stride, const float* s
   _mm512_mask_storeu_ps(sums, m, _mm512_maskz_loadu_ps(m, exponents));
 }
 
+bool scale_block(float* block, float* sums, const float* scales, const float* factors, int64_t depth) {
+  const __m512 scale[2] = {_mm512_loadu_ps(scales), _mm512_loadu_ps(scales + 16)};
+  const __m512 factor[2] = {_mm512_loadu_ps(factors), _mm512_loadu_ps(factors + 16)};
+  __mmask16 lost = 0;
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int v = 0; v < 2; ++v) {
+      const __m512 x = _mm512_loadu_ps(block + k * kGemmPanel + v * 16);
+      const __m512 back = _mm512_mul_ps(_mm512_mul_ps(x, scale[v]), factor[v]);
+      lost |= _mm512_cmpneq_epi32_mask(_mm512_castps_si512(x), _mm512_castps_si512(back));
+    }
+  }
+  if (lost != 0) return false;
+  const int64_t part = pair_depth(depth);
+  for (int v = 0; v < 2; ++v) {
+    float* at = block + v * 16;
+    const auto next = [&]() __attribute__((always_inline)) {
+      const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(at), scale[v]);
+      _mm512_storeu_ps(at, x);
+      at += kGemmPanel;
+      return x;
+    };
+    for (int64_t k = 0; k < depth; k += part) {
+      // In the order in which tiles add them up.
+      const int64_t in_part = depth - k < part ? depth - k : part;
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t i = in_part / kPairGroup; i > 0; --i) {
+        const __m512 b1 = next(), b2 = next();
+        sum = _mm512_fmadd_ps(b2, b1, sum);
+        next();
+        const __m512 s1 = next(), s2 = next();
+        sum = _mm512_fnmadd_ps(s2, s1, sum);
+        next();
+      }
+      for (int64_t i = in_part % kPairGroup; i > 0; --i) next();
+      _mm512_storeu_ps(sums + k / part * kGemmPanel + v * 16, sum);
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
-const GemmPairs kGemmPairsAvx512 = {kMaxRows, tile, turn_rows, column_squares, pack_steps};
+const GemmPairs kGemmPairsAvx512 = {kMaxRows, tile, turn_rows, column_squares, pack_steps, scale_block};
 
 }  // namespace dn::cpu
 

@@ -50,7 +50,7 @@ void multiply(const Cpu& cpu, GemmProduct p, const Weight& w, int64_t n_begin, M
     p.b += w.dtype == Dtype::kBF16 ? n_begin / kGemmPanel * bf16_panel_words(w.K)
                                    : n_begin * w.K;  // panels and rows alike
     if (w.dtype == Dtype::kF32 && w.packed && w.data)
-      p.b_squares = static_cast<const float*>(w.data) + packed_squares(w.K, w.N, n_begin);
+      p.b_pairs = pair_panels(static_cast<const float*>(w.data), w.K, w.N, n_begin);
     gemm(cpu, p, precision);
   }
 }

@@ -2,6 +2,7 @@
 // panels of kGemmPanel columns) in fp32 or bf16, written and read back. int8: gemm_int8.cpp.
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "core/error.h"
@@ -33,11 +34,13 @@ void each_panel(const Cpu& cpu, const Weight& w, CopyPanel&& copy_panel) {
 // Rows of a panel that are on their way to or from bf16 at a time: 32 KB, on the stack of a task, which must
 // not throw.
 constexpr int64_t kPieceRows = 256;
+static_assert(kPairBlock % kPieceRows == 0, "a piece lies in one block");
 
 // Rows [k, k + rows) of panel n / kGemmPanel of a (K, N) weight packed as `to`, columns past the end zero, k
 // a multiple of kPackRows. fill(floats, first, count) writes `count` of them, from the one at `first` on.
 template <typename Fill>
-void write_panel(void* packed, Dtype to, const Weight& w, int64_t n, int64_t k, int64_t rows, Fill&& fill) {
+void write_panel(const Cpu& cpu, void* packed, Dtype to, const Weight& w, int64_t n, int64_t k, int64_t rows,
+                 Fill&& fill) {
   const int64_t panel = n / kGemmPanel;
   float* const words = static_cast<float*>(packed);
   const auto write = [&](float* floats, int64_t first, int64_t count) {
@@ -46,15 +49,16 @@ void write_panel(void* packed, Dtype to, const Weight& w, int64_t n, int64_t k, 
     fill(floats, first, count);
   };
   if (to == Dtype::kF32) {
-    float* const floats = words + (panel * w.K + k) * kGemmPanel;
-    write(floats, 0, rows);
-    float* const squares = words + packed_squares(w.K, w.N, n);
-    for (int64_t first = 0; first < rows;) {
+    PairPanel* const pairs = reinterpret_cast<PairPanel*>(words + packed_pairs(w.K, w.N, n));
+    for (int64_t first = 0, count = 0; first < rows; first += count) {
       const int64_t block = (k + first) / kPairBlock, in_block = (k + first) % kPairBlock;
-      const int64_t count = std::min(kPairBlock - in_block, rows - first);
-      if (in_block == 0) std::fill_n(squares + block * kGemmPanel, kGemmPanel, 0.0f);
-      add_squares(squares + block * kGemmPanel, floats + first * kGemmPanel, count);
-      first += count;
+      const int64_t depth = std::min(kPairBlock, w.K - block * kPairBlock);
+      count = std::min(depth - in_block, rows - first);
+      float* const floats = words + (panel * w.K + block * kPairBlock) * kGemmPanel;
+      unscale_block(pairs + block, floats, depth);
+      write(floats + in_block * kGemmPanel, first, count);
+      if (in_block + count == depth && packs_for_pairs(cpu.isa, w.K))
+        scale_block(pairs + block, floats, depth);
     }
     return;
   }
@@ -86,9 +90,8 @@ void check_weight(const char* op, const Weight& w, bool may_be_packed) {
 
 int64_t packed_elements(int64_t K, int64_t N, Dtype to) {
   const int64_t panels = (N + kGemmPanel - 1) / kGemmPanel;
-  return to == Dtype::kBF16
-             ? panels * 2 * bf16_panel_words(K)
-             : packed_squares(K, N, panels * kGemmPanel);  // where those of one more would begin
+  return to == Dtype::kBF16 ? panels * 2 * bf16_panel_words(K)
+                            : packed_pairs(K, N, panels * kGemmPanel);  // where those of one more would begin
 }
 
 void pack_bf16(float* words, const float* rows, int64_t depth) {
@@ -120,7 +123,7 @@ void pack_weight(const Cpu& cpu, void* packed, const Weight& plain, Dtype to) {
   const GemmKernels& kernels = gemm_kernels(cpu.isa);
   const float* const src = static_cast<const float*>(plain.data);
   each_panel(cpu, plain, [&](int64_t n, int64_t cols) {
-    write_panel(packed, to, plain, n, 0, plain.K, [&](float* dst, int64_t first, int64_t count) {
+    write_panel(cpu, packed, to, plain, n, 0, plain.K, [&](float* dst, int64_t first, int64_t count) {
       if (plain.order == WeightOrder::kInOut) {
         kernels.copy(dst, kGemmPanel, src + first * plain.N + n, plain.N, count, cols);
       } else {
@@ -144,7 +147,7 @@ void pack_rows(const Cpu& cpu, void* packed, const Weight& whole, const float* r
   if (by_columns) part.N = count;
   each_panel(cpu, part, [&](int64_t n, int64_t cols) {
     const int64_t panel = by_columns ? begin + n : n, depth = by_columns ? whole.K : count;
-    write_panel(packed, to, whole, panel, by_columns ? 0 : begin, depth,
+    write_panel(cpu, packed, to, whole, panel, by_columns ? 0 : begin, depth,
                 [&](float* dst, int64_t first, int64_t some) {
                   if (by_columns) {
                     kernels.transpose(dst, kGemmPanel, rows + n * whole.K + first, whole.K, cols, some);
@@ -171,8 +174,21 @@ void unpack_weight(const Cpu& cpu, float* plain, const Weight& packed) {
         kernels.transpose(plain + n * packed.K + first, packed.K, src, kGemmPanel, count, cols);
       }
     };
-    if (packed.dtype == Dtype::kF32) return read(words + n * packed.K, 0, packed.K);
     alignas(64) float piece[kPieceRows * kGemmPanel];
+    if (packed.dtype == Dtype::kF32) {
+      const PairPanel* const pairs = pair_panels(words, packed.K, packed.N, n);
+      for (int64_t first = 0; first < packed.K; first += kPieceRows) {
+        const int64_t count = std::min(kPieceRows, packed.K - first);
+        const float* rows = words + (n / kGemmPanel * packed.K + first) * kGemmPanel;
+        if (const PairPanel& of = pairs[first / kPairBlock]; is_scaled(of)) {
+          std::copy_n(rows, count * kGemmPanel, piece);
+          unscale_rows(of, piece, count);
+          rows = piece;
+        }
+        read(rows, first, count);
+      }
+      return;
+    }
     for (int64_t first = 0; first < packed.K; first += kPieceRows) {
       const int64_t count = std::min(kPieceRows, packed.K - first);
       unpack_bf16(piece, words + n / kGemmPanel * bf16_panel_words(packed.K) + bf16_words(first), count);
@@ -198,7 +214,14 @@ void weight_row(const Weight& w, int64_t n, float* out) {
     return;
   }
   const float* const first = data + panel * kGemmPanel * w.K + column;
+  const PairPanel* const pairs = pair_panels(data, w.K, w.N, n);
   for (int64_t k = 0; k < w.K; ++k) out[k] = first[k * kGemmPanel];
+  for (int64_t k = 0; k < w.K; k += kPairBlock) {
+    const PairPanel& of = pairs[k / kPairBlock];
+    if (!is_scaled(of)) continue;
+    const float factor = std::ldexp(1.0f, static_cast<int>(of.exponents[column]));
+    for (int64_t i = k; i < std::min(w.K, k + kPairBlock); ++i) out[i] *= factor;
+  }
 }
 
 }  // namespace dn::cpu

@@ -28,7 +28,7 @@ GemmProduct product(const Weight& w) {
   p.b_stride = w.order == WeightOrder::kInOut ? w.N : w.K;
   p.N = w.N;
   p.K = w.K;
-  if (w.packed) p.b_squares = p.b + packed_squares(w.K, w.N, 0);
+  if (w.packed) p.b_pairs = pair_panels(p.b, w.K, w.N, 0);
   return p;
 }
 
