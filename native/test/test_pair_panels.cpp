@@ -44,8 +44,9 @@ std::vector<float> unpacked(std::vector<float> panels, WeightOrder order, int64_
 
 std::vector<float> product(std::vector<float> a, std::vector<float> panels, int64_t M, int64_t K, int64_t N,
                            const Cpu& cpu, MatmulPrecision precision = MatmulPrecision::kFP32) {
-  std::vector<float> out(static_cast<size_t>(M * N), 7.0f), bias(static_cast<size_t>(N), 0.25f),
-      residual(out);
+  Numbers numbers(85);
+  std::vector<float> out(static_cast<size_t>(M * N), 7.0f), bias = numbers.vector(N),
+                                                            residual = numbers.vector(M * N);
   matmul_forward(cpu, matrix(out, M, N), matrix(a, M, K), weight(panels, WeightOrder::kInOut, K, N, true),
                  matrix(bias, 1, N), Epilogue::kResidual, matrix(residual, M, N), precision);
   return out;
