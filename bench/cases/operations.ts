@@ -6,6 +6,7 @@ import { availableParallelism } from 'node:os';
 
 import type { BenchCase } from '../harness.js';
 import { runNative } from '../native.js';
+import type { WeightType } from '../shapes.js';
 
 /** "  matmul (768, 2304)   12   15.3  22.1%   7.7   10.9   124.1   707.1   85.0%   1.2": the table of native/bench/op_timer.h. */
 const opLine = /^ {2}(\S.*?) +(\d+) +([\d.]+) +[\d.]+% +([\d.]+) +([\d.]+) +([\d.]+) +[\d.]+ +[\d.]+% +[\d.]+$/;
@@ -36,11 +37,17 @@ export function parseSteps(output: string): Step[] {
 	return steps;
 }
 
-function operations(name: string, program: string, args: string[], title: RegExp): BenchCase {
+function operations(
+	name: string,
+	program: string,
+	args: string[],
+	title: RegExp,
+	dtype: WeightType = 'fp32',
+): BenchCase {
 	return {
 		name: `operations/gpt2/${name}`,
 		shape: { model: 'gpt2' },
-		dtype: 'fp32',
+		dtype,
 		repeats: 1,
 		async setup() {
 			let runs = 0;
@@ -69,6 +76,7 @@ function outputOf(program: string, args: string[], run: number): string {
 }
 
 const forward = ['124m', String(availableParallelism()), '3'];
+const int8 = [...forward, 'int8'];
 const training = (name: string) => [name, String(availableParallelism()), '2'];
 
 export const operationCases: BenchCase[] = [
@@ -76,5 +84,7 @@ export const operationCases: BenchCase[] = [
 	operations('forward/T1024/logits', 'bench_forward', forward, /^124m T = 1024, all logits/),
 	operations('denoise/T256/half', 'bench_forward', forward, /^124m T = 256, denoise half/),
 	operations('denoise/T256/four-rows', 'bench_forward', forward, /^124m T = 256, denoise four/),
+	operations('decode/after-96', 'bench_forward', int8, /^124m, a token after 96/, 'int8'),
+	operations('decode/after-1000', 'bench_forward', int8, /^124m, a token after 1000/, 'int8'),
 	operations('train-step/2x256', 'bench_train', training('124m-2x256'), /^124m-2x256/),
 ];

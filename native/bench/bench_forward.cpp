@@ -1,8 +1,9 @@
 // Inference: the forward pass and what may follow it, with the cost of every op.
 // Usage: bench_forward [shape = all] [threads = 1] [repeats = 3] [dtype = fp32]. Shapes: tiny, small, 124m;
 // each at T = 256 with all logits, with a denoising step over half the rows, and with one over four listed
-// rows where no other token has changed since the one before; 124m also at T = 1024. dtype: of the weights,
-// fp32, bf16 or int8; shares are of the fp32 peak in all.
+// rows where no other token has changed since the one before; 124m also at T = 1024, and as it decodes a
+// token after 96 and after 1,000 others. dtype: of the weights, fp32, bf16 or int8; shares are of the fp32
+// peak in all.
 
 #include <cstdio>
 #include <cstdlib>
@@ -16,7 +17,24 @@ namespace {
 using namespace dn;
 using namespace dn::bench;
 
+constexpr int kTokens = 20;  // decoded a repeat
+
 enum class After { kLogits, kDenoise, kFewRows };
+
+template <typename Call>
+void measure(OpTimer& timer, const std::string& what, int threads, int repeats, Call&& call) {
+  call();
+  timer.reset();
+  double peak = fma_peak(timer.name());
+  const double cpu = cpu_seconds(), wall = wall_seconds();
+  for (int i = 0; i < repeats; ++i) call();
+  const double cpu_spent = cpu_seconds() - cpu, wall_spent = wall_seconds() - wall;
+  peak = std::max(peak, fma_peak(timer.name()));
+  std::printf("%s: %s, %d thread%s, fp32 peak of a core %.0f GFLOP/s; %.2f ms cpu, %.2f ms wall\n",
+              what.c_str(), timer.name().c_str(), threads, threads == 1 ? "" : "s", peak,
+              cpu_spent / repeats * 1e3, wall_spent / repeats * 1e3);
+  timer.print(cpu_spent, repeats, peak);
+}
 
 void run(Model& model, OpTimer& timer, const char* shape, int64_t T, After after, int threads, int repeats) {
   const ModelConfig& config = model.config();
@@ -58,21 +76,38 @@ void run(Model& model, OpTimer& timer, const char* shape, int64_t T, After after
       model.denoise(stats.data(), nullptr, asked.data(), R, nullptr, 0);
     }
   };
-  call();
-  timer.reset();
-  double peak = fma_peak(timer.name());
-  const double cpu = cpu_seconds(), wall = wall_seconds();
-  for (int i = 0; i < repeats; ++i) call();
-  const double cpu_spent = cpu_seconds() - cpu, wall_spent = wall_seconds() - wall;
-  peak = std::max(peak, fma_peak(timer.name()));
   const char* const what = after == After::kLogits    ? "all logits"
                            : after == After::kDenoise ? "denoise half the rows, top-p 0.9"
                                                       : "denoise four rows, top-p 0.9";
-  std::printf(
-      "%s T = %lld, %s: %s, %d thread%s, fp32 peak of a core %.0f GFLOP/s; %.1f ms cpu, %.1f ms wall\n",
-      shape, static_cast<long long>(T), what, timer.name().c_str(), threads, threads == 1 ? "" : "s", peak,
-      cpu_spent / repeats * 1e3, wall_spent / repeats * 1e3);
-  timer.print(cpu_spent, repeats, peak);
+  measure(timer, std::string(shape) + " T = " + std::to_string(T) + ", " + what, threads, repeats, call);
+}
+
+// The best token after T others, whose keys and values are in a cache.
+void run_decoding(Model& model, OpTimer& timer, const char* shape, int32_t T, int threads, int repeats) {
+  KvCache cache(model.backend(), model.config(), T + 1);
+  Batch batch;
+  Sequence sequence;
+  sequence.end = sequence.k_len = T;
+  sequence.cache = &cache;
+  sequence.mask.kind = MaskKind::kCausal;
+  batch.sequences.push_back(sequence);
+  for (int32_t t = 0; t < T; ++t) {
+    batch.ids.push_back(t);
+    batch.positions.push_back(t);
+  }
+  model.forward(batch, {0});
+  batch.ids = {1};
+  batch.positions = {T};
+  batch.sequences[0].end = 1;
+  ++batch.sequences[0].k_len;
+  DenoiseRow row;
+  row.temperature = 0;
+  row.position = static_cast<uint32_t>(T);
+  DenoiseStats stats;
+  measure(timer, std::string(shape) + ", a token after " + std::to_string(T), threads, repeats, [&] {
+    model.forward(batch, {0});
+    model.denoise(&stats, nullptr, &row, 1, nullptr, 0);
+  });
 }
 
 }  // namespace
@@ -97,8 +132,10 @@ int main(int argc, char** argv) {
     for (const After after : {After::kLogits, After::kDenoise, After::kFewRows}) {
       run(model, timer, shape, 256, after, threads, std::max(1, repeats));
     }
-    if (std::string(shape) == "124m")
-      run(model, timer, shape, 1024, After::kLogits, threads, std::max(1, repeats));
+    if (std::string(shape) != "124m") continue;
+    run(model, timer, shape, 1024, After::kLogits, threads, std::max(1, repeats));
+    for (const int32_t T : {96, 1000})
+      run_decoding(model, timer, shape, T, threads, kTokens * std::max(1, repeats));
   }
   if (!found) std::fprintf(stderr, "no shape '%s'\n", wanted.c_str());
   return found ? 0 : 1;
