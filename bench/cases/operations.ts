@@ -84,7 +84,7 @@ export const operationCases: BenchCase[] = [
 	operations('forward/T1024/logits', 'bench_forward', forward, /^124m T = 1024, all logits/),
 	operations('denoise/T256/half', 'bench_forward', forward, /^124m T = 256, denoise half/),
 	operations('denoise/T256/four-rows', 'bench_forward', forward, /^124m T = 256, denoise four/),
-	operations('decode/after-96', 'bench_forward', int8, /^124m, a token after 96/, 'int8'),
-	operations('decode/after-1000', 'bench_forward', int8, /^124m, a token after 1000/, 'int8'),
+	operations('token/after-96', 'bench_forward', int8, /^124m, a token after 96/, 'int8'),
+	operations('token/after-1000', 'bench_forward', int8, /^124m, a token after 1000/, 'int8'),
 	operations('train-step/2x256', 'bench_train', training('124m-2x256'), /^124m-2x256/),
 ];
