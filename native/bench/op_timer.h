@@ -170,7 +170,7 @@ class OpTimer : public Backend {
   void attention_forward(Tensor out, Tensor lse, Tensor q, Tensor kv, const AttentionSequence* sequences,
                          int64_t S, const int32_t* query_positions, int64_t NH) override {
     measure("attention_forward", 4 * pairs(sequences, S) * static_cast<double>(q.cols),
-            2 * size(q) + size(kv),
+            2 * size(q) + (has_cache(sequences, S) ? cached(sequences, S, q.cols) : size(kv)),
             [&] { inner_->attention_forward(out, lse, q, kv, sequences, S, query_positions, NH); });
   }
   void attention_backward(Tensor dqkv, Tensor dout, Tensor qkv, Tensor out, Tensor lse,
@@ -219,6 +219,15 @@ class OpTimer : public Backend {
     return 2 * static_cast<double>(rows) * static_cast<double>(w.K) * static_cast<double>(w.N);
   }
   // Pairs of a query and a key, visible or not.
+  // Keys and values that are read from caches; a call has them in all of its sequences or in none.
+  static bool has_cache(const AttentionSequence* sequences, int64_t S) {
+    return S > 0 && sequences[0].cache != nullptr;
+  }
+  double cached(const AttentionSequence* sequences, int64_t S, int64_t C) const {
+    double keys = 0;
+    for (int64_t s = 0; s < S; ++s) keys += static_cast<double>(sequences[s].k_len);
+    return keys * static_cast<double>(2 * C) * static_cast<double>(dtype_bytes(inner_->activation_dtype()));
+  }
   static double pairs(const AttentionSequence* sequences, int64_t S) {
     double sum = 0;
     for (int64_t s = 0; s < S; ++s)

@@ -58,7 +58,7 @@ enum class WeightOrder : uint8_t {
 };
 
 // A matrix parameter as products see it. Plain, it is `data` in `order`; packed for inference, `data` holds
-// the same numbers, or with a narrower dtype what they were rounded to, in the backend's own layout
+// them, or with a narrower dtype what they were rounded to, in the backend's own layout and form
 // (Backend::pack_weight, pack_int8), with as many elements or a few more.
 struct Weight {
   const void* data = nullptr;

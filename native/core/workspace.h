@@ -139,7 +139,7 @@ struct QueryPlan {
   std::vector<int32_t> positions;
 
   void clear();
-  void use_layer(int32_t layer);  // points sequences at their caches' rows of this layer
+  void use_layer(int32_t layer);  // points sequences at their caches of this layer
 };
 
 // Neighbouring packed rows that are copied together.

@@ -131,8 +131,8 @@ int64_t heads_together(const Cpu& cpu, int64_t T, int64_t HS, int64_t NH, int64_
 
 // Cuts sequences into tasks, the most expensive first so that threads finish together. Blocks are as large as
 // keeps all threads busy. Heads of long sequences go one by one, except where a task would be dominated by
-// what heads can share: words of costly masks, or (few queries against a cache) the memory pages of the key
-// rows.
+// what heads can share: words of costly masks, or (few queries) neighbouring stretches of a cache, or pages
+// of key rows.
 //
 // Returns whether tasks are in the order of heads, each thread to begin with a share of them, as it did when
 // their queries, keys and values were made (Weight::column_parts): those of one sequence whose queries all

@@ -1,7 +1,7 @@
 // Attention's forward pass on vectors, for the kernels that multiply queries and keys as `Scores` does:
 //
 //   static void load_queries(const ForwardTile& t, const float* q, int64_t q_stride);
-//   Scores(const ForwardTile& t, const KeyRows& keys);  // packs a block of keys into t.keys
+//   Scores(const ForwardTile& t, const KeyRows& keys);  // packs a block of keys into t.keys, if need be
 //   // t.scores (rows, columns) of queries [first, first + rows), at most kTileRows
 //   void multiply(int64_t first, int64_t rows, int64_t columns) const;
 //   static constexpr bool kHasUnits;          // whether scores have units, see softmax_rows

@@ -35,8 +35,8 @@ struct KeyRows {
   bool transposed = false;
 };
 
-// What a kernel asks the caches for, or packs, while it computes, spread over its work. Rows of a head lie
-// whole pages apart, which no hardware prefetcher follows.
+// What a kernel asks the caches for, or packs, while it computes, spread over its work. Rows of a head that
+// are not in a KvCache lie whole pages apart, which no hardware prefetcher follows.
 struct ForwardAhead {
   KeyRows next;                // the block that probably follows; count 0: none
   KeyRows after;               // the one after that

@@ -270,7 +270,7 @@ bool lies_scaled(const GemmProduct& p) {
 }
 
 // With kernels that multiply otherwise, a weight that was packed for pairs: some panels at a time, as they
-// were.
+// were. Only for callers who take another instruction set, or bf16, than the weight was packed for.
 void gemm_unscaled(const Cpu& cpu, const GemmProduct& whole, MatmulPrecision precision) {
   constexpr int64_t kColumns = 64 * kGemmPanel;
   static thread_local Scratch scratch;
@@ -286,8 +286,9 @@ void gemm_unscaled(const Cpu& cpu, const GemmProduct& whole, MatmulPrecision pre
     if (p.residual) p.residual += n;
     p.b = panels;
     p.b_pairs = nullptr;
-    std::copy_n(whole.b + n * whole.K, ceil_div(p.N, kGemmPanel) * kGemmPanel * whole.K, panels);
     parallel(cpu.threads, ceil_div(p.N, kGemmPanel), [&](int64_t panel, int) {
+      const int64_t floats = whole.K * kGemmPanel;
+      std::copy_n(whole.b + n * whole.K + panel * floats, floats, panels + panel * floats);
       for (int64_t block = 0; block < blocks; ++block) {
         const PairPanel& pairs = whole.b_pairs[(n / kGemmPanel + panel) * blocks + block];
         if (!is_scaled(pairs)) continue;

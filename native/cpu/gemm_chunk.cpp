@@ -142,7 +142,7 @@ void multiply_panel(const GemmChunk& chunk, int64_t block, int64_t tile_begin, i
                of_panel.is_bf16,
                p.stream && !p.accumulate && chunk.blocks() == 1 && cols == kGemmPanel};
     if (columns) {
-      t.is_first = tile == tile_begin && (!columns->is_scaled || of_panel.fetch);
+      t.is_first = tile == tile_begin && !columns->is_scaled;
       t.b_scales = columns->scales;
       t.b_exponents = columns->exponents;
       t.scaled = of_panel.scaled;

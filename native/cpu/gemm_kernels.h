@@ -8,7 +8,8 @@
 namespace dn::cpu {
 
 // Columns of a weight panel. A packed weight is ceil(N / kGemmPanel) panels, each (K, kGemmPanel) row-major,
-// columns past N zero: one layout for every instruction set.
+// columns past N zero: one layout for every instruction set, which may hold numbers times a power of two
+// (PairPanel).
 constexpr int64_t kGemmPanel = 32;
 
 // Memory that will be wanted in L2: runs of whole cache lines at a constant distance. Tiles take lines from
@@ -78,9 +79,9 @@ struct GemmTile {
   // C is whole lines that need not stay in a cache: kernels may write them past it. Not with `accumulate` or
   // `finish`.
   bool stream = false;
-  // For kernels of pairs. The first tile that meets a block of B (`is_first`) finds it as it is, with the
-  // scale of each column, and leaves it scaled in `scaled` (unless it fetches) and the sums of its pairs in
-  // b_sums; the others find b scaled.
+  // For kernels of pairs. The first tile that meets a block of B which does not lie scaled (`is_first`) finds
+  // it as it is, with the scale of each column, and leaves it scaled in `scaled` (unless it fetches) and the
+  // sums of its pairs in b_sums; the others find b scaled.
   bool is_first = false;
   const float* b_scales = nullptr;     // (kGemmPanel)
   const float* b_exponents = nullptr;  // (kGemmPanel)
@@ -131,8 +132,8 @@ struct GemmPairs {
   void (*turn_rows)(float* steps, float* squares, const float* const* rows, int64_t count, int64_t depth);
   // Such squares of src (depth, count), count <= kGemmPanel.
   void (*column_squares)(float* squares, const float* src, int64_t src_stride, int64_t count, int64_t depth);
-  // dst (depth, count) = the columns of src times their scales, powers of two; after it the sums of their
-  // pairs, (pair_sums(depth), count), and `exponents`, (count).
+  // dst (depth, count <= kTurnedRows) = the columns of src times their scales, powers of two; after it the
+  // sums of their pairs, (pair_sums(depth), count), and `exponents`, (count).
   void (*pack_steps)(float* dst, const float* src, int64_t src_stride, const float* scales,
                      const float* exponents, int64_t count, int64_t depth);
   // block (depth, kGemmPanel) times the scales of its columns, in place, and the sums of their pairs; false,

@@ -42,13 +42,19 @@ std::vector<float> unpacked(std::vector<float> panels, WeightOrder order, int64_
   return plain;
 }
 
+// a times the weight, plus a bias and a residual; and after GELU, with what was before it.
 std::vector<float> product(std::vector<float> a, std::vector<float> panels, int64_t M, int64_t K, int64_t N,
                            const Cpu& cpu, MatmulPrecision precision = MatmulPrecision::kFP32) {
   Numbers numbers(85);
-  std::vector<float> out(static_cast<size_t>(M * N), 7.0f), bias = numbers.vector(N),
-                                                            residual = numbers.vector(M * N);
-  matmul_forward(cpu, matrix(out, M, N), matrix(a, M, K), weight(panels, WeightOrder::kInOut, K, N, true),
-                 matrix(bias, 1, N), Epilogue::kResidual, matrix(residual, M, N), precision);
+  std::vector<float> out(static_cast<size_t>(M * N), 7.0f), after(out), before(out),
+      bias = numbers.vector(N), residual = numbers.vector(M * N);
+  const Weight w = weight(panels, WeightOrder::kInOut, K, N, true);
+  matmul_forward(cpu, matrix(out, M, N), matrix(a, M, K), w, matrix(bias, 1, N), Epilogue::kResidual,
+                 matrix(residual, M, N), precision);
+  matmul_forward(cpu, matrix(after, M, N), matrix(a, M, K), w, matrix(bias, 1, N), Epilogue::kGelu,
+                 matrix(before, M, N), precision);
+  out.insert(out.end(), after.begin(), after.end());
+  out.insert(out.end(), before.begin(), before.end());
   return out;
 }
 

@@ -1,6 +1,7 @@
 // Products in pairs (cpu/gemm_kernels.h): as exact as a plain loop for every kind of operand that networks
 // have, the same bits however a product is cut, and what scales, zeros and the ends of the range do.
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -50,6 +51,18 @@ std::vector<float> in_pairs(const std::vector<float>& a, const Weight& w, int64_
 std::vector<float> in_pairs(const std::vector<float>& a, const std::vector<float>& b, int64_t M, int64_t N,
                             int64_t K) {
   return in_pairs(a, weight(b, WeightOrder::kInOut, K, N), M);
+}
+
+// What packing for pairs does, wherever it does.
+std::vector<float> scaled_by_hand(std::vector<float> panels, int64_t K, int64_t N) {
+  PairPanel* pairs = reinterpret_cast<PairPanel*>(panels.data() + packed_pairs(K, N, 0));
+  for (int64_t n = 0; n < N; n += kGemmPanel) {
+    for (int64_t k = 0; k < K; k += kPairBlock, ++pairs) {
+      scale_block(pairs, panels.data() + n * K + k * kGemmPanel, std::min(kPairBlock, K - k));
+      CHECK(is_scaled(*pairs));
+    }
+  }
+  return panels;
 }
 
 struct Errors {
@@ -163,10 +176,15 @@ DN_TEST(pairs_have_the_same_bits_however_a_product_is_cut) {
     pack_weight({1, Isa::kAvx512}, panels.data(), weight(b, WeightOrder::kInOut, K, N));
     const Weight packed = weight(panels, WeightOrder::kInOut, K, N, true);
     const std::vector<float> whole = in_pairs(a, packed, M);
+    std::vector<float> as_it_is(panels.size());
+    pack_weight({1, Isa::kPortable}, as_it_is.data(), weight(b, WeightOrder::kInOut, K, N));
+    std::vector<float> held = scaled_by_hand(as_it_is, K, N);
+    CHECK(!same_bits(held, as_it_is));
     const Reference ref = reference(a, b, M, N, K);
     check_product(ref, whole, "in pairs K=" + std::to_string(K));
-    for (const Weight& w :
-         {packed, weight(b, WeightOrder::kInOut, K, N), weight(bt, WeightOrder::kOutIn, K, N)}) {
+    for (const Weight& w : {packed, weight(as_it_is, WeightOrder::kInOut, K, N, true),
+                            weight(held, WeightOrder::kInOut, K, N, true),
+                            weight(b, WeightOrder::kInOut, K, N), weight(bt, WeightOrder::kOutIn, K, N)}) {
       for (const int threads : {1, 3}) {
         CHECK(same_bits(whole, in_pairs(a, w, M, threads)));
         CHECK(same_bits(whole, in_pairs(at, w, M, threads, true)));
