@@ -21,8 +21,9 @@ constexpr int kLargestAnyHead = 256;
 struct AttentionItem {
   int64_t q_begin = 0;
   int64_t q_end = 0;
-  int64_t kv_begin = 0;         // first row of its keys in the call's k and v
-  const void* cache = nullptr;  // or a cache of its own: rows of NH * HS keys and as many values
+  int64_t kv_begin = 0;     // first row of its keys in the call's k and v
+  const void* k = nullptr;  // or in a cache of its own: row 0, rows of cache_stride elements
+  const void* v = nullptr;
   int32_t k_len = 0;
   int32_t first_tile = 0;  // its first entry in the list of query tiles
   AttentionMask mask;
@@ -48,6 +49,7 @@ struct AttentionCall {
   const void* k = nullptr;                   // packed keys and values, rows of kv_stride elements
   const void* v = nullptr;
   int64_t kv_stride = 0;
+  int64_t cache_stride = 0;  // of sequences with a cache
   bool spans_known = false;  // they are still there from a call with the same plan
   int64_t query_tile_count = 0;
   int64_t key_tile_count = 0;

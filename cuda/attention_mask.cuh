@@ -87,16 +87,10 @@ struct KeysValues {
   const T* v;
   int64_t stride;
   DN_DEVICE KeysValues(const AttentionCall& call, const AttentionItem& item, int64_t column) {
-    if (item.cache) {
-      const int64_t C = static_cast<int64_t>(call.NH) * call.HS;
-      stride = 2 * C;
-      k = static_cast<const T*>(item.cache) + column;
-      v = k + C;
-    } else {
-      stride = call.kv_stride;
-      k = static_cast<const T*>(call.k) + item.kv_begin * stride + column;
-      v = static_cast<const T*>(call.v) + item.kv_begin * stride + column;
-    }
+    stride = item.k ? call.cache_stride : call.kv_stride;
+    const int64_t offset = (item.k ? 0 : item.kv_begin * stride) + column;
+    k = static_cast<const T*>(item.k ? item.k : call.k) + offset;
+    v = static_cast<const T*>(item.k ? item.v : call.v) + offset;
   }
 };
 

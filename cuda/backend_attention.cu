@@ -62,7 +62,12 @@ AttentionCall CudaBackend::plan_attention(const char* op, const AttentionSequenc
     item.q_begin = sequence.q_begin;
     item.q_end = sequence.q_end;
     item.kv_begin = sequence.kv_begin;
-    item.cache = sequence.cache;
+    // Rows of a cache are [k | v], as in the packed qkv.
+    if (sequence.cache) {
+      const Tensor cache(const_cast<void*>(sequence.cache), dtype_, sequence.k_len, 2 * C);
+      item.k = cache.data;
+      item.v = cache.columns(C, C).data;
+    }
     item.k_len = static_cast<int32_t>(sequence.k_len);
     item.first_tile = static_cast<int32_t>(query_tiles.size());
     item.mask.kind = sequence.mask.kind;
@@ -127,6 +132,7 @@ AttentionCall CudaBackend::plan_attention(const char* op, const AttentionSequenc
   call.tile_spans = tile_spans_ = spans_.take<Spans>(call.query_tile_count);
   call.spans_known = known && tile_spans_ == spans_before;
   call.query_rows = rows;
+  call.cache_stride = 2 * C;
   call.NH = static_cast<int32_t>(NH);
   call.HS = static_cast<int32_t>(C / NH);
   return call;

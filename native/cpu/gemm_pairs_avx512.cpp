@@ -234,6 +234,23 @@ void column_squares(float* squares, const float* src, int64_t src_stride, int64_
   if (count > 16) _mm512_mask_storeu_ps(squares + 16, m[1], sum[1].sum());
 }
 
+// The sum of the pairs of so many steps, of which next() brings one after the other, in the order in which
+// tiles add them up.
+template <typename Next>
+__attribute__((always_inline)) inline __m512 sum_pairs(int64_t steps, Next&& next) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = steps / kPairGroup; i > 0; --i) {
+    const __m512 a1 = next(), a2 = next();
+    sum = _mm512_fmadd_ps(a1, a2, sum);
+    next();
+    const __m512 s1 = next(), s2 = next();
+    sum = _mm512_fnmadd_ps(s1, s2, sum);
+    next();
+  }
+  for (int64_t i = steps % kPairGroup; i > 0; --i) next();
+  return sum;
+}
+
 // Steps of A on their way.
 struct Steps {
   const float* from;
@@ -260,18 +277,7 @@ void pack_steps(float* dst, const float* src, int64_t src_stride, const float* s
   const int64_t part = pair_depth(depth);
   for (int64_t k = 0; k < depth; k += part) {
     const int64_t in_part = depth - k < part ? depth - k : part;
-    // In the order in which tiles add them up.
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = in_part / kPairGroup; i > 0; --i) {
-      const __m512 a1 = steps.next(), a2 = steps.next();
-      sum = _mm512_fmadd_ps(a1, a2, sum);
-      steps.next();
-      const __m512 s1 = steps.next(), s2 = steps.next();
-      sum = _mm512_fnmadd_ps(s1, s2, sum);
-      steps.next();
-    }
-    for (int64_t i = in_part % kPairGroup; i > 0; --i) steps.next();
-    _mm512_mask_storeu_ps(sums, m, sum);
+    _mm512_mask_storeu_ps(sums, m, sum_pairs(in_part, [&] { return steps.next(); }));
     sums += count;
   }
   _mm512_mask_storeu_ps(sums, m, _mm512_maskz_loadu_ps(m, exponents));
@@ -299,19 +305,8 @@ bool scale_block(float* block, float* sums, const float* scales, const float* fa
       return x;
     };
     for (int64_t k = 0; k < depth; k += part) {
-      // In the order in which tiles add them up.
       const int64_t in_part = depth - k < part ? depth - k : part;
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t i = in_part / kPairGroup; i > 0; --i) {
-        const __m512 b1 = next(), b2 = next();
-        sum = _mm512_fmadd_ps(b2, b1, sum);
-        next();
-        const __m512 s1 = next(), s2 = next();
-        sum = _mm512_fnmadd_ps(s2, s1, sum);
-        next();
-      }
-      for (int64_t i = in_part % kPairGroup; i > 0; --i) next();
-      _mm512_storeu_ps(sums + k / part * kGemmPanel + v * 16, sum);
+      _mm512_storeu_ps(sums + k / part * kGemmPanel + v * 16, sum_pairs(in_part, next));
     }
   }
   return true;
