@@ -24,11 +24,20 @@ struct Rows {
   int64_t HS;
 };
 
-// The sum of each of kLanes vectors; they are lost.
+// The sum of each of kLanes vectors, all added up in the same order; they are lost.
 inline Vec sums_of(Vec* v) {
-  transpose_lanes(v);
-  DN_UNROLL for (int step = 1; step < kLanes; step *= 2) {
-    DN_UNROLL for (int i = 0; i < kLanes; i += 2 * step) v[i] = simd::add(v[i], v[i + step]);
+  DN_UNROLL for (int i = 0; i < 8; ++i) {
+    v[i] = simd::add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  }
+  DN_UNROLL for (int i = 0; i < 4; ++i) {  // the lower and the upper halves of each 128 bits
+    v[i] = simd::add(_mm512_shuffle_ps(v[2 * i], v[2 * i + 1], 0x44),
+                     _mm512_shuffle_ps(v[2 * i], v[2 * i + 1], 0xEE));
+  }
+  for (int count = 2; count > 0; count /= 2) {  // the even and the odd 128 bits
+    DN_UNROLL for (int i = 0; i < count; ++i) {
+      v[i] = simd::add(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
+                       _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xDD));
+    }
   }
   return v[0];
 }

@@ -2,6 +2,8 @@
 // tile (bias, GELU, residual), from registers and from memory. Included after immintrin.h; everything has
 // internal linkage.
 
+#pragma once
+
 #include "cpu/gemm_kernels.h"
 #include "cpu/simd.inl"
 
@@ -54,7 +56,7 @@ __attribute__((always_inline)) inline void transpose_16x16(__m512i* x) {
 
 // tanh form: 0.5 u (1 + tanh z) = u / (1 + exp(-2z)), z = sqrt(2/pi) (u + 0.044715 u^3). The exponential is
 // taken in base 2. NaN stays.
-__m512 gelu_lanes(__m512 u) {
+inline __m512 gelu_lanes(__m512 u) {
   const __m512 slope =
       _mm512_fmadd_ps(_mm512_mul_ps(u, u), _mm512_set1_ps(-0.102943240f), _mm512_set1_ps(-2.30220819f));
   const __m512 x = _mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_mul_ps(u, slope));  // NaN: the second
@@ -67,29 +69,39 @@ __m512 gelu_lanes(__m512 u) {
   return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(126.0f), _CMP_NGT_UQ), u, inverse);
 }
 
-// The tile that `src` holds, finished and written to f.c.
+struct ExactGelu {
+  __m512 operator()(__m512 u) const { return gelu_lanes(u); }
+};
+
+// The tile whose rows lie at src, finished and written to C: bias, then pre and GELU, then residual. kWhole:
+// rows of src are whole vectors, wherever those of C end.
+template <bool kWhole, typename Gelu>
 __attribute__((always_inline)) inline void finish_from(const float* src, int64_t src_stride,
-                                                       const GemmFinish& f) {
+                                                       const GemmFinish& finish, const Gelu& gelu) {
+  const GemmFinish f = finish;  // a copy that no store can change
   const __mmask16 masks[2] = {lanes(f.cols), lanes(f.cols - 16)};
-  const int vectors = f.cols > 16 ? 2 : 1;
-  __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int v = 0; f.bias && v < vectors; ++v) bias[v] = _mm512_maskz_loadu_ps(masks[v], f.bias + v * 16);
+  __m512 bias[2] = {_mm512_set1_ps(-0.0f), _mm512_set1_ps(-0.0f)};  // what changes no number
+  if (f.bias) {
+    bias[0] = _mm512_maskz_loadu_ps(masks[0], f.bias);
+    bias[1] = _mm512_maskz_loadu_ps(masks[1], f.bias + 16);
+  }
   for (int64_t r = 0; r < f.rows; ++r) {
-    for (int v = 0; v < vectors; ++v) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
       const __mmask16 m = masks[v];
+      const float* const from = src + r * src_stride + v * 16;
       const int64_t extra = r * f.extra_stride + v * 16;
-      __m512 value = _mm512_maskz_loadu_ps(m, src + r * src_stride + v * 16);
-      if (f.bias) value = _mm512_add_ps(value, bias[v]);
-      if (f.pre) _mm512_mask_storeu_ps(f.pre + extra, m, value);
-      if (f.gelu) value = gelu_lanes(value);
-      if (f.residual) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(m, f.residual + extra));
+      __m512 value = _mm512_add_ps(kWhole ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(m, from), bias[v]);
+      if (__builtin_expect(f.pre != nullptr, 0)) _mm512_mask_storeu_ps(f.pre + extra, m, value);
+      if (__builtin_expect(f.gelu, 1)) value = gelu(value);
+      if (__builtin_expect(f.residual != nullptr, 0))
+        value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(m, f.residual + extra));
       _mm512_mask_storeu_ps(f.c + r * f.c_stride + v * 16, m, value);
     }
   }
 }
 
-// What a tile does with its sums while they are in registers: everything but GELU, which needs the registers
-// for itself and takes the cells from memory.
+// Rows of C written from registers, with bias and residual.
 struct RowWriter {
   float* c;
   int64_t c_stride;
@@ -98,7 +110,6 @@ struct RowWriter {
   bool has_bias;
   const float* residual;  // or null
   int64_t residual_stride;
-  const GemmFinish* from_memory;  // or null
 
   __attribute__((always_inline)) void write(int64_t r, __m512 v0, __m512 v1) const {
     if (has_bias) {
@@ -112,28 +123,36 @@ struct RowWriter {
     _mm512_mask_storeu_ps(c + r * c_stride, m0, v0);
     _mm512_mask_storeu_ps(c + r * c_stride + 16, m1, v1);
   }
-  // After the last row.
-  __attribute__((always_inline)) void end() const {
-    if (from_memory) finish_from(c, c_stride, *from_memory);
-  }
 };
 
 __attribute__((always_inline)) inline RowWriter row_writer(float* c, int64_t c_stride, int64_t cols,
                                                            const GemmFinish* f) {
-  RowWriter w = {c,     c_stride, lanes(cols), lanes(cols - 16), _mm512_setzero_ps(), _mm512_setzero_ps(),
-                 false, nullptr,  0,           nullptr};
+  const __mmask16 m0 = lanes(cols), m1 = lanes(cols - 16);
+  const bool has_bias = f && f->bias;
+  const __m512 bias0 = has_bias ? _mm512_maskz_loadu_ps(m0, f->bias) : _mm512_setzero_ps();
+  const __m512 bias1 = has_bias ? _mm512_maskz_loadu_ps(m1, f->bias + 16) : _mm512_setzero_ps();
+  return {c, c_stride, m0, m1, bias0, bias1, has_bias, f ? f->residual : nullptr, f ? f->extra_stride : 0};
+}
+
+// What a tile does with its sums, value(row, vector), and what f, or null, says of them. GELU needs the
+// registers for itself: the cells wait in memory of the tile's own, since rows of C, often some KB apart,
+// fall into the same few sets of L1 and would push each other out. They are stored whole, which a load right
+// after finds sooner than what a mask has let through.
+template <int kRows, typename Gelu = ExactGelu, typename Value>
+__attribute__((always_inline)) inline void write_rows(float* c, int64_t c_stride, int64_t cols,
+                                                      const GemmFinish* f, const Value& value) {
   if (f && f->gelu) {
-    w.from_memory = f;
-  } else if (f) {
-    w.has_bias = f->bias != nullptr;
-    if (f->bias) {
-      w.bias0 = _mm512_maskz_loadu_ps(w.m0, f->bias);
-      w.bias1 = _mm512_maskz_loadu_ps(w.m1, f->bias + 16);
+    alignas(64) float cells[kRows * kGemmPanel];
+#pragma GCC unroll 14
+    for (int r = 0; r < kRows; ++r) {
+      _mm512_store_ps(cells + r * kGemmPanel, value(r, 0));
+      _mm512_store_ps(cells + r * kGemmPanel + 16, value(r, 1));
     }
-    w.residual = f->residual;
-    w.residual_stride = f->extra_stride;
+    return finish_from<true>(cells, kGemmPanel, *f, Gelu());
   }
-  return w;
+  const RowWriter writer = row_writer(c, c_stride, cols, f);
+#pragma GCC unroll 14
+  for (int r = 0; r < kRows; ++r) writer.write(r, value(r, 0), value(r, 1));
 }
 
 }  // namespace

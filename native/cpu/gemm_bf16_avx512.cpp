@@ -25,14 +25,14 @@ template <int kRows>
 void multiply(const Bf16Tile& t, const uint16_t* a, int64_t first, bool fetch) {
   float* const c = t.c + first * t.c_stride;
   const GemmFinish then = t.finish ? rows_of(*t.finish, first, kRows) : GemmFinish();
-  const RowWriter writer = row_writer(c, t.c_stride, t.cols, t.finish ? &then : nullptr);
+  const __mmask16 masks[2] = {lanes(t.cols), lanes(t.cols - 16)};
   __m512 sum[kRows][2];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     if (t.accumulate) {
-      sum[r][0] = _mm512_maskz_loadu_ps(writer.m0, c + r * t.c_stride);
-      sum[r][1] = _mm512_maskz_loadu_ps(writer.m1, c + r * t.c_stride + 16);
+      sum[r][0] = _mm512_maskz_loadu_ps(masks[0], c + r * t.c_stride);
+      sum[r][1] = _mm512_maskz_loadu_ps(masks[1], c + r * t.c_stride + 16);
     } else {
       prefetch_row(c + r * t.c_stride);
     }
@@ -59,9 +59,9 @@ void multiply(const Bf16Tile& t, const uint16_t* a, int64_t first, bool fetch) {
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) writer.write(r, sum[r][0], sum[r][1]);
-  writer.end();
+  write_rows<kRows>(
+      c, t.c_stride, t.cols,
+      t.finish ? &then : nullptr, [&](int r, int v) __attribute__((always_inline)) { return sum[r][v]; });
 }
 
 constexpr decltype(&multiply<1>) kMultiply[kGroup] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>,

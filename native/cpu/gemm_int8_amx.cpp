@@ -70,16 +70,21 @@ void tile(const Int8Tile& t) {
   }
   prefetch_finish(t.finish);
   t.rows > kTileRows ? multiply<true>(t, sums) : multiply<false>(t, sums);
-  const __m512 scale0 = _mm512_loadu_ps(t.panel->scales), scale1 = _mm512_loadu_ps(t.panel->scales + 16);
-  const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const __m512 scale = _mm512_set1_ps(t.a_scales[r]);
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * kGemmPanel));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * kGemmPanel + 16));
-    writer.write(r, _mm512_mul_ps(_mm512_mul_ps(low, scale), scale0),
-                 _mm512_mul_ps(_mm512_mul_ps(high, scale), scale1));
+  const __m512 scales[2] = {_mm512_loadu_ps(t.panel->scales), _mm512_loadu_ps(t.panel->scales + 16)};
+  const auto value = [&](int64_t r, int v) {
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * kGemmPanel + 16 * v));
+    return _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(t.a_scales[r])), scales[v]);
+  };
+  if (t.finish && t.finish->gelu) {
+    alignas(64) float cells[kMaxRows * kGemmPanel];
+    for (int64_t r = 0; r < t.rows; ++r) {
+      _mm512_store_ps(cells + r * kGemmPanel, value(r, 0));
+      _mm512_store_ps(cells + r * kGemmPanel + 16, value(r, 1));
+    }
+    return finish_from<true>(cells, kGemmPanel, *t.finish, TableGelu());
   }
-  writer.end();
+  const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
+  for (int64_t r = 0; r < t.rows; ++r) writer.write(r, value(r, 0), value(r, 1));
 }
 
 }  // namespace

@@ -70,15 +70,12 @@ void tile_rows(const Int8Tile& t) {
     lines -= burst;
     for (int i = 0; i < kPause; ++i) step();
   }
-  const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
-  const __m512 scale0 = _mm512_loadu_ps(t.panel->scales), scale1 = _mm512_loadu_ps(t.panel->scales + 16);
-#pragma GCC unroll 14
-  for (int r = 0; r < kRows; ++r) {
-    const __m512 scale = _mm512_set1_ps(t.a_scales[r]);
-    writer.write(r, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][0]), scale), scale0),
-                 _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][1]), scale), scale1));
-  }
-  writer.end();
+  const __m512 scales[2] = {_mm512_loadu_ps(t.panel->scales), _mm512_loadu_ps(t.panel->scales + 16)};
+  write_rows<kRows, TableGelu>(
+      t.c, t.c_stride, t.cols, t.finish, [&](int r, int v) __attribute__((always_inline)) {
+        const __m512 scale = _mm512_set1_ps(t.a_scales[r]);
+        return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), scale), scales[v]);
+      });
 }
 
 template <bool kFetch>

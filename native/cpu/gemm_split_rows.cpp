@@ -71,13 +71,13 @@ __attribute__((always_inline)) inline void step(__m512* sum, const float* a, int
 
 template <int kRows>
 void multiply(const SplitRows& t) {
-  const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
+  const __mmask16 masks[2] = {lanes(t.cols), lanes(t.cols - 16)};
   __m512 low[kRows], high[kRows];
 #pragma GCC unroll 2
   for (int r = 0; r < kRows; ++r) {
     const float* const c = t.c + r * t.c_stride;
-    low[r] = t.accumulate ? _mm512_maskz_loadu_ps(writer.m0, c) : _mm512_setzero_ps();
-    high[r] = t.accumulate ? _mm512_maskz_loadu_ps(writer.m1, c + 16) : _mm512_setzero_ps();
+    low[r] = t.accumulate ? _mm512_maskz_loadu_ps(masks[0], c) : _mm512_setzero_ps();
+    high[r] = t.accumulate ? _mm512_maskz_loadu_ps(masks[1], c + 16) : _mm512_setzero_ps();
   }
   const int64_t row_stride = 3 * t.part_stride;
   for (int64_t k = 0; k < t.depth; k += kBf16Step) {
@@ -85,9 +85,9 @@ void multiply(const SplitRows& t) {
     step<kRows>(low, t.a + k, t.part_stride, row_stride, b);
     step<kRows>(high, t.a + k, t.part_stride, row_stride, b + 16);
   }
-#pragma GCC unroll 2
-  for (int r = 0; r < kRows; ++r) writer.write(r, low[r], high[r]);
-  writer.end();
+  write_rows<kRows>(
+      t.c, t.c_stride, t.cols,
+      t.finish, [&](int r, int v) __attribute__((always_inline)) { return v == 0 ? low[r] : high[r]; });
 }
 
 void rows(const SplitRows& t) { t.rows == 1 ? multiply<1>(t) : multiply<2>(t); }

@@ -28,17 +28,18 @@ __attribute__((always_inline)) inline void write_tile(const GemmTile& t, __m512 
     }
     return;
   }
-  const RowWriter writer = row_writer(t.c, t.c_stride, t.cols, t.finish);
+  const __mmask16 masks[2] = {lanes(t.cols), lanes(t.cols - 16)};
+  if (t.accumulate) {
 #pragma GCC unroll 14
-  for (int r = 0; r < kRows; ++r) {
-    const float* const c = t.c + r * t.c_stride;
-    if (t.accumulate) {
-      sum[r][0] = _mm512_add_ps(_mm512_maskz_loadu_ps(writer.m0, c), sum[r][0]);
-      sum[r][1] = _mm512_add_ps(_mm512_maskz_loadu_ps(writer.m1, c + 16), sum[r][1]);
+    for (int r = 0; r < kRows; ++r) {
+      const float* const c = t.c + r * t.c_stride;
+      sum[r][0] = _mm512_add_ps(_mm512_maskz_loadu_ps(masks[0], c), sum[r][0]);
+      sum[r][1] = _mm512_add_ps(_mm512_maskz_loadu_ps(masks[1], c + 16), sum[r][1]);
     }
-    writer.write(r, sum[r][0], sum[r][1]);
   }
-  writer.end();
+  write_rows<kRows>(
+      t.c, t.c_stride, t.cols,
+      t.finish, [&](int r, int v) __attribute__((always_inline)) { return sum[r][v]; });
 }
 
 }  // namespace
