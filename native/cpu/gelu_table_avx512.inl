@@ -1,7 +1,7 @@
 // GELU from a table, for the int8 product on AVX-512 and AMX: what it gives is quantised again, so that an
-// absolute error is enough. It takes a third of the multiplications of the formula, and permutations and
-// additions instead, which have units of their own on processors that have but two that multiply. Everything
-// has internal linkage.
+// absolute error is enough. It takes a third of the formula's instructions that multiply, compare or take a
+// reciprocal, and permutations, maxima and additions instead, which Zen 4 can start beside its products.
+// Everything has internal linkage.
 #pragma once
 
 #include "cpu/gemm_avx512.inl"
@@ -42,7 +42,8 @@ alignas(64) constexpr float kGeluTable[5][32] = {
      0.0197459422f, -0.0333086774f}};
 // clang-format on
 
-// Within 1.5e-6 of the tanh form. NaN and infinity give NaN, what is quantised from either being the same.
+// Within 1.5e-6 of the tanh form, and the rounding of the result. NaN and infinity give NaN, what is
+// quantised from either being the same; minus infinity gives 0, and -0 gives +0.
 struct TableGelu {
   __m512 low[5], high[5];
 

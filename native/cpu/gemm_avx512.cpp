@@ -204,7 +204,7 @@ void finish_tile(const GemmFinish& f) {
     part.bias = f.bias ? f.bias + n : nullptr;
     part.pre = f.pre ? f.pre + n : nullptr;
     part.residual = f.residual ? f.residual + n : nullptr;
-    finish_from<false>(part.c, part.c_stride, part, ExactGelu());
+    finish_from<false>(part.c, part.c_stride, part, FormulaGelu());
   }
 }
 

@@ -69,7 +69,7 @@ inline __m512 gelu_lanes(__m512 u) {
   return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(126.0f), _CMP_NGT_UQ), u, inverse);
 }
 
-struct ExactGelu {
+struct FormulaGelu {
   __m512 operator()(__m512 u) const { return gelu_lanes(u); }
 };
 
@@ -138,9 +138,9 @@ __attribute__((always_inline)) inline RowWriter row_writer(float* c, int64_t c_s
 // registers for itself: the cells wait in memory of the tile's own, since rows of C, often some KB apart,
 // fall into the same few sets of L1 and would push each other out. They are stored whole, which a load right
 // after finds sooner than what a mask has let through.
-template <int kRows, typename Gelu = ExactGelu, typename Value>
-__attribute__((always_inline)) inline void write_rows(float* c, int64_t c_stride, int64_t cols,
-                                                      const GemmFinish* f, const Value& value) {
+template <int kRows, typename Gelu = FormulaGelu, typename Value>
+__attribute__((always_inline)) inline void finish_rows(float* c, int64_t c_stride, int64_t cols,
+                                                       const GemmFinish* f, const Value& value) {
   if (f && f->gelu) {
     alignas(64) float cells[kRows * kGemmPanel];
 #pragma GCC unroll 14

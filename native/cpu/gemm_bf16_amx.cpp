@@ -66,7 +66,7 @@ void tile(const Bf16Tile& t) {
                                        : multiply_rows<kParts, Source::kPlain>(two);
   run(t, from, from_stride, to, to_stride);
   if (t.finish) {
-    finish_from<true>(cells, kGemmPanel, *t.finish, ExactGelu());
+    finish_from<true>(cells, kGemmPanel, *t.finish, FormulaGelu());
   } else if (beside) {
     copy_cells(t.c, t.c_stride, cells, kGemmPanel, t.rows, t.cols);
   }

@@ -59,7 +59,7 @@ void multiply(const Bf16Tile& t, const uint16_t* a, int64_t first, bool fetch) {
       }
     }
   }
-  write_rows<kRows>(
+  finish_rows<kRows>(
       c, t.c_stride, t.cols,
       t.finish ? &then : nullptr, [&](int r, int v) __attribute__((always_inline)) { return sum[r][v]; });
 }

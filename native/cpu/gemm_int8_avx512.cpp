@@ -71,7 +71,7 @@ void tile_rows(const Int8Tile& t) {
     for (int i = 0; i < kPause; ++i) step();
   }
   const __m512 scales[2] = {_mm512_loadu_ps(t.panel->scales), _mm512_loadu_ps(t.panel->scales + 16)};
-  write_rows<kRows, TableGelu>(
+  finish_rows<kRows, TableGelu>(
       t.c, t.c_stride, t.cols, t.finish, [&](int r, int v) __attribute__((always_inline)) {
         const __m512 scale = _mm512_set1_ps(t.a_scales[r]);
         return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), scale), scales[v]);

@@ -1,5 +1,5 @@
-// What the AVX-512 and AMX kernels of the int8 product share: the quantisation of a row and the scales of a
-// row of sums. Included once by each; everything lies in an anonymous namespace.
+// What the AVX-512 and AMX kernels of the int8 product share: the quantisation of a row, and GELU. Included
+// once by each; everything lies in an anonymous namespace.
 #pragma once
 
 // GCC 12 warns of its own header: _mm512_undefined_ps is, on purpose, not initialised.

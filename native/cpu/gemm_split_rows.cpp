@@ -85,7 +85,7 @@ void multiply(const SplitRows& t) {
     step<kRows>(low, t.a + k, t.part_stride, row_stride, b);
     step<kRows>(high, t.a + k, t.part_stride, row_stride, b + 16);
   }
-  write_rows<kRows>(
+  finish_rows<kRows>(
       t.c, t.c_stride, t.cols,
       t.finish, [&](int r, int v) __attribute__((always_inline)) { return v == 0 ? low[r] : high[r]; });
 }

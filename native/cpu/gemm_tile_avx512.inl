@@ -37,7 +37,7 @@ __attribute__((always_inline)) inline void write_tile(const GemmTile& t, __m512 
       sum[r][1] = _mm512_add_ps(_mm512_maskz_loadu_ps(masks[1], c + 16), sum[r][1]);
     }
   }
-  write_rows<kRows>(
+  finish_rows<kRows>(
       t.c, t.c_stride, t.cols,
       t.finish, [&](int r, int v) __attribute__((always_inline)) { return sum[r][v]; });
 }
